@@ -1,0 +1,96 @@
+"""The schedule as a value (law 1): what the scheduler decides, and what the worker answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from pelton.core.output import TokenLogprobs
+from pelton.core.sampling_params import SamplingParams
+
+# Stands in `ScheduledRequest.token_ids` for the token that the step in flight is sampling for the
+# same request: the worker puts in what it sampled last. Lets a step be scheduled before the one
+# ahead of it has finished.
+PENDING_TOKEN_ID = -1
+
+
+class KVOpKind(StrEnum):
+    COPY = "copy"  # device block to device block, before the step (copy-on-write)
+    LOAD = "load"  # tier to device
+    STORE = "store"  # device to tier
+
+
+@dataclass(frozen=True, slots=True)
+class KVOp:
+    """One block moved. `source` and `destination` are block ids within their tier."""
+
+    kind: KVOpKind
+    source: int
+    destination: int
+    tier: str = "device"
+
+
+@dataclass(frozen=True, slots=True)
+class RequestContext:
+    """What a worker must know of a request that it has not seen, or has forgotten since a preemption."""
+
+    prompt_token_ids: tuple[int, ...]
+    output_token_ids: tuple[int, ...]
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRequest:
+    """One request's share of a step: compute `token_ids` at positions [num_computed_tokens, + len).
+
+    `samples` is true when these tokens reach the request's end, so that the step yields a new token.
+    `block_tables` holds one table per KV group; block i of a table covers positions
+    [i * block_size, (i + 1) * block_size). A block that has left a sliding window is `NULL_BLOCK_ID`.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    num_computed_tokens: int
+    block_tables: tuple[tuple[int, ...], ...]
+    sampling: SamplingParams
+    samples: bool
+    draft_token_ids: tuple[int, ...] = ()
+    context: RequestContext | None = None
+
+
+# Never allocated, never read within a window: the place of a block that was given back early.
+NULL_BLOCK_ID = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledBatch:
+    """One step. KV operations come first, then the forward pass over all requests."""
+
+    step_id: int
+    requests: tuple[ScheduledRequest, ...]
+    kv_ops: tuple[KVOp, ...] = ()
+    preempted_ids: tuple[str, ...] = ()  # the worker forgets these; they come back with a context
+    finished_ids: tuple[str, ...] = ()  # ended since the last batch; the worker forgets these
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(request.token_ids) for request in self.requests)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Answer to one batch; every tuple is aligned with `ScheduledBatch.requests`.
+
+    `sampled_token_ids[i]` is empty for a request that did not reach its end. `prompt_logprobs[i]`
+    covers the prompt positions p of this step with a successor in the prompt: entry j is the logprobs
+    of prompt token num_computed_tokens + j + 1.
+    """
+
+    step_id: int
+    sampled_token_ids: tuple[tuple[int, ...], ...]
+    logprobs: tuple[tuple[TokenLogprobs, ...] | None, ...] = ()
+    prompt_logprobs: tuple[tuple[TokenLogprobs, ...] | None, ...] = ()
+    num_accepted: tuple[int, ...] = ()
+    # request_id -> what went wrong with that request alone (for example NaN logits)
+    failed: dict[str, str] | None = None
+    elapsed_s: float = 0.0

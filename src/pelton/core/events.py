@@ -1,0 +1,69 @@
+"""`RequestEvent`: one timeline for metrics, simulator and dashboard; `EngineStats`: the gauges."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class EventKind(StrEnum):
+    QUEUED = "queued"
+    SCHEDULED = "scheduled"  # first admission, or again after a preemption
+    FIRST_TOKEN = "first_token"
+    PREEMPTED = "preempted"
+    FINISHED = "finished"
+
+
+@dataclass(frozen=True, slots=True)
+class RequestEvent:
+    """`time_s` is on the engine's monotonic clock. `num_tokens` is what the kind counts.
+
+    QUEUED: prompt tokens. SCHEDULED: tokens found in the prefix cache. PREEMPTED: tokens that will
+    be computed again. FINISHED: output tokens; `detail` is the finish reason or error code.
+    """
+
+    request_id: str  # of the sequence
+    kind: EventKind
+    time_s: float
+    num_tokens: int = 0
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """Snapshot after a step. `num_*_total` only grow; the rest are gauges."""
+
+    time_s: float = 0.0
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks_total: int = 0
+    num_blocks_used: int = 0
+    num_blocks_cached: int = 0
+    num_step_tokens: int = 0  # of the last step
+    num_prefix_queries_total: int = 0  # prompt tokens looked up, counted at admission only
+    num_prefix_hits_total: int = 0  # prompt tokens found
+    num_preemptions_total: int = 0
+    num_recomputed_tokens_total: int = 0
+    num_prompt_tokens_total: int = 0  # prompt tokens of admitted requests
+    num_output_tokens_total: int = 0
+    num_steps_total: int = 0
+    schedule_s_total: float = 0.0  # step time split: seconds in schedule()
+    execute_s_total: float = 0.0  # seconds in the executor
+    postprocess_s_total: float = 0.0  # seconds on results: stops, text, outputs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """Facts fixed once the engine is ready."""
+
+    max_model_len: int  # after fitting to the KV cache
+    num_blocks: int
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    dtype: str
+    vocab_size: int
+    device: str
+    num_threads: int
+    enable_prefix_caching: bool
+    load_s: float = 0.0

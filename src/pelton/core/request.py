@@ -1,0 +1,110 @@
+"""`Request`: the one identity of a generation from admission to its end. Changed only in `engine/`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from pelton.core.sampling_params import SamplingParams
+
+DEFAULT_TENANT = "default"
+
+
+class RequestStatus(StrEnum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    PREEMPTED = "preempted"
+    FINISHED = "finished"
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Request:
+    """One sequence. A submission with n > 1 becomes n requests that share `parent_id`.
+
+    There is no phase flag (law 2): a request wants `num_tokens - num_computed_tokens` tokens
+    computed, whether that is a prompt, a chunk of it, one decode or a recompute after preemption.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    arrival_time_s: float
+    tenant_id: str = DEFAULT_TENANT
+    session_id: str | None = None
+    cache_salt: str = ""
+    priority: int = 0  # lower runs first, as in vLLM
+    deadline_s: float | None = None  # on the engine's clock
+    parent_id: str | None = None  # the submission, where n > 1
+    index: int = 0  # which of the n
+    fork_of: str | None = None  # sibling whose prompt blocks this one shares
+
+    status: RequestStatus = RequestStatus.WAITING
+    finish_reason: FinishReason | None = None
+    output_token_ids: list[int] = field(default_factory=list)
+    draft_token_ids: list[int] = field(default_factory=list)
+    # Tokens that a step in flight will sample: they exist, their ids are not known yet.
+    num_pending_tokens: int = 0
+    num_computed_tokens: int = 0  # positions whose KV exists or is being computed by a step in flight
+    num_kv_tokens: int = 0  # slots held; differs from num_computed_tokens once KV is evicted or merged
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at first admission
+    num_preemptions: int = 0
+    block_tables: list[list[int]] = field(default_factory=list)  # one per KV group
+    block_hashes: list[bytes] = field(default_factory=list)  # chain over full blocks of known tokens
+    max_num_tokens: int = 0  # prompt + output at most; resolved from max_tokens and the context at admission
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.output_token_ids)
+
+    @property
+    def num_known_tokens(self) -> int:
+        """Tokens whose ids are known."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Known tokens and those that a step in flight will sample."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids) + self.num_pending_tokens
+
+    @property
+    def num_remaining_tokens(self) -> int:
+        """Tokens that still want computing."""
+        return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status is RequestStatus.FINISHED
+
+    def known_token_ids(self, start: int, end: int) -> list[int]:
+        """Known ids of positions [start, end), across prompt and output."""
+        num_prompt = len(self.prompt_token_ids)
+        if end <= num_prompt:
+            return self.prompt_token_ids[start:end]
+        if start >= num_prompt:
+            return self.output_token_ids[start - num_prompt : end - num_prompt]
+        return self.prompt_token_ids[start:] + self.output_token_ids[: end - num_prompt]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submission:
+    """What a client hands to the engine: `sampling.n` sequences over one prompt."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    tenant_id: str = DEFAULT_TENANT
+    session_id: str | None = None
+    cache_salt: str = ""  # requests share cached prefixes only with those of equal tenant salt
+    priority: int = 0
+    timeout_s: float | None = None  # from the moment the engine receives it

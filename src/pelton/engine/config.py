@@ -1,0 +1,43 @@
+"""Settings of the control plane."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pelton.core.config import setting
+from pelton.core.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    max_model_len: int | None = setting(None, "longest prompt plus output, in tokens; default: the model's own")
+    max_num_seqs: int = setting(64, "most requests in one step")
+    max_num_batched_tokens: int = setting(512, "token budget of one step; a smaller one smooths decoding")
+    long_prefill_chunk: int | None = setting(None, "most tokens of one request in a step; default: the whole budget")
+    block_size: int = setting(16, "tokens in a KV block")
+    kv_cache_memory_gb: float | None = setting(
+        None, "memory for KV blocks, in GiB; default: a quarter of what is free, at most 4"
+    )
+    num_kv_blocks: int | None = setting(None, "number of KV blocks, instead of --kv-cache-memory-gb")
+    enable_prefix_caching: bool = setting(True, "keep KV of finished requests for prompts that start alike")
+    scheduling_policy: str = setting("fcfs", "order of the waiting and choice of victims", choices=("fcfs", "priority"))
+    max_num_waiting: int = setting(1024, "requests that may queue; more are refused with 503 and Retry-After")
+    enable_overlap: bool = setting(True, "prepare the next step while one runs")
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("max_model_len", "long_prefill_chunk", "num_kv_blocks"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; it must be at least 1")
+        if self.max_num_waiting < 0:
+            raise ConfigError(f"max_num_waiting is {self.max_num_waiting}; it must be at least 0")
+        if self.kv_cache_memory_gb is not None and self.kv_cache_memory_gb <= 0:
+            raise ConfigError(f"kv_cache_memory_gb is {self.kv_cache_memory_gb}; it must be positive")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) is smaller than max_num_seqs "
+                f"({self.max_num_seqs}): a step could not hold one token of every running request"
+            )

@@ -1,0 +1,28 @@
+"""Settings of the data plane. Imports no torch, so that the CLI can read it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pelton.core.config import setting
+from pelton.core.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerConfig:
+    dtype: str = setting(
+        "auto",
+        "type of weights and activations; auto: float32 on a CPU",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    kv_cache_dtype: str = setting(
+        "auto",
+        "type of keys and values; auto: that of the activations",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    kernel_backend: str = setting("auto", "kernels to run", choices=("auto", "reference"))
+    threads: int | None = setting(None, "compute threads; default: the cores this process may use")
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError(f"threads is {self.threads}; it must be at least 1")
