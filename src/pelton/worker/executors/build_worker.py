@@ -1,0 +1,200 @@
+"""`build_executor`: model files and settings to an executor that is ready for its first step.
+
+Nothing is measured by running the model: the KV cache is sized from what memory is left once the
+weights are loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from pelton.core.errors import ConfigError
+from pelton.core.events import EngineInfo
+from pelton.core.model_spec import ModelSpec
+from pelton.core.protocols import Executor
+from pelton.engine.config import EngineConfig
+from pelton.weights.config import ModelConfig
+from pelton.weights.tensors import ModelFiles
+from pelton.worker.config import WorkerConfig
+from pelton.worker.executors.host_resources import num_available_cores, num_available_memory_bytes
+from pelton.worker.executors.in_process import InProcessExecutor
+from pelton.worker.kv_storage import KVStorage
+from pelton.worker.model_runner import ModelRunner
+from pelton.worker.models.registry import Model, load_model, make_dummy_model
+
+_GIB = 2**30
+_MAX_DEFAULT_BYTES = 4 * _GIB
+
+
+def build_executor(
+    files: ModelFiles,
+    model_config: ModelConfig,
+    worker_config: WorkerConfig,
+    engine_config: EngineConfig,
+    *,
+    eos_token_ids: Iterable[int],
+) -> tuple[Executor, EngineInfo]:
+    """Load the model, allot the KV cache, start the executor's thread.
+
+    `eos_token_ids` end a generation; the sampler bans them until a request's `min_tokens`. Raises
+    `ConfigError` where the settings do not fit the model or the machine, `ModelFileError` or
+    `UnsupportedModelError` where the files do not.
+    """
+    start_s = time.perf_counter()
+    spec = files.spec
+    wanted_model_len(spec, engine_config)
+    dtype = _resolve_dtype(worker_config.dtype, torch.float32)
+    kv_dtype = _resolve_dtype(worker_config.kv_cache_dtype, dtype)
+    num_threads = _set_threads(worker_config.threads)
+    model = _load(files, model_config, dtype)
+    plan = plan_kv_cache(spec, engine_config, kv_dtype.itemsize, num_available_memory_bytes())
+    kv = _allocate_kv(spec, plan, engine_config.block_size, kv_dtype)
+    runner = ModelRunner(model, kv, block_size=engine_config.block_size, eos_token_ids=eos_token_ids)
+    info = EngineInfo(
+        max_model_len=plan.max_model_len,
+        num_blocks=plan.num_blocks,
+        block_size=engine_config.block_size,
+        max_num_seqs=engine_config.max_num_seqs,
+        max_num_batched_tokens=engine_config.max_num_batched_tokens,
+        dtype=str(dtype).removeprefix("torch."),
+        vocab_size=spec.vocab_size,
+        device="cpu",
+        num_threads=num_threads,
+        enable_prefix_caching=engine_config.enable_prefix_caching,
+        load_s=time.perf_counter() - start_s,
+    )
+    return InProcessExecutor(runner), info
+
+
+def _resolve_dtype(name: str, auto: torch.dtype) -> torch.dtype:
+    if name == "auto":
+        return auto
+    dtype = getattr(torch, name, None)
+    assert isinstance(dtype, torch.dtype)  # the settings allow only names of types
+    return dtype
+
+
+def _set_threads(wanted: int | None) -> int:
+    num_threads = wanted or num_available_cores()
+    torch.set_num_threads(num_threads)
+    # One operation runs at a time; a second pool would only take cores from the first. Refused where
+    # an embedding program has used torch before: then its number stands.
+    if torch.get_num_interop_threads() != 1:
+        with contextlib.suppress(RuntimeError):
+            torch.set_num_interop_threads(1)
+    return num_threads
+
+
+def _load(files: ModelFiles, config: ModelConfig, dtype: torch.dtype) -> Model:
+    """Checked by size first: Linux grants memory that it does not have, and kills the process later."""
+    if config.load_format == "dummy":
+        return make_dummy_model(files.spec, dtype)
+    sizes = (math.prod(files.tensor(name).shape) for name in files.tensor_names())
+    num_bytes = sum(sizes) * dtype.itemsize
+    num_free = num_available_memory_bytes()
+    if num_bytes > num_free:
+        raise ConfigError(
+            f"the weights take {_gib(num_bytes)} as {dtype}, but {_gib(num_free)} are free: use a smaller model or "
+            "--dtype bfloat16"
+        )
+    try:
+        return load_model(files, dtype)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise ConfigError(f"out of memory while loading the weights ({_gib(num_bytes)} as {dtype})") from error
+
+
+def _allocate_kv(spec: ModelSpec, plan: KVPlan, block_size: int, dtype: torch.dtype) -> KVStorage:
+    try:
+        return KVStorage(spec, plan.num_blocks, block_size, dtype, torch.device("cpu"))
+    except (MemoryError, RuntimeError) as error:  # torch's CPU allocator raises a plain RuntimeError
+        size = _gib(plan.num_blocks * spec.kv_bytes_per_block(block_size, dtype.itemsize))
+        raise ConfigError(
+            f"the KV cache of {plan.num_blocks} blocks ({size}) could not be allocated: lower num_kv_blocks or "
+            "kv_cache_memory_gb"
+        ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class KVPlan:
+    num_blocks: int  # the null block included
+    max_model_len: int
+
+
+def wanted_model_len(spec: ModelSpec, config: EngineConfig) -> int:
+    """The model's own limit or a shorter one asked for. Raises `ConfigError` for a longer one."""
+    if config.max_model_len is None:
+        return spec.max_model_len
+    if config.max_model_len > spec.max_model_len:
+        raise ConfigError(
+            f"max_model_len is {config.max_model_len}, but the model supports at most {spec.max_model_len} tokens"
+        )
+    return config.max_model_len
+
+
+def plan_kv_cache(spec: ModelSpec, config: EngineConfig, bytes_per_element: int, num_available_bytes: int) -> KVPlan:
+    """Size the pool and fit `max_model_len` to it.
+
+    `num_available_bytes` is what is free once the weights are loaded. Raises `ConfigError` where the
+    pool asked for exceeds it, or cannot hold a request worth serving.
+    """
+    block_bytes = spec.kv_bytes_per_block(config.block_size, bytes_per_element)
+    wanted_len = wanted_model_len(spec, config)
+    num_useful = 1 + config.max_num_seqs * num_blocks_of_request(spec, config, wanted_len)
+    if config.num_kv_blocks is not None:
+        num_blocks = config.num_kv_blocks
+    elif config.kv_cache_memory_gb is not None:
+        num_blocks = int(config.kv_cache_memory_gb * _GIB) // block_bytes
+    else:
+        num_blocks = min(min(num_available_bytes // 4, _MAX_DEFAULT_BYTES) // block_bytes, num_useful)
+    if num_blocks * block_bytes > num_available_bytes:
+        raise ConfigError(
+            f"{num_blocks} KV blocks take {_gib(num_blocks * block_bytes)}, but {_gib(num_available_bytes)} are free "
+            f"beside the weights: ask for at most {num_available_bytes // block_bytes} (num_kv_blocks) or "
+            f"{_gib(num_available_bytes)} (kv_cache_memory_gb)"
+        )
+    # A pool that cannot hold two blocks' worth of tokens would refuse almost every request.
+    least_len = min(wanted_len, 2 * config.block_size)
+    num_least = 1 + num_blocks_of_request(spec, config, least_len)
+    if num_blocks < num_least:
+        num_full = 1 + num_blocks_of_request(spec, config, wanted_len)
+        raise ConfigError(
+            f"the KV cache holds {num_blocks} blocks, too few to serve anything: at least {num_least} are needed, and "
+            f"{num_full} ({_gib(num_full * block_bytes)}) for one request of {wanted_len} tokens; raise "
+            "num_kv_blocks or kv_cache_memory_gb"
+        )
+    return KVPlan(num_blocks, _longest_request(spec, config, num_blocks - 1, wanted_len))
+
+
+def num_blocks_of_request(spec: ModelSpec, config: EngineConfig, num_tokens: int) -> int:
+    """Blocks that one request of `num_tokens` holds at most, over all KV groups."""
+    max_step_tokens = config.long_prefill_chunk or config.max_num_batched_tokens
+    total = 0
+    for group in spec.kv_groups:
+        num_held = num_tokens
+        if group.sliding_window is not None:
+            # The window, the step being written, and a block in part at either end.
+            num_held = min(num_held, group.sliding_window + max_step_tokens + 2 * config.block_size)
+        total += -(-num_held // config.block_size)
+    return total
+
+
+def _longest_request(spec: ModelSpec, config: EngineConfig, num_blocks: int, wanted_len: int) -> int:
+    """Largest length up to `wanted_len` whose blocks number at most `num_blocks`, by bisection."""
+    low, high = 0, wanted_len
+    while low < high:
+        middle = (low + high + 1) // 2
+        if num_blocks_of_request(spec, config, middle) <= num_blocks:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / _GIB:.2f} GiB"

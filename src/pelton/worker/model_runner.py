@@ -1,0 +1,164 @@
+"""`ModelRunner`: a `ScheduledBatch` in, a `StepResult` out. It obeys; it decides nothing (law 1).
+
+Legend: T tokens in the step, R requests, S rows whose logits are wanted, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, chain
+
+import numpy as np
+import torch
+
+from pelton.core.batch import NULL_BLOCK_ID, KVOpKind, ScheduledBatch, ScheduledRequest, StepResult
+from pelton.core.errors import EngineStepError
+from pelton.core.model_spec import KVGroupSpec
+from pelton.core.output import TokenLogprobs
+from pelton.worker.forward_batch import ForwardBatch, GroupBatch
+from pelton.worker.kv_storage import KVStorage
+from pelton.worker.models.registry import Model
+from pelton.worker.request_state import RequestState, RequestStates
+from pelton.worker.sampling.logprobs import token_logprobs
+from pelton.worker.sampling.sampler import sample
+
+# Rows of prompt logits held at once: 32 x 152k float32 are 19 MB.
+_PROMPT_LOGITS_ROWS = 32
+
+
+@dataclass(slots=True)
+class _Row:
+    """One request that runs in this step."""
+
+    index: int  # in ScheduledBatch.requests
+    scheduled: ScheduledRequest
+    state: RequestState
+    token_ids: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class _Answers:
+    """The tuples of a `StepResult` while they are filled in."""
+
+    sampled_token_ids: list[tuple[int, ...]]
+    logprobs: list[tuple[TokenLogprobs, ...] | None]
+    prompt_logprobs: list[tuple[TokenLogprobs, ...] | None]
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+class ModelRunner:
+    """Runs steps one after another; not thread-safe.
+
+    A step that raises leaves no state of its requests behind: they come back with a context, or are
+    reported in `StepResult.failed` by the steps that were already in flight.
+    """
+
+    def __init__(self, model: Model, kv: KVStorage, *, block_size: int, eos_token_ids: Iterable[int]) -> None:
+        self._model = model
+        self._kv = kv
+        self._block_size = block_size
+        self._states = RequestStates(eos_token_ids, model.spec.vocab_size)
+
+    @torch.inference_mode()
+    def run_step(self, batch: ScheduledBatch) -> StepResult:
+        """KV operations, then one forward pass, then sampling. Raises what the model or the kernels raise."""
+        start_s = time.perf_counter()
+        count = len(batch.requests)
+        answers = _Answers([()] * count, [None] * count, [None] * count)
+        try:
+            answers.failed.update(self._states.update(batch))
+            self._run_kv_ops(batch)
+            rows = self._select_rows(batch)
+            if rows:
+                self._forward(rows, answers)
+        except BaseException:
+            self._states.forget(scheduled.request_id for scheduled in batch.requests)
+            raise
+        self._states.forget(answers.failed)
+        return StepResult(
+            step_id=batch.step_id,
+            sampled_token_ids=tuple(answers.sampled_token_ids),
+            logprobs=tuple(answers.logprobs),
+            prompt_logprobs=tuple(answers.prompt_logprobs),
+            failed=answers.failed or None,
+            elapsed_s=time.perf_counter() - start_s,
+        )
+
+    def _run_kv_ops(self, batch: ScheduledBatch) -> None:
+        if not batch.kv_ops:
+            return
+        for op in batch.kv_ops:
+            if op.kind is not KVOpKind.COPY:
+                raise EngineStepError(f"KV operation {op.kind} needs tier {op.tier!r}, and this worker has none")
+        self._kv.copy_blocks([(op.source, op.destination) for op in batch.kv_ops])
+
+    def _select_rows(self, batch: ScheduledBatch) -> list[_Row]:
+        """The requests that can run, with their tokens known."""
+        rows = []
+        for index, scheduled in enumerate(batch.requests):
+            state = self._states.get(scheduled.request_id)
+            if state is not None:
+                rows.append(_Row(index, scheduled, state, state.known_token_ids(scheduled)))
+        return rows
+
+    def _forward(self, rows: Sequence[_Row], answers: _Answers) -> None:
+        batch = prepare_forward_batch(rows, self._model.spec.kv_groups, self._block_size)
+        hidden = self._model.forward(batch, self._kv)
+        for row, start in zip(rows, batch.query_start_loc, strict=False):
+            if row.state.sampling.prompt_logprobs is not None:
+                answers.prompt_logprobs[row.index] = self._prompt_logprobs(row, hidden[start:])
+        sampling_rows = [row for row in rows if row.scheduled.samples]
+        if not sampling_rows:
+            return
+        logits = self._model.compute_logits(hidden[batch.logits_indices])
+        for row, answer in zip(sampling_rows, sample(logits, [row.state for row in sampling_rows]), strict=True):
+            if answer.problem is not None:
+                answers.failed[row.scheduled.request_id] = answer.problem
+                continue
+            row.state.add_output(answer.token_id)
+            answers.sampled_token_ids[row.index] = (answer.token_id,)
+            if answer.logprobs is not None:
+                answers.logprobs[row.index] = (answer.logprobs,)
+
+    def _prompt_logprobs(self, row: _Row, hidden: torch.Tensor) -> tuple[TokenLogprobs, ...] | None:
+        """Logprobs of the prompt tokens that follow this step's prompt positions; `hidden` starts at the first."""
+        first = row.scheduled.num_computed_tokens + 1
+        targets = row.state.prompt_token_ids[first : first + len(row.token_ids)]
+        num_top = row.state.sampling.prompt_logprobs or 0
+        entries: list[TokenLogprobs] = []
+        for low in range(0, len(targets), _PROMPT_LOGITS_ROWS):
+            targets_here = targets[low : low + _PROMPT_LOGITS_ROWS]
+            logits = self._model.compute_logits(hidden[low : low + len(targets_here)])
+            entries += [token_logprobs(logits[i], token_id, num_top) for i, token_id in enumerate(targets_here)]
+        return tuple(entries)
+
+
+def prepare_forward_batch(rows: Sequence[_Row], kv_groups: Sequence[KVGroupSpec], block_size: int) -> ForwardBatch:
+    """The tensors of a step, built in numpy: a tensor operation per request would cost more than the step's."""
+    lengths = [len(row.token_ids) for row in rows]
+    num_computed = [row.scheduled.num_computed_tokens for row in rows]
+    query_start_loc = (0, *accumulate(lengths))
+    num_tokens = query_start_loc[-1]
+    row_of_token = np.repeat(np.arange(len(rows)), lengths)
+    positions = np.arange(num_tokens) + (np.array(num_computed) - query_start_loc[:-1])[row_of_token]
+    block_of_token, offset = np.divmod(positions, block_size)
+    groups = []
+    for group_id, group in enumerate(kv_groups):
+        tables = [row.state.block_table(group_id, row.scheduled.block_tables[group_id]) for row in rows]
+        padded = np.full((len(rows), max(map(len, tables))), NULL_BLOCK_ID, dtype=np.int64)
+        for i, table in enumerate(tables):
+            padded[i, : len(table)] = table
+        slots = padded[row_of_token, block_of_token] * block_size + offset
+        groups.append(GroupBatch(torch.from_numpy(slots), torch.from_numpy(padded), group.sliding_window))
+    token_ids = np.fromiter(chain.from_iterable(row.token_ids for row in rows), dtype=np.int64, count=num_tokens)
+    last_rows = [end - 1 for row, end in zip(rows, query_start_loc[1:], strict=True) if row.scheduled.samples]
+    return ForwardBatch(
+        token_ids=torch.from_numpy(token_ids),
+        positions=torch.from_numpy(positions),
+        query_start_loc=query_start_loc,
+        seq_lens=tuple(done + new for done, new in zip(num_computed, lengths, strict=True)),
+        groups=tuple(groups),
+        logits_indices=torch.tensor(last_rows, dtype=torch.int64),
+    )

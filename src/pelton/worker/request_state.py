@@ -1,0 +1,109 @@
+"""What the worker remembers of each request between steps.
+
+Steps run in order on one thread, so by the time batch N + 1 is looked at, what batch N sampled is
+here, even where the engine scheduled N + 1 before it knew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+from pelton.core.batch import PENDING_TOKEN_ID, RequestContext, ScheduledBatch, ScheduledRequest
+from pelton.core.sampling_params import SamplingParams
+from pelton.worker.sampling.logit_editor import LogitEditor
+
+
+class RequestState:
+    """One request: its tokens so far, and what its sampling needs."""
+
+    __slots__ = ("_tables", "editor", "output_token_ids", "prompt_token_ids", "sampling", "seed")
+
+    def __init__(self, context: RequestContext, sampling: SamplingParams, editor: LogitEditor | None) -> None:
+        self.prompt_token_ids = context.prompt_token_ids
+        self.output_token_ids = list(context.output_token_ids)
+        self.seed = context.seed
+        self.sampling = sampling
+        self.editor = editor
+        self._tables: dict[int, tuple[tuple[int, ...], npt.NDArray[np.int64]]] = {}
+
+    def add_output(self, token_id: int) -> None:
+        self.output_token_ids.append(token_id)
+        if self.editor is not None:
+            self.editor.add_output((token_id,))
+
+    def known_token_ids(self, scheduled: ScheduledRequest) -> tuple[int, ...]:
+        """The step's tokens, with what was sampled here in place of `PENDING_TOKEN_ID`.
+
+        Raises IndexError where the token was never sampled.
+        """
+        token_ids = scheduled.token_ids
+        if PENDING_TOKEN_ID not in token_ids:
+            return token_ids
+        first_output = scheduled.num_computed_tokens - len(self.prompt_token_ids)
+        return tuple(
+            self.output_token_ids[first_output + i] if token_id == PENDING_TOKEN_ID else token_id
+            for i, token_id in enumerate(token_ids)
+        )
+
+    def block_table(self, group: int, table: tuple[int, ...]) -> npt.NDArray[np.int64]:
+        """`table` as an array [B], converted only when it differs from the last step's."""
+        last = self._tables.get(group)
+        if last is not None and last[0] == table:
+            return last[1]
+        array = np.array(table, dtype=np.int64)
+        self._tables[group] = (table, array)
+        return array
+
+
+class RequestStates:
+    """The states by request id, kept in step with the batches."""
+
+    def __init__(self, eos_token_ids: Iterable[int], vocab_size: int) -> None:
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._vocab_size = vocab_size
+        self._states: dict[str, RequestState] = {}
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def get(self, request_id: str) -> RequestState | None:
+        return self._states.get(request_id)
+
+    def update(self, batch: ScheduledBatch) -> dict[str, str]:
+        """Forget and learn what `batch` says; return the requests that cannot run, with the reason.
+
+        A context replaces an older state: it is how a preempted request comes back.
+        """
+        self.forget(batch.preempted_ids)
+        self.forget(batch.finished_ids)
+        failed: dict[str, str] = {}
+        for scheduled in batch.requests:
+            if scheduled.context is not None:
+                self.forget((scheduled.request_id,))
+                problem = self._learn(scheduled, scheduled.context)
+            elif scheduled.request_id not in self._states:
+                problem = "an earlier step of this request failed"
+            else:
+                continue
+            if problem is not None:
+                failed[scheduled.request_id] = problem
+        return failed
+
+    def forget(self, request_ids: Iterable[str]) -> None:
+        for request_id in request_ids:
+            self._states.pop(request_id, None)
+
+    def _learn(self, scheduled: ScheduledRequest, context: RequestContext) -> str | None:
+        for token_ids in (context.prompt_token_ids, context.output_token_ids):
+            if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self._vocab_size:
+                return f"a token id is outside the model's vocabulary of {self._vocab_size}"
+        editor = None
+        if LogitEditor.is_needed(scheduled.sampling):
+            editor = LogitEditor(scheduled.sampling, self._eos_token_ids, self._vocab_size)
+            editor.add_prompt(context.prompt_token_ids)
+            editor.add_output(context.output_token_ids)
+        self._states[scheduled.request_id] = RequestState(context, scheduled.sampling, editor)
+        return None

@@ -1,0 +1,65 @@
+"""Chooses the next token of every request that reached its end in this step.
+
+Legend: S rows (requests that sample), V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pelton.core.output import TokenLogprobs
+from pelton.worker.request_state import RequestState
+from pelton.worker.sampling.draw import draw_token
+from pelton.worker.sampling.logprobs import token_logprobs
+from pelton.worker.sampling.uniform import uniform_at
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One row's answer: a token, or in `problem` why there is none."""
+
+    token_id: int = -1
+    logprobs: TokenLogprobs | None = None
+    problem: str | None = None
+
+
+def sample(logits: torch.Tensor, states: Sequence[RequestState]) -> list[Sample]:
+    """One `Sample` per row of `logits` [S, V] float32, which may be edited in place.
+
+    A row's answer is a function of that row and its state alone. Rows with edits are handled one by
+    one on tensors of the same shape whatever the batch, since a vectorized loop over [S, V] may round
+    an element differently by where in the loop it falls.
+    """
+    best_ids = logits.argmax(dim=1)  # ties go to the lowest id; a NaN counts as the maximum
+    best_logits = logits.gather(1, best_ids.unsqueeze(1)).view(-1).tolist()
+    return [
+        _sample_row(logits[row], best_id, best_logit, state)
+        for row, (best_id, best_logit, state) in enumerate(zip(best_ids.tolist(), best_logits, states, strict=True))
+    ]
+
+
+def _sample_row(row: torch.Tensor, best_id: int, best_logit: float, state: RequestState) -> Sample:
+    if not math.isfinite(best_logit):
+        return Sample(problem=f"the model's logits are not finite (the greatest is {best_logit})")
+    sampling = state.sampling
+    raw = row
+    if state.editor is not None:
+        row = row.clone() if sampling.logprobs is not None else row
+        state.editor.apply(row, len(state.output_token_ids))
+        best_id = int(row.argmax())
+        best_logit = row[best_id].item()
+        if best_logit == -math.inf:
+            return Sample(problem="no token is left to sample: the request's settings ban all of them")
+        if not math.isfinite(best_logit):
+            return Sample(problem="penalties or logit_bias made the logits overflow")
+    if sampling.is_greedy:
+        token_id = best_id
+    else:
+        uniform = uniform_at(state.seed, len(state.output_token_ids))
+        token_id = draw_token(row, best_logit, sampling, uniform)
+    logprobs = None if sampling.logprobs is None else token_logprobs(raw, token_id, sampling.logprobs)
+    return Sample(token_id, logprobs)
