@@ -1,0 +1,60 @@
+"""Flags that vLLM users type and Pelton does not have: each is refused with what to do instead."""
+
+from __future__ import annotations
+
+_NOT_YET = "Pelton does not have this yet"
+
+# By vLLM's name; the short forms are in `_SHORT`.
+_MISSING: dict[str, str] = {
+    "gpu_memory_utilization": f"{_NOT_YET}; --kv-cache-memory-gb sets the memory for KV blocks",
+    "tensor_parallel_size": f"{_NOT_YET}; it runs on one device",
+    "pipeline_parallel_size": f"{_NOT_YET}; it runs on one device",
+    "data_parallel_size": f"{_NOT_YET}; it runs on one device",
+    "distributed_executor_backend": f"{_NOT_YET}; it runs on one device",
+    "device": f"{_NOT_YET}; it runs on the CPU",
+    "quantization": f"{_NOT_YET}; a quantized GGUF file is read as it is",
+    "tool_call_parser": _NOT_YET,
+    "enable_auto_tool_choice": _NOT_YET,
+    "reasoning_parser": _NOT_YET,
+    "guided_decoding_backend": _NOT_YET,
+    "structured_outputs_config": _NOT_YET,
+    "speculative_config": _NOT_YET,
+    "kv_transfer_config": _NOT_YET,
+    "kv_events_config": _NOT_YET,
+    "enable_lora": _NOT_YET,
+    "lora_modules": _NOT_YET,
+    "max_loras": _NOT_YET,
+    "max_lora_rank": _NOT_YET,
+    "cpu_offload_gb": _NOT_YET,
+    "swap_space": f"{_NOT_YET}; a preempted request is computed again",
+    "limit_mm_per_prompt": _NOT_YET,
+    "ssl_keyfile": f"{_NOT_YET}; put a proxy that speaks TLS in front",
+    "ssl_certfile": f"{_NOT_YET}; put a proxy that speaks TLS in front",
+    "root_path": _NOT_YET,
+    "otlp_traces_endpoint": _NOT_YET,
+    "generation_config": f"{_NOT_YET}; the model's own defaults are used",
+    "hf_overrides": _NOT_YET,
+    "rope_scaling": f"{_NOT_YET}; the model's own is used",
+    "seed": "a seed belongs to a request (`seed` in its body), not to the server",
+    "num_gpu_blocks_override": "its name here is --num-kv-blocks",
+    "long_prefill_token_threshold": "its name here is --long-prefill-chunk",
+    "async_scheduling": "its name here is --enable-overlap",
+    "download_dir": "its name here is --cache-dir",
+    "allowed_origins": "its name here is --cors-origins",
+    "uvicorn_log_level": "its name here is --log-level",
+    "enable_chunked_prefill": "prefill is always chunked here; --max-num-batched-tokens sets the budget of a step",
+    "enforce_eager": "there is nothing to turn off: Pelton captures no graphs",
+    "trust_remote_code": "Pelton never runs code that comes with a model",
+    "tokenizer_mode": "there is one tokenizer; --tokenizer chooses its file",
+    "disable_log_requests": "requests are not logged",
+    "disable_log_stats": "figures are at /metrics and not logged",
+    "max_logprobs": "the limit is fixed at 20",
+}
+_SHORT = {"tp": "tensor_parallel_size", "pp": "pipeline_parallel_size", "dp": "data_parallel_size", "q": "quantization"}
+
+
+def missing_flag_hint(name: str) -> str | None:
+    """What to say to `name` (a flag, key or variable; dashes and a leading `no-` do not matter); None: not vLLM's."""
+    name = name.lstrip("-").split("=", 1)[0].replace("-", "_").lower()
+    name = _SHORT.get(name, name)
+    return _MISSING.get(name) or _MISSING.get(name.removeprefix("no_"))
