@@ -7,6 +7,8 @@ would be right.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 
 class PeltonError(Exception):
     """Root of the tree."""
@@ -111,13 +113,14 @@ class RequestCancelledError(PeltonError):
     code = "request_cancelled"
 
 
-# Errors that travel over the process border as (code, message); see `engine/wire.py`.
-ERRORS_BY_CODE: dict[str, type[PeltonError]] = {
+# Errors that travel between processes, as `ErrorInfo`.
+_ERRORS_BY_CODE: dict[str, type[PeltonError]] = {
     cls.code: cls
     for cls in (
-        PeltonError,
-        InvalidRequestError,
+        ConfigError,
         ContextLengthExceededError,
+        ModelNotFoundError,
+        UnsupportedModelError,
         QueueFullError,
         ServiceUnavailableError,
         EngineDeadError,
@@ -126,3 +129,38 @@ ERRORS_BY_CODE: dict[str, type[PeltonError]] = {
         RequestCancelledError,
     )
 }
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorInfo:
+    """A `PeltonError` as a value."""
+
+    code: str
+    message: str
+    param: str | None = None
+    retry_after_s: float | None = None
+    is_invalid_request: bool = False
+
+    @classmethod
+    def of(cls, error: PeltonError) -> ErrorInfo:
+        return cls(
+            error.code,
+            str(error),
+            getattr(error, "param", None),
+            getattr(error, "retry_after_s", None),
+            isinstance(error, InvalidRequestError),
+        )
+
+    def to_error(self) -> PeltonError:
+        """The typed error again; an unknown code keeps its code and message."""
+        error_class = _ERRORS_BY_CODE.get(self.code, PeltonError)
+        error: PeltonError
+        if self.is_invalid_request:
+            invalid_class = error_class if issubclass(error_class, InvalidRequestError) else InvalidRequestError
+            error = invalid_class(self.message, param=self.param)
+        elif issubclass(error_class, (QueueFullError, ServiceUnavailableError)):
+            error = error_class(self.message, retry_after_s=self.retry_after_s or 1.0)
+        else:
+            error = error_class(self.message)
+        error.code = self.code
+        return error

@@ -61,6 +61,7 @@ class EngineInfo:
     block_size: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    max_num_waiting: int
     dtype: str
     vocab_size: int
     device: str

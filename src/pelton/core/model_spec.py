@@ -19,6 +19,8 @@ class RopeSpec:
     # Per-dimension divisors of the frequencies (GGUF `rope_freqs.weight`), length rotary_dim // 2.
     frequency_factors: tuple[float, ...] | None = None
     attention_factor: float = 1.0  # yarn: scale of cos and sin
+    beta_fast: float = 32.0  # yarn: rotations within the original length above which nothing is scaled
+    beta_slow: float = 1.0  # yarn: rotations below which a frequency is divided by scaling_factor
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pelton.core.errors import ErrorInfo
 from pelton.core.request import FinishReason
 
 
@@ -25,15 +26,6 @@ class Usage:
     num_prompt_tokens: int
     num_output_tokens: int
     num_cached_tokens: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class ErrorInfo:
-    """A `PeltonError` as a value, for the wire."""
-
-    code: str
-    message: str
-    retry_after_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,246 @@
+"""`Engine`: admit, schedule, execute, emit; no thread and no clock of its own.
+
+`dispatch()` keeps up to two steps with the executor: the next one is scheduled while one runs, with
+`PENDING_TOKEN_ID` for tokens not sampled yet. `collect()` takes the oldest result. A request that
+turns out to have ended by a stop costs at most one token computed in vain.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from pelton.core.batch import ScheduledBatch, StepResult
+from pelton.core.errors import (
+    DeadlineExceededError,
+    EngineStepError,
+    ErrorInfo,
+    PeltonError,
+    QueueFullError,
+    RequestCancelledError,
+)
+from pelton.core.events import EngineInfo, EngineStats, EventKind, RequestEvent
+from pelton.core.output import RequestOutput
+from pelton.core.protocols import Clock, Executor, TokenDecoder
+from pelton.core.request import FinishReason, Request, Submission
+from pelton.engine.admission import check_submission, make_requests
+from pelton.engine.output_processor import OutputProcessor, error_output, prompt_logprobs_output
+from pelton.engine.scheduler import Scheduler
+from pelton.engine.wire import EngineUpdate
+
+
+@dataclass(slots=True)
+class _Timings:
+    schedule_s: float = 0.0
+    execute_s: float = 0.0
+    postprocess_s: float = 0.0
+
+
+class Engine:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        decoder: TokenDecoder,
+        clock: Clock,
+        info: EngineInfo,
+        *,
+        enable_overlap: bool = True,
+    ) -> None:
+        self.scheduler = scheduler
+        self.executor = executor
+        self.clock = clock
+        self.info = info
+        self._processor = OutputProcessor(decoder)
+        self._max_in_flight = 2 if enable_overlap else 1
+        self._in_flight: deque[tuple[ScheduledBatch, Future[StepResult]]] = deque()
+        self._submissions: dict[str, list[Request]] = {}  # sequences of a submission that have not ended
+        self._forks: dict[str, list[Request]] = {}  # leader's id -> siblings that wait for its prompt
+        self._deadlines: list[tuple[float, str]] = []  # heap of (deadline, submission id)
+        self._outputs: list[RequestOutput] = []
+        self._timings = _Timings()
+        self._num_output_tokens = 0
+        self._num_steps = 0
+        self._num_step_tokens = 0
+
+    # -- requests ---------------------------------------------------------------------------------
+
+    def submit(self, submission: Submission) -> None:
+        """Admit a submission to the queue; what is wrong with it comes out as its output."""
+        try:
+            check_submission(submission, self.info)
+            if submission.request_id in self._submissions:
+                raise PeltonError(f"request id {submission.request_id} is in use")
+            num_alive = len(self.scheduler.running) + self.num_waiting
+            if num_alive + submission.sampling.n > self.info.max_num_seqs + self.info.max_num_waiting:
+                raise QueueFullError(f"{self.num_waiting} requests are waiting already; try again later")
+        except PeltonError as error:
+            info = ErrorInfo.of(error)
+            self._outputs += [
+                RequestOutput(submission.request_id, index, finish_reason=FinishReason.ERROR, error=info)
+                for index in range(submission.sampling.n)
+            ]
+            return
+        requests = make_requests(submission, self.clock.now_s(), self.info.max_model_len)
+        self._submissions[submission.request_id] = list(requests)
+        for request in requests:
+            self._processor.add(request)
+            self._record(request, EventKind.QUEUED, request.num_prompt_tokens, request.tenant_id)
+        if len(requests) > 1:
+            self._forks[requests[0].request_id] = requests[1:]
+        if requests[0].deadline_s is not None:
+            heapq.heappush(self._deadlines, (requests[0].deadline_s, submission.request_id))
+        self.scheduler.add(requests[0])
+
+    def cancel(self, request_id: str) -> None:
+        """End a submission at its client's wish; unknown ids have ended already."""
+        self._fail(request_id, RequestCancelledError("the request was cancelled"), FinishReason.CANCELLED)
+
+    def expire(self) -> None:
+        """End the submissions whose deadline has passed."""
+        while self._deadlines and self._deadlines[0][0] <= self.clock.now_s():
+            _, request_id = heapq.heappop(self._deadlines)
+            self._fail(request_id, DeadlineExceededError("the request's deadline passed before it finished"))
+
+    @property
+    def next_deadline_s(self) -> float | None:
+        return self._deadlines[0][0] if self._deadlines else None
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.scheduler.policy) + sum(map(len, self._forks.values()))
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._submissions or self._in_flight)
+
+    # -- steps ------------------------------------------------------------------------------------
+
+    def dispatch(self, on_done: Callable[[Future[StepResult]], None] | None = None) -> None:
+        """Hand steps to the executor until it has enough; `on_done` may run on another thread."""
+        while len(self._in_flight) < self._max_in_flight:
+            started_s = self.clock.now_s()
+            batch = self.scheduler.schedule()
+            self._timings.schedule_s += self.clock.now_s() - started_s
+            if batch is None:
+                return
+            future = self.executor.submit(batch)
+            self._in_flight.append((batch, future))
+            if on_done is not None:
+                future.add_done_callback(on_done)
+
+    @property
+    def is_step_done(self) -> bool:
+        return bool(self._in_flight) and self._in_flight[0][1].done()
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._in_flight)
+
+    def collect(self) -> None:
+        """Take the oldest step's result, waiting for it where it is not done."""
+        batch, future = self._in_flight[0]
+        try:
+            result = future.result()
+        except Exception as error:
+            self._in_flight.popleft()
+            self._fail_step(batch, error)
+            return
+        self._in_flight.popleft()
+        started_s = self.clock.now_s()
+        self._num_steps += 1
+        self._num_step_tokens = batch.num_tokens
+        self._take_prompt_logprobs(batch, result)
+        for request, row in self.scheduler.update(batch, result):
+            self._take_tokens(request, result, row)
+        for request_id, problem in (result.failed or {}).items():
+            failed = self.scheduler.requests.get(request_id)
+            if failed is not None:
+                self._fail(failed.parent_id or request_id, EngineStepError(problem))
+        self._timings.execute_s += result.elapsed_s
+        self._timings.postprocess_s += self.clock.now_s() - started_s
+
+    def take_update(self) -> EngineUpdate | None:
+        """What happened since the last call; None where nothing did."""
+        outputs, self._outputs = self._outputs, []
+        events, self.scheduler.events = self.scheduler.events, []
+        if not outputs and not events:
+            return None
+        return EngineUpdate(tuple(outputs), tuple(events), self.stats())
+
+    def stats(self) -> EngineStats:
+        pool = self.scheduler.kv.pool
+        counters = self.scheduler.counters
+        return EngineStats(
+            time_s=self.clock.now_s(),
+            num_running=len(self.scheduler.running),
+            num_waiting=self.num_waiting,
+            num_blocks_total=pool.num_total,
+            num_blocks_used=pool.num_used,
+            num_blocks_cached=pool.num_cached,
+            num_step_tokens=self._num_step_tokens,
+            num_prefix_queries_total=counters.num_prefix_queries,
+            num_prefix_hits_total=counters.num_prefix_hits,
+            num_preemptions_total=counters.num_preemptions,
+            num_recomputed_tokens_total=counters.num_recomputed_tokens,
+            num_prompt_tokens_total=counters.num_prompt_tokens,
+            num_output_tokens_total=self._num_output_tokens,
+            num_steps_total=self._num_steps,
+            schedule_s_total=self._timings.schedule_s,
+            execute_s_total=self._timings.execute_s,
+            postprocess_s_total=self._timings.postprocess_s,
+        )
+
+    # -- results ----------------------------------------------------------------------------------
+
+    def _take_tokens(self, request: Request, result: StepResult, row: int) -> None:
+        if request.num_output_tokens == len(result.sampled_token_ids[row]):
+            self._record(request, EventKind.FIRST_TOKEN)
+            for sibling in self._forks.pop(request.request_id, ()):
+                self.scheduler.add(sibling)
+        output = self._processor.output(request, result.sampled_token_ids[row], result, row)
+        self._num_output_tokens += len(output.token_ids)
+        self._outputs.append(output)
+        if output.finish_reason is not None:
+            self._end(request, output.finish_reason, output.finish_reason)
+
+    def _take_prompt_logprobs(self, batch: ScheduledBatch, result: StepResult) -> None:
+        for scheduled, logprobs in zip(batch.requests, result.prompt_logprobs, strict=False):
+            request = self.scheduler.requests.get(scheduled.request_id)
+            # A recompute after preemption would tell them twice.
+            if logprobs and request is not None and not request.num_preemptions:
+                self._outputs.append(prompt_logprobs_output(request, logprobs))
+
+    def _end(self, request: Request, reason: FinishReason, detail: str) -> None:
+        request.finish_reason = reason
+        self.scheduler.remove(request)
+        self._processor.remove(request)
+        self._record(request, EventKind.FINISHED, request.num_output_tokens, detail)
+        submission_id = request.parent_id or request.request_id
+        siblings = self._submissions[submission_id]
+        siblings.remove(request)
+        if not siblings:
+            del self._submissions[submission_id]
+
+    def _fail(self, submission_id: str, error: PeltonError, reason: FinishReason = FinishReason.ERROR) -> None:
+        info = ErrorInfo.of(error)
+        for request in list(self._submissions.get(submission_id, ())):
+            if request.fork_of is None:
+                for sibling in self._forks.pop(request.request_id, ()):
+                    self.scheduler.add(sibling)
+            self._outputs.append(error_output(request, info, reason))
+            self._end(request, reason, error.code)
+
+    def _fail_step(self, batch: ScheduledBatch, error: Exception) -> None:
+        """A broken step costs the requests that were in it; the others go on (law 7)."""
+        problem = EngineStepError(f"the step failed: {type(error).__name__}: {error}")
+        for scheduled in batch.requests:
+            request = self.scheduler.requests.get(scheduled.request_id)
+            if request is not None:
+                self._fail(request.parent_id or request.request_id, problem)
+
+    def _record(self, request: Request, kind: EventKind, num_tokens: int = 0, detail: str = "") -> None:
+        self.scheduler.events.append(RequestEvent(request.request_id, kind, self.clock.now_s(), num_tokens, detail))

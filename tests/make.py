@@ -1,0 +1,252 @@
+"""Builders for tests: requests, schedulers, engines; none of them needs torch."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count
+from typing import Any
+
+from pelton.core.batch import NULL_BLOCK_ID, PENDING_TOKEN_ID, KVOpKind, ScheduledBatch, StepResult
+from pelton.core.events import EngineInfo
+from pelton.core.model_spec import KVGroupSpec
+from pelton.core.output import RequestOutput
+from pelton.core.protocols import MonotonicClock
+from pelton.core.request import Request, Submission
+from pelton.core.sampling_params import SamplingParams
+from pelton.engine.engine import Engine
+from pelton.engine.kv.block_pool import BlockPool
+from pelton.engine.kv.manager import KVManager
+from pelton.engine.policies import POLICIES
+from pelton.engine.scheduler import Scheduler
+
+VOCAB_SIZE = 300
+EOS_TOKEN_ID = 256
+FULL_ATTENTION = (KVGroupSpec((0,)),)
+
+_ids = count()
+
+
+class ByteDecoder:
+    """A tokenizer whose token ids are bytes; 256 ends a text and is special, as all above it."""
+
+    eos_token_ids = frozenset({EOS_TOKEN_ID})
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id]) if 0 <= token_id < 256 else b""
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id >= 256
+
+
+class ManualClock:
+    def __init__(self) -> None:
+        self.time_s = 0.0
+
+    def now_s(self) -> float:
+        return self.time_s
+
+
+class ContextExecutor:
+    """An executor without a model whose tokens depend on everything that a model's would.
+
+    It keeps what a KV cache would keep (the token id of every slot, per group) and computes the next
+    token from what it reads back through the block tables. A wrong block, a missing copy, a stale
+    placeholder or a lost window changes the text; a slot that does not hold the context's token is
+    an error at once. `delay_s` per step; runs on its own thread as a real executor does.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[KVGroupSpec] = FULL_ATTENTION,
+        *,
+        num_blocks: int = 256,
+        block_size: int = 4,
+        vocab_size: int = 256,
+        delay_s: float = 0.0,
+        in_thread: bool = False,
+    ) -> None:
+        self.groups = groups
+        self.block_size = block_size
+        self.vocab_size = vocab_size
+        self.delay_s = delay_s
+        self.batches: list[ScheduledBatch] = []
+        self.fail_next: Exception | None = None
+        self._slots = [[-7] * block_size for _ in range(num_blocks)]
+        self._contexts: dict[str, list[int]] = {}
+        self._thread = ThreadPoolExecutor(1) if in_thread else None
+
+    def submit(self, batch: ScheduledBatch) -> Future[StepResult]:
+        self.batches.append(batch)
+        if self._thread is not None:
+            return self._thread.submit(self._execute, batch)
+        future: Future[StepResult] = Future()
+        try:
+            future.set_result(self._execute(batch))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def close(self) -> None:
+        if self._thread is not None:
+            self._thread.shutdown()
+
+    def _execute(self, batch: ScheduledBatch) -> StepResult:
+        if self.delay_s:
+            import time
+
+            time.sleep(self.delay_s)
+        for request_id in (*batch.preempted_ids, *batch.finished_ids):
+            self._contexts.pop(request_id, None)
+        if self.fail_next is not None:
+            error, self.fail_next = self.fail_next, None
+            raise error
+        for op in batch.kv_ops:
+            assert op.kind is KVOpKind.COPY
+            self._slots[op.destination] = list(self._slots[op.source])
+        sampled = tuple(self._compute(scheduled) for scheduled in batch.requests)
+        return StepResult(batch.step_id, sampled, elapsed_s=self.delay_s)
+
+    def _compute(self, scheduled: Any) -> tuple[int, ...]:
+        if scheduled.context is not None:
+            self._contexts[scheduled.request_id] = [
+                *scheduled.context.prompt_token_ids,
+                *scheduled.context.output_token_ids,
+            ]
+        context = self._contexts[scheduled.request_id]
+        end = scheduled.num_computed_tokens
+        for token_id in scheduled.token_ids:
+            assert token_id in (context[end], PENDING_TOKEN_ID)
+            for table in scheduled.block_tables:
+                assert table[end // self.block_size] != NULL_BLOCK_ID, "a token would be written to the null block"
+                self._slots[table[end // self.block_size]][end % self.block_size] = context[end]
+            end += 1
+        assert scheduled.samples == (end == len(context)), "`samples` must be true at the request's end only"
+        if not scheduled.samples:
+            return ()
+        seen = [self._read(scheduled, group_id, end) for group_id in range(len(self.groups))]
+        for group, tokens in zip(self.groups, seen, strict=True):
+            window = end if group.sliding_window is None else min(end, group.sliding_window)
+            assert tokens == context[end - window : end], "the KV read back is not the request's context"
+        sampling = scheduled.sampling
+        data = ",".join(map(str, [*context, 0 if sampling.is_greedy else sampling.seed])).encode()
+        token_id = zlib.crc32(data) % self.vocab_size
+        context.append(token_id)
+        return (token_id,)
+
+    def _read(self, scheduled: Any, group_id: int, end: int) -> list[int]:
+        window = self.groups[group_id].sliding_window
+        start = 0 if window is None else max(0, end - window)
+        table = scheduled.block_tables[group_id]
+        return [self._slots[table[p // self.block_size]][p % self.block_size] for p in range(start, end)]
+
+
+def make_info(**changes: Any) -> EngineInfo:
+    values: dict[str, Any] = {
+        "max_model_len": 256,
+        "num_blocks": 256,
+        "block_size": 4,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 32,
+        "max_num_waiting": 64,
+        "dtype": "float32",
+        "vocab_size": VOCAB_SIZE,
+        "device": "cpu",
+        "num_threads": 1,
+        "enable_prefix_caching": True,
+    }
+    return EngineInfo(**(values | changes))
+
+
+def make_engine(
+    *,
+    groups: Sequence[KVGroupSpec] = FULL_ATTENTION,
+    policy: str = "fcfs",
+    enable_overlap: bool = True,
+    long_prefill_chunk: int | None = None,
+    clock: Any = None,
+    executor: Any = None,
+    **info: Any,
+) -> Engine:
+    """An engine over a `ContextExecutor`; further arguments as in `EngineInfo`."""
+    engine_info = make_info(**info)
+    clock = clock or MonotonicClock()
+    kv = KVManager(
+        tuple(groups),
+        BlockPool(engine_info.num_blocks),
+        engine_info.block_size,
+        enable_prefix_caching=engine_info.enable_prefix_caching,
+    )
+    scheduler = Scheduler(
+        POLICIES[policy](),
+        kv,
+        clock,
+        max_num_seqs=engine_info.max_num_seqs,
+        max_num_batched_tokens=engine_info.max_num_batched_tokens,
+        long_prefill_chunk=long_prefill_chunk,
+    )
+    executor = executor or ContextExecutor(groups, num_blocks=engine_info.num_blocks, block_size=engine_info.block_size)
+    return Engine(scheduler, executor, ByteDecoder(), clock, engine_info, enable_overlap=enable_overlap)
+
+
+def make_submission(prompt_token_ids: Iterable[int], request_id: str | None = None, **options: Any) -> Submission:
+    """Greedy unless told otherwise; options are those of `Submission` and `SamplingParams`."""
+    own = {name: options.pop(name) for name in list(options) if name in Submission.__dataclass_fields__}
+    sampling = SamplingParams(**({"temperature": 0.0, "max_tokens": 8} | options))
+    return Submission(
+        request_id=request_id or f"r{next(_ids)}", prompt_token_ids=list(prompt_token_ids), sampling=sampling, **own
+    )
+
+
+def check_ledger(engine: Engine) -> None:
+    """Law 4: blocks are held by running requests only, and their counts add up."""
+    scheduler = engine.scheduler
+    for request in scheduler.requests.values():
+        if request not in scheduler.running:
+            assert not request.block_tables, f"{request.request_id} holds blocks while it is {request.status}"
+    scheduler.kv.check(scheduler.running)
+
+
+def step(engine: Engine) -> list[RequestOutput]:
+    """One turn of the loop, with the ledger checked."""
+    engine.expire()
+    engine.dispatch()
+    if engine.num_in_flight:
+        engine.collect()
+    check_ledger(engine)
+    update = engine.take_update()
+    return list(update.outputs) if update is not None else []
+
+
+def run(engine: Engine, *, max_steps: int = 10_000) -> list[RequestOutput]:
+    """Until nothing is left to do."""
+    outputs = []
+    for _ in range(max_steps):
+        if not engine.has_work:
+            update = engine.take_update()
+            return outputs + (list(update.outputs) if update is not None else [])
+        outputs += step(engine)
+    raise AssertionError("requests wait for ever")
+
+
+def generate(engine: Engine, *submissions: Submission) -> dict[tuple[str, int], list[int]]:
+    """Token ids by (request id, index); every sequence must end without an error."""
+    for submission in submissions:
+        engine.submit(submission)
+    token_ids: dict[tuple[str, int], list[int]] = {}
+    for output in run(engine):
+        assert output.error is None, output.error
+        token_ids.setdefault((output.request_id, output.index), []).extend(output.token_ids)
+    return token_ids
+
+
+def make_request(prompt_token_ids: Iterable[int] = range(10), **fields: Any) -> Request:
+    values: dict[str, Any] = {
+        "request_id": f"r{next(_ids)}",
+        "prompt_token_ids": list(prompt_token_ids),
+        "sampling": SamplingParams(temperature=0.0, max_tokens=8),
+        "arrival_time_s": 0.0,
+        "max_num_tokens": 64,
+    }
+    return Request(**(values | fields))
