@@ -1,0 +1,80 @@
+"""GGUF tensor names and layouts <-> those of Hugging Face.
+
+Two layouts differ. Llama files hold the rows of q and k in interleaved order (pairs of a rotation side
+by side); here they go back to halves. Gemma files hold norm weights with 1 added; here it is taken off.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from pelton.core.model_spec import ModelSpec
+from pelton.weights.architectures import ARCHITECTURES
+from pelton.weights.dequantize import dequantize
+from pelton.weights.tensors import WeightTensor
+
+# Already part of the spec (rotary factors), or of no use to any architecture here.
+IGNORED_TENSORS = re.compile(r"rope_freqs\.weight|blk\.\d+\.(rope_freqs|attn_rot_embd)\.weight")
+
+_GLOBAL_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_MODULE_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_TWO_NORM_NAMES = {"ffn_norm": "post_attention_layernorm"}
+_FOUR_NORM_NAMES = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_LAYER_TENSOR = re.compile(r"blk\.(0|[1-9]\d{0,4})\.(\w+)\.(weight|bias)")
+
+
+def hf_name(gguf_name: str, architecture: str) -> str | None:
+    """The Hugging Face name, or None for a tensor that the architecture does not know."""
+    if gguf_name in _GLOBAL_NAMES:
+        return _GLOBAL_NAMES[gguf_name]
+    match = _LAYER_TENSOR.fullmatch(gguf_name)
+    if match is None:
+        return None
+    layer_id, module, suffix = match.groups()
+    norms = _FOUR_NORM_NAMES if ARCHITECTURES[architecture].sandwich_norms else _TWO_NORM_NAMES
+    hf_module = _MODULE_NAMES.get(module) or norms.get(module)
+    return None if hf_module is None else f"model.layers.{layer_id}.{hf_module}.{suffix}"
+
+
+def restore_layout(tensor: WeightTensor, spec: ModelSpec) -> WeightTensor:
+    """`tensor` with Hugging Face's name and GGUF's layout -> Hugging Face's layout. Copies only what changes.
+
+    Rows are packed independently, so that their order can change without decoding them.
+    """
+    if spec.architecture == "llama":
+        if tensor.name.endswith(("self_attn.q_proj.weight", "self_attn.q_proj.bias")):
+            return replace(tensor, data=_rows_in_halves(tensor.data, spec.num_heads, spec.head_dim))
+        if tensor.name.endswith(("self_attn.k_proj.weight", "self_attn.k_proj.bias")):
+            return replace(tensor, data=_rows_in_halves(tensor.data, spec.num_kv_heads, spec.head_dim))
+    if ARCHITECTURES[spec.architecture].sandwich_norms and tensor.name.endswith("norm.weight"):
+        return replace(tensor, format="F32", data=(dequantize(tensor) - np.float32(1.0)).view(np.uint8))
+    return tensor
+
+
+def _rows_in_halves(data: npt.NDArray[np.uint8], num_heads: int, head_dim: int) -> npt.NDArray[np.uint8]:
+    """Row 2j + i of each head moves to row i * head_dim / 2 + j."""
+    rows = data.reshape(num_heads, head_dim // 2, 2, -1)
+    return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(-1)
