@@ -137,31 +137,22 @@ class PromptMaker:
 
     async def make_prompts(self, workload: Workload, seed: str) -> list[str]:
         rng = random.Random(f"{seed}/{workload.name}")
-        prefix = await self._make_piece(rng, workload.num_shared_tokens) if workload.num_shared_tokens else ""
-        num_tokens = workload.num_prompt_tokens
-        return [prefix + await self._make_piece(rng, num_tokens, prefix) for _ in range(workload.num_requests)]
+        prefix = await self._extend(rng, "", workload.num_shared_tokens) if workload.num_shared_tokens else ""
+        num_tokens = workload.num_total_prompt_tokens
+        return [await self._extend(rng, prefix, num_tokens) for _ in range(workload.num_requests)]
 
-    async def _make_piece(self, rng: random.Random, num_tokens: int, prefix: str = "") -> str:
-        """Text of exactly `num_tokens` on its own and, behind `prefix`, adding exactly as many."""
+    async def _extend(self, rng: random.Random, prefix: str, num_tokens: int) -> str:
+        """Text that begins with `prefix` and is `num_tokens` long as a whole."""
         if self._tokenizer is None:
-            return cut_words(rng, round(num_tokens * self._words_per_token))
+            num_words = round(num_tokens * self._words_per_token) - len(prefix.split())
+            return f"{prefix} {cut_words(rng, num_words)}".strip()
         for _ in range(_MAX_TRIES):
-            piece = await self._try_cut(self._tokenizer, rng, num_tokens)
-            if piece is not None and (not prefix or await self._adds_exactly(piece, num_tokens, prefix)):
+            text = prefix + cut_text(rng, num_tokens * _MAX_CHARS_PER_TOKEN)
+            token_ids = await self._tokenizer.encode(text)
+            piece = await self._tokenizer.decode(token_ids[:num_tokens])
+            if piece.startswith(prefix) and len(await self._tokenizer.encode(piece)) == num_tokens:
                 return piece
         raise BenchError(f"the server's /tokenize and /detokenize do not agree on any text of {num_tokens} tokens")
-
-    async def _adds_exactly(self, piece: str, num_tokens: int, prefix: str) -> bool:
-        assert self._tokenizer is not None
-        together = await self._tokenizer.encode(prefix + piece)
-        return len(together) == len(await self._tokenizer.encode(prefix)) + num_tokens
-
-    @staticmethod
-    async def _try_cut(tokenizer: PromptTokenizer, rng: random.Random, num_tokens: int) -> str | None:
-        text = cut_text(rng, num_tokens * _MAX_CHARS_PER_TOKEN)
-        token_ids = await tokenizer.encode(text)
-        piece = await tokenizer.decode(token_ids[:num_tokens])
-        return piece if len(await tokenizer.encode(piece)) == num_tokens else None
 
 
 def cut_text(rng: random.Random, num_chars: int) -> str:
