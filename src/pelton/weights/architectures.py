@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pelton.core.errors import ModelFileError, UnsupportedModelError
 from pelton.core.model_spec import ModelSpec
+from pelton.weights.mapped_file import shown
 
 MAX_LAYERS = 4096
 MAX_WIDTH = 1 << 20  # hidden and intermediate sizes, heads
@@ -45,7 +46,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 def unsupported_architecture(path: Path, name: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{path}: architecture {name!r} is not supported; supported are {', '.join(ARCHITECTURES)}"
+        f"{path}: architecture {shown(name)} is not supported; supported are {', '.join(ARCHITECTURES)}"
     )
 
 
@@ -54,6 +55,8 @@ def check_spec(path: Path, spec: ModelSpec) -> None:
     if spec.num_heads % spec.num_kv_heads:
         raise ModelFileError(path, f"{spec.num_heads} query heads cannot share {spec.num_kv_heads} key-value heads")
     for rope in filter(None, (spec.rope, spec.rope_local)):
+        if rope.theta <= 1:
+            raise ModelFileError(path, f"rotary base {rope.theta} must be greater than 1")
         if rope.rotary_dim % 2 or not 2 <= rope.rotary_dim <= spec.head_dim:
             raise ModelFileError(
                 path, f"rotary dimension {rope.rotary_dim} must be even and at most the head size {spec.head_dim}"

@@ -57,7 +57,7 @@ def dequantize(
         tensor_format,
         blocks,
         out.reshape(len(blocks), tensor_format.block_size),
-        num_threads or len(os.sched_getaffinity(0)),
+        num_threads or _num_cores(),
     )
     return out
 
@@ -73,6 +73,11 @@ def dequantize_rows(tensor: WeightTensor, row_ids: npt.NDArray[np.integer], out:
     gathered = tensor.data.reshape(num_rows, -1)[row_ids].reshape(-1)
     picked = WeightTensor(tensor.name, (len(row_ids), num_columns), tensor.format, gathered)
     return dequantize(picked, out=out, num_threads=1)
+
+
+def _num_cores() -> int:
+    """Cores this process may use; where the system cannot say (macOS), all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _decode(tensor_format: TensorFormat, blocks: npt.NDArray[np.uint8], out: F32, num_threads: int) -> None:

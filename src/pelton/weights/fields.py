@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pelton.core.errors import ModelFileError
+from pelton.weights.mapped_file import shown
 
 # Far above any real model; keeps what is computed from a size (lists, products) small.
 MAX_INTEGER = 1 << 31
@@ -29,9 +30,7 @@ class Fields:
         return self._values.get(self._prefix + key)
 
     def fail(self, key: str, expected: str) -> NoReturn:
-        value = repr(self.get(key))
-        shown = value if len(value) <= 80 else value[:77] + "..."
-        raise ModelFileError(self.path, f"{self._prefix + key} is {shown}; it must be {expected}")
+        raise ModelFileError(self.path, f"{self._prefix + key} is {shown(self.get(key))}; it must be {expected}")
 
     def require(self, key: str) -> Any:
         value = self.get(key)

@@ -32,9 +32,15 @@ def defaults_from_folder(folder: Path, config: Mapping[str, Any]) -> GenerationD
     sources = [(path, values), (folder / "config.json", config)]
     if isinstance(text_config, dict):
         sources.append((folder / "config.json", text_config))
-    # The generation config knows best; a model's own config often names only one of its end tokens.
-    eos_token_ids = next((ids for source in sources if (ids := _eos_token_ids(*source))), ())
-    return GenerationDefaults(top_k=fields.optional_integer("top_k", low=0), eos_token_ids=eos_token_ids, **numbers)
+    # Each file may name only some of them: a base model's end token here, the chat's there.
+    eos_token_ids = tuple(dict.fromkeys(token_id for source in sources for token_id in _eos_token_ids(*source)))
+    return GenerationDefaults(top_k=_top_k(fields), eos_token_ids=eos_token_ids, **numbers)
+
+
+def _top_k(fields: Fields) -> int | None:
+    """Some files say -1 for off."""
+    top_k = fields.optional_integer("top_k", low=-1)
+    return None if top_k is None else max(top_k, 0)
 
 
 def _eos_token_ids(path: Path, values: Mapping[str, Any]) -> tuple[int, ...]:
@@ -52,7 +58,7 @@ def defaults_from_gguf(path: Path, metadata: Mapping[str, Any]) -> GenerationDef
     end_ids = (tokenizer.optional_integer(key, low=0, high=(1 << 32) - 1) for key in _GGUF_END_KEYS)
     return GenerationDefaults(
         temperature=sampling.optional_number("temp", positive=False),
-        top_k=sampling.optional_integer("top_k", low=0),
+        top_k=_top_k(sampling),
         top_p=sampling.optional_number("top_p", positive=False),
         min_p=sampling.optional_number("min_p", positive=False),
         repetition_penalty=sampling.optional_number("penalty_repeat", positive=False),

@@ -1,9 +1,10 @@
-"""Opening what may be hostile: regular files only, mapped read-only; JSON with a size limit."""
+"""Opening what may be hostile: regular files only, mapped read-only; text and JSON with a size limit."""
 
 from __future__ import annotations
 
 import json
 import mmap
+import reprlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,14 @@ from typing import Any
 from pelton.core.errors import ModelFileError, ModelNotFoundError
 
 MAX_JSON_BYTES = 64 * 2**20
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 120
+
+
+def shown(value: object) -> str:
+    """`repr` cut to a length fit for a message, whatever a file put there."""
+    return _short.repr(value)
 
 
 def check_regular_file(path: Path) -> None:

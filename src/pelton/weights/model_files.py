@@ -18,7 +18,7 @@ from pelton.weights.gguf.names import IGNORED_TENSORS, hf_name, restore_layout
 from pelton.weights.gguf.reader import GGUFFile, read_gguf
 from pelton.weights.gguf.spec import spec_from_gguf
 from pelton.weights.mapped_file import read_json_object
-from pelton.weights.safetensors import SafetensorsFile, open_safetensors_folder
+from pelton.weights.safetensors import SafetensorsFile, holds_safetensors, open_safetensors_folder
 from pelton.weights.specs import spec_from_config
 from pelton.weights.tensors import GenerationDefaults, ModelFiles, WeightTensor
 
@@ -43,9 +43,9 @@ def open_model(path: Path, *, tokenizer: str | None = None) -> ModelFiles:
     template = _override_template(tokenizer)
     if not path.is_dir():
         return GGUFModelFiles(read_gguf(path), template)
-    if (path / "config.json").exists():
-        return SafetensorsModelFiles(path, template)
     gguf_files = sorted(path.glob("*.gguf"))
+    if (path / "config.json").exists() and (holds_safetensors(path) or not gguf_files):
+        return SafetensorsModelFiles(path, template)
     if len(gguf_files) == 1:
         return GGUFModelFiles(read_gguf(gguf_files[0]), template)
     if gguf_files:

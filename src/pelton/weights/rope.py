@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pelton.core.errors import UnsupportedModelError
 from pelton.core.model_spec import RopeSpec
 from pelton.weights.fields import Fields
+from pelton.weights.mapped_file import shown
 
 SUPPORTED_KINDS = ("default", "linear", "llama3", "yarn")
 
@@ -30,7 +31,7 @@ def rope_from_config(fields: Fields, defaults: RopeDefaults) -> RopeSpec:
     kind = fields.text("rope_type", fields.text("type", "default"))
     if kind not in SUPPORTED_KINDS:
         raise UnsupportedModelError(
-            f"{fields.path}: rope scaling {kind!r} is not supported; supported are {', '.join(SUPPORTED_KINDS)}"
+            f"{fields.path}: rope scaling {shown(kind)} is not supported; supported are {', '.join(SUPPORTED_KINDS)}"
         )
     if kind == "default":
         return RopeSpec(theta, rotary_dim)
@@ -83,7 +84,7 @@ def rope_from_gguf(fields: Fields, defaults: RopeDefaults, frequency_factors: tu
     if kind == "linear":
         return RopeSpec(theta, rotary_dim, "linear", factor, frequency_factors=frequency_factors)
     if kind != "yarn":
-        raise UnsupportedModelError(f"{fields.path}: rope scaling {kind!r} is not supported")
+        raise UnsupportedModelError(f"{fields.path}: rope scaling {shown(kind)} is not supported")
     scale = fields.number("rope.scaling.attn_factor", fields.number("rope.scaling.yarn_attn_factor", 1.0))
     return RopeSpec(
         theta,

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pelton.core.errors import ModelFileError, UnsupportedModelError
-from pelton.weights.mapped_file import map_file, parse_json_object, read_json_object
+from pelton.weights.mapped_file import map_file, parse_json_object, read_json_object, shown
 from pelton.weights.tensors import WeightTensor
 
 MAX_HEADER_BYTES = 64 * 2**20
@@ -74,12 +74,17 @@ class SafetensorsFile:
         info = self.tensors[name]
         if info.dtype not in _READABLE_DTYPES:
             raise UnsupportedModelError(
-                f"{self.path}: tensor {name!r} is stored as {info.dtype}; supported are {', '.join(_READABLE_DTYPES)}"
+                f"{self.path}: tensor {shown(name)} is stored as {info.dtype}; "
+                f"supported are {', '.join(_READABLE_DTYPES)}"
             )
         data: npt.NDArray[np.uint8] = np.frombuffer(
             self._data, dtype=np.uint8, count=info.num_bytes, offset=info.offset
         )
         return WeightTensor(name, info.shape, info.dtype, data)
+
+
+def holds_safetensors(folder: Path) -> bool:
+    return (folder / SINGLE_FILE).exists() or (folder / INDEX_FILE).exists()
 
 
 def open_safetensors_folder(folder: Path) -> dict[str, SafetensorsFile]:
@@ -109,15 +114,17 @@ def _open_shards(index: Path) -> dict[str, SafetensorsFile]:
     for tensor_name, file_name in weight_map.items():
         if not isinstance(file_name, str) or not _is_plain_name(file_name):
             raise ModelFileError(
-                index, f"{file_name!r} is not the plain name of a .safetensors file in the same folder"
+                index, f"{shown(file_name)} is not the plain name of a .safetensors file in the same folder"
             )
         if file_name not in files:
             path = index.parent / file_name
             if not path.exists():
-                raise ModelFileError(index, f"shard {file_name} is missing from the folder")
+                raise ModelFileError(index, f"shard {shown(file_name)} is missing from the folder")
             files[file_name] = SafetensorsFile(path)
         if tensor_name not in files[file_name].tensors:
-            raise ModelFileError(index, f"tensor {tensor_name!r} is not in {file_name}, where the index places it")
+            raise ModelFileError(
+                index, f"tensor {shown(tensor_name)} is not in {shown(file_name)}, where the index places it"
+            )
         placed[tensor_name] = files[file_name]
     return placed
 
@@ -151,12 +158,12 @@ def _read_header(path: Path, data: mmap.mmap) -> tuple[dict[str, Any], int]:
 
 
 def _read_info(path: Path, name: str, entry: Any, data_start: int) -> SafetensorsInfo:
-    problem = f"header entry of tensor {name!r}"
+    problem = f"header entry of tensor {shown(name)}"
     if not isinstance(entry, dict):
         raise ModelFileError(path, f"{problem} is not an object")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in _DTYPE_BYTES:
-        raise ModelFileError(path, f"{problem} has unknown dtype {str(dtype)[:40]!r}")
+        raise ModelFileError(path, f"{problem} has unknown dtype {shown(dtype)}")
     if not _is_sizes(shape) or len(shape) > MAX_DIMENSIONS:
         raise ModelFileError(path, f"{problem} has no valid shape (at most {MAX_DIMENSIONS} sizes, none negative)")
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
@@ -166,7 +173,7 @@ def _read_info(path: Path, name: str, entry: Any, data_start: int) -> Safetensor
         num_bytes *= size
     if num_bytes != offsets[1] - offsets[0]:
         raise ModelFileError(
-            path, f"tensor {name!r} spans {offsets[1] - offsets[0]} bytes; {dtype} {shape} needs {num_bytes}"
+            path, f"tensor {shown(name)} spans {offsets[1] - offsets[0]} bytes; {dtype} {shape} needs {num_bytes}"
         )
     return SafetensorsInfo(dtype, tuple(shape), data_start + offsets[0], num_bytes)
 
@@ -181,8 +188,8 @@ def _check_layout(path: Path, tensors: Mapping[str, SafetensorsInfo], data_start
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].num_bytes)):
         if info.offset != end:
             problem = "overlap" if info.offset < end else f"leave {info.offset - end} bytes unused between them"
-            raise ModelFileError(path, f"{previous} and tensor {name!r} {problem}")
-        end, previous = info.offset + info.num_bytes, f"tensor {name!r}"
+            raise ModelFileError(path, f"{previous} and tensor {shown(name)} {problem}")
+        end, previous = info.offset + info.num_bytes, f"tensor {shown(name)}"
     if end != file_size:
         kind = "truncated" if end > file_size else "has unknown data at its end"
         raise ModelFileError(path, f"{kind}: its tensors end at byte {end}, the file at {file_size}")

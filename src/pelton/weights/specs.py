@@ -22,6 +22,7 @@ from pelton.weights.architectures import (
     unsupported_architecture,
 )
 from pelton.weights.fields import Fields
+from pelton.weights.mapped_file import shown
 from pelton.weights.rope import RopeDefaults, extended_length, rope_from_config
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -118,7 +119,7 @@ def _resolve_architecture(path: Path, config: Mapping[str, Any]) -> tuple[str, M
         return architecture.name, config
     nested_type = nested.get("model_type", architecture.model_types[0])
     if architecture.name != "gemma3" or nested_type != "gemma3_text":
-        raise unsupported_architecture(path, f"{label} with text model {nested_type}")
+        raise unsupported_architecture(path, f"{label} with text model {shown(nested_type)}")
     inherited = {key: config[key] for key in _INHERITED if key in config}
     return architecture.name, {**inherited, **nested}
 
@@ -127,7 +128,7 @@ def _refuse_unimplemented(fields: Fields) -> None:
     quantization = fields.section("quantization_config")
     if quantization is not None:
         raise UnsupportedModelError(
-            f"{fields.path}: quantization method {quantization.get('quant_method')!r} is not supported"
+            f"{fields.path}: quantization method {shown(quantization.get('quant_method'))} is not supported"
         )
     if fields.flag("use_bidirectional_attention", False):
         raise UnsupportedModelError(f"{fields.path}: bidirectional attention is not supported")
@@ -150,14 +151,14 @@ def _hidden_act(fields: Fields, is_gemma: bool) -> str:
         return "gelu_tanh"
     if name in ("silu", "swish"):
         return "silu"
-    raise UnsupportedModelError(f"{fields.path}: activation {name!r} is not supported")
+    raise UnsupportedModelError(f"{fields.path}: activation {shown(name)} is not supported")
 
 
 def _dtype(fields: Fields) -> str:
     name = fields.text("dtype", fields.text("torch_dtype", "float32"))
     if name not in DTYPES:
         raise UnsupportedModelError(
-            f"{fields.path}: dtype {name!r} is not supported; supported are {', '.join(DTYPES)}"
+            f"{fields.path}: dtype {shown(name)} is not supported; supported are {', '.join(DTYPES)}"
         )
     return name
 
@@ -184,7 +185,7 @@ def _windowed_layers(fields: Fields, architecture: str, num_layers: int, window:
             fields.fail("layer_types", f"a list of {num_layers} names, one for each layer")
         unknown = set(layer_types) - {"full_attention", "sliding_attention"}
         if unknown:
-            raise UnsupportedModelError(f"{fields.path}: layer type {min(unknown)!r} is not supported")
+            raise UnsupportedModelError(f"{fields.path}: layer type {shown(min(unknown))} is not supported")
         return [name == "sliding_attention" for name in layer_types]
     if architecture in ("qwen2", "qwen3"):
         first = fields.integer("max_window_layers", low=0)

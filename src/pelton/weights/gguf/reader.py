@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from pelton.core.errors import ModelFileError, UnsupportedModelError
 from pelton.weights.gguf.formats import FORMATS, GGML_TYPE_NAMES
-from pelton.weights.mapped_file import map_file
+from pelton.weights.mapped_file import map_file, shown
 
 MAGIC = b"GGUF"
 SUPPORTED_VERSIONS = (2, 3)
@@ -27,11 +27,11 @@ DEFAULT_ALIGNMENT = 32
 MAX_DIMENSIONS = 4
 MAX_KEY_BYTES = 65535
 MAX_TENSOR_NAME_BYTES = 1024
-MAX_ARRAY_DEPTH = 4
 # Bounds on the work that a hostile file can ask for; real files stay far below.
 MAX_KEYS = 1 << 16
-MAX_TENSORS = 1 << 18
-MAX_STRINGS_IN_ARRAY = 1 << 24
+MAX_TENSORS = 1 << 16
+MAX_ARRAY_LENGTH = 1 << 22
+MAX_STRING_BYTES = 1 << 26
 
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
@@ -140,29 +140,31 @@ class _Cursor:
         if count * min_bytes > self.size - self.position or (most is not None and count > most):
             raise self.error(f"corrupt: the file claims {count} {what} at byte {self.position}, more than it can hold")
 
-    def skip_value(self, kind: int, key: str, depth: int = 0) -> None:
+    def skip_value(self, kind: int, key: str) -> None:
         if kind in _SCALARS:
-            self.take(_SCALARS[kind].itemsize, f"value of {key!r}")
+            self.take(_SCALARS[kind].itemsize, f"value of {shown(key)}")
         elif kind == _STRING:
-            self.take(self.u64(f"length of {key!r}"), f"value of {key!r}")
+            num_bytes = self.u64(f"length of {shown(key)}")
+            self.check_count(num_bytes, 1, f"bytes in {shown(key)}", MAX_STRING_BYTES)
+            self.position += num_bytes
         elif kind == _ARRAY:
-            self._skip_array(key, depth)
+            self._skip_array(key)
         else:
-            raise self.error(f"metadata key {key!r} has unknown value type {kind}")
+            raise self.error(f"metadata key {shown(key)} has unknown value type {kind}")
 
-    def _skip_array(self, key: str, depth: int) -> None:
-        if depth >= MAX_ARRAY_DEPTH:
-            raise self.error(f"metadata key {key!r} nests arrays deeper than {MAX_ARRAY_DEPTH}")
-        kind, count = self.u32(f"element type of {key!r}"), self.u64(f"length of {key!r}")
+    def _skip_array(self, key: str) -> None:
+        kind, count = self.u32(f"element type of {shown(key)}"), self.u64(f"length of {shown(key)}")
         if kind in _SCALARS:
-            self.take(count * _SCALARS[kind].itemsize, f"array {key!r}")
+            itemsize = _SCALARS[kind].itemsize
+            self.check_count(count, itemsize, f"elements in {shown(key)}", MAX_ARRAY_LENGTH)
+            self.position += count * itemsize
         elif kind == _STRING:
-            self.check_count(count, 8, f"strings in {key!r}", MAX_STRINGS_IN_ARRAY)
+            self.check_count(count, 8, f"strings in {shown(key)}", MAX_ARRAY_LENGTH)
             self._skip_strings(count, key)
+        elif kind == _ARRAY:
+            raise self.error(f"metadata key {shown(key)} is an array of arrays, which no model file uses")
         else:
-            self.check_count(count, 12, f"arrays in {key!r}", MAX_KEYS)
-            for _ in range(count):
-                self.skip_value(kind, key, depth + 1)
+            raise self.error(f"metadata key {shown(key)} has unknown element type {kind}")
 
     def _skip_strings(self, count: int, key: str) -> None:
         # A vocabulary has 10^5 strings and more, so this loop is as bare as it can be.
@@ -175,7 +177,7 @@ class _Cursor:
             if position <= self.size:
                 self.position = position
                 return
-        raise self.error(f"truncated or corrupt: a string of {key!r} reaches past the end of the file")
+        raise self.error(f"truncated or corrupt: a string of {shown(key)} reaches past the end of the file")
 
 
 class _Metadata(Mapping[str, Any]):
@@ -204,14 +206,12 @@ class _Metadata(Mapping[str, Any]):
 
     def _decode(self, cursor: _Cursor, kind: int, key: str) -> Any:
         if kind == _STRING:
-            return cursor.text(f"metadata value {key!r}")
+            return cursor.text(f"metadata value {shown(key)}")
         if kind != _ARRAY:
             return self._numbers(cursor, kind, 1, key)[0]
         kind, count = cursor.u32(key), cursor.u64(key)
         if kind == _STRING:
             return self._strings(cursor, count, key)
-        if kind == _ARRAY:
-            return [self._decode(cursor, kind, key) for _ in range(count)]
         return self._numbers(cursor, kind, count, key)
 
     def _numbers(self, cursor: _Cursor, kind: int, count: int, key: str) -> list[Any]:
@@ -221,7 +221,7 @@ class _Metadata(Mapping[str, Any]):
             numbers: list[Any] = values.tolist()
             return numbers
         if np.any(values > 1):
-            raise ModelFileError(self._path, f"metadata key {key!r} holds a boolean that is neither 0 nor 1")
+            raise ModelFileError(self._path, f"metadata key {shown(key)} holds a boolean that is neither 0 nor 1")
         flags: list[Any] = values.astype(bool).tolist()
         return flags
 
@@ -233,7 +233,7 @@ class _Metadata(Mapping[str, Any]):
                 position = start + unpack(data, position)[0]
                 strings.append(data[start:position].decode("utf-8"))
         except UnicodeDecodeError as error:
-            raise ModelFileError(self._path, f"string {len(strings)} of {key!r} is not valid UTF-8") from error
+            raise ModelFileError(self._path, f"string {len(strings)} of {shown(key)} is not valid UTF-8") from error
         cursor.position = position
         return strings
 
@@ -260,8 +260,8 @@ def _read_metadata(cursor: _Cursor, num_keys: int) -> _Metadata:
     for _ in range(num_keys):
         key = cursor.text("metadata key", MAX_KEY_BYTES)
         if key in entries:
-            raise cursor.error(f"metadata key {key!r} occurs twice")
-        kind = cursor.u32(f"type of {key!r}")
+            raise cursor.error(f"metadata key {shown(key)} occurs twice")
+        kind = cursor.u32(f"type of {shown(key)}")
         entries[key] = (kind, cursor.position)
         cursor.skip_value(kind, key)
     return _Metadata(cursor.path, cursor.data, entries)
@@ -277,31 +277,33 @@ def _alignment(path: Path, metadata: Mapping[str, Any]) -> int:
 def _read_tensor_info(cursor: _Cursor, alignment: int) -> GGUFTensorInfo:
     """`offset` still counts from the start of the data section."""
     name = cursor.text("tensor name", MAX_TENSOR_NAME_BYTES)
-    num_dimensions = cursor.u32(f"number of dimensions of {name!r}")
+    num_dimensions = cursor.u32(f"number of dimensions of {shown(name)}")
     if not 1 <= num_dimensions <= MAX_DIMENSIONS:
-        raise cursor.error(f"tensor {name!r} has {num_dimensions} dimensions; 1 to {MAX_DIMENSIONS} are allowed")
-    shape = tuple(cursor.u64(f"dimensions of {name!r}") for _ in range(num_dimensions))[::-1]
-    type_number = cursor.u32(f"type of {name!r}")
-    offset = cursor.u64(f"offset of {name!r}")
+        raise cursor.error(f"tensor {shown(name)} has {num_dimensions} dimensions; 1 to {MAX_DIMENSIONS} are allowed")
+    shape = tuple(cursor.u64(f"dimensions of {shown(name)}") for _ in range(num_dimensions))[::-1]
+    type_number = cursor.u32(f"type of {shown(name)}")
+    offset = cursor.u64(f"offset of {shown(name)}")
     type_name = GGML_TYPE_NAMES.get(type_number)
     if type_name is None:
-        raise cursor.error(f"tensor {name!r} has unknown type number {type_number}")
+        raise cursor.error(f"tensor {shown(name)} has unknown type number {type_number}")
     tensor_format = FORMATS.get(type_name)
     if tensor_format is None:
         raise UnsupportedModelError(
-            f"{cursor.path}: tensor {name!r} is stored as {type_name}; supported formats are {', '.join(FORMATS)}"
+            f"{cursor.path}: tensor {shown(name)} is stored as {type_name}; supported formats are {', '.join(FORMATS)}"
         )
     num_elements = 1
     for length in shape:
         num_elements *= length
     if num_elements == 0:
-        raise cursor.error(f"tensor {name!r} of shape {shape} is empty")
+        raise cursor.error(f"tensor {shown(name)} of shape {shape} is empty")
     if shape[-1] % tensor_format.block_size:
         raise cursor.error(
-            f"rows of {name!r} have {shape[-1]} values; {type_name} needs a multiple of {tensor_format.block_size}"
+            f"rows of {shown(name)} have {shape[-1]} values; {type_name} needs a multiple of {tensor_format.block_size}"
         )
     if offset % alignment:
-        raise cursor.error(f"tensor {name!r} starts at {offset}, which is not a multiple of the alignment {alignment}")
+        raise cursor.error(
+            f"tensor {shown(name)} starts at {offset}, which is not a multiple of the alignment {alignment}"
+        )
     num_bytes = num_elements // tensor_format.block_size * tensor_format.block_bytes
     return GGUFTensorInfo(name, shape, type_name, offset, num_bytes)
 
@@ -312,18 +314,18 @@ def _place_tensors(
     tensors: dict[str, GGUFTensorInfo] = {}
     for info in infos:
         if info.name in tensors:
-            raise ModelFileError(path, f"tensor {info.name!r} occurs twice")
+            raise ModelFileError(path, f"tensor {shown(info.name)} occurs twice")
         offset = data_start + info.offset
         if offset + info.num_bytes > file_size:
             raise ModelFileError(
                 path,
-                f"truncated or corrupt: tensor {info.name!r} needs bytes {offset} to {offset + info.num_bytes}, "
+                f"truncated or corrupt: tensor {shown(info.name)} needs bytes {offset} to {offset + info.num_bytes}, "
                 f"the file has {file_size}",
             )
         tensors[info.name] = GGUFTensorInfo(info.name, info.shape, info.format, offset, info.num_bytes)
     end, previous = 0, ""
     for info in sorted(tensors.values(), key=lambda info: info.offset):
         if info.offset < end:
-            raise ModelFileError(path, f"tensors {previous!r} and {info.name!r} overlap")
+            raise ModelFileError(path, f"tensors {shown(previous)} and {shown(info.name)} overlap")
         end, previous = info.offset + info.num_bytes, info.name
     return tensors
