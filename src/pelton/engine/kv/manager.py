@@ -232,17 +232,3 @@ class KVManager:
                 self._roots.clear()
             root = self._roots[cache_salt] = root_hash(self._identity, cache_salt)
         return root
-
-
-def num_blocks_for_one_request(
-    groups: tuple[KVGroupSpec, ...], num_tokens: int, block_size: int, max_step_tokens: int
-) -> int:
-    """Blocks that one request of `num_tokens` holds at most, over all groups."""
-    total = 0
-    for group in groups:
-        held = num_tokens
-        if group.sliding_window is not None:
-            # A window, the step being written, and a block at either end.
-            held = min(held, group.sliding_window + max_step_tokens + 2 * block_size)
-        total += -(-held // block_size)
-    return total

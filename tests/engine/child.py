@@ -1,0 +1,27 @@
+"""An engine process over a `ContextExecutor`: what `ProcessTransport` starts in tests.
+
+Settings: arguments of `make_engine`, `delay_s` of a step, `fail` to refuse to start.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import msgspec
+
+from pelton.core.errors import ConfigError
+from pelton.engine.engine import Engine
+from pelton.engine.process import run_engine_process
+from tests.make import ContextExecutor, make_engine
+
+
+def build(settings: bytes) -> Engine:
+    options = msgspec.json.decode(settings)
+    if options.pop("fail", False):
+        raise ConfigError("told to fail")
+    executor = ContextExecutor(delay_s=options.pop("delay_s", 0.0), in_thread=True)
+    return make_engine(executor=executor, **options)
+
+
+if __name__ == "__main__":
+    sys.exit(run_engine_process(build))
