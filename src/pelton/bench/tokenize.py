@@ -62,7 +62,7 @@ async def make_prompt_maker(clients: list[ServerClient]) -> PromptMaker:
 
 
 async def _calibrate(client: ServerClient) -> PromptMaker:
-    num_words = 400
+    num_words = 2000
     record = await client.complete(cut_words(random.Random("calibration"), num_words), 1)
     if record.error is None and record.num_prompt_tokens:
         return PromptMaker(None, num_words / record.num_prompt_tokens)

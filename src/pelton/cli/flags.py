@@ -24,10 +24,9 @@ def with_settings(rooms: Sequence[str]) -> Callable[[Callable[..., int]], Callab
         own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
         settings = [setting for setting in all_settings().values() if setting.room in rooms]
         groups = {room: Group(f"{room.title()} settings", sort_key=index + 1) for index, room in enumerate(rooms)}
-        model = [_make_parameter(setting, None) for setting in settings if setting.name == MODEL_ARGUMENT]
-        flags = [
-            _make_parameter(setting, groups[setting.room]) for setting in settings if setting.name != MODEL_ARGUMENT
-        ]
+        parameters = [_make_parameter(setting, groups[setting.room]) for setting in settings]
+        model = [p for p in parameters if p.name == MODEL_ARGUMENT]
+        flags = [p for p in parameters if p.name != MODEL_ARGUMENT]
         command.__signature__ = inspect.Signature([*model, *own, *flags])  # type: ignore[attr-defined]
         command.__annotations__ = {p.name: p.annotation for p in (*model, *own, *flags)}
         return command
@@ -35,7 +34,7 @@ def with_settings(rooms: Sequence[str]) -> Callable[[Callable[..., int]], Callab
     return decorate
 
 
-def _make_parameter(setting: Setting, group: Group | None) -> inspect.Parameter:
+def _make_parameter(setting: Setting, group: Group) -> inspect.Parameter:
     parameter = Parameter(
         help=setting.help,
         group=group,

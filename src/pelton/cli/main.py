@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from cyclopts import App, CycloptsError, UnknownOptionError
+from cyclopts import App, CycloptsError, UnknownOptionError, UnusedCliTokensError
 
 from pelton.cli.vllm_flags import missing_flag_hint
 from pelton.core.errors import ConfigError, PeltonError
@@ -77,6 +77,8 @@ def _usage_message(error: CycloptsError) -> str:
         hint = missing_flag_hint(flag)
         if hint is not None:
             return f"{flag}: {hint}"
+    if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
+        return f"unexpected argument: {error.unused_tokens[0]}"
     error.verbose = False
     return " ".join(str(error).split())
 
