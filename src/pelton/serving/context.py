@@ -1,0 +1,174 @@
+"""What every handler shares: the engine's client, the tokenizer, the template, the settings."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+from starlette.requests import Request
+
+from pelton.core.errors import (
+    ContextLengthExceededError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    QueueFullError,
+    ServiceUnavailableError,
+)
+from pelton.core.events import EngineInfo
+from pelton.core.request import DEFAULT_TENANT, Submission
+from pelton.core.sampling_params import SamplingParams
+from pelton.engine.client import EngineClient, EngineState
+from pelton.serving.config import ServerConfig
+from pelton.serving.generation import Generation
+from pelton.serving.metrics import ServerMetrics
+from pelton.serving.openai.logprobs import TokenSpelling
+from pelton.serving.openai.requests import GenerationRequest
+from pelton.serving.template_process import TemplateRenderer
+from pelton.weights.tensors import GenerationDefaults
+from pelton.weights.tokenizer import Tokenizer
+
+NUM_PREPARE_THREADS = 2
+MAX_PREPARING = 256
+PIECE_CHARS = 1 << 18
+CUT_SLACK_TOKENS = 64
+UNAVAILABLE_RETRY_S = 2.0
+_TENANT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}")
+_SESSION_ID = re.compile(r"[\x21-\x7e]{1,512}")
+ResultT = TypeVar("ResultT")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCard:
+    """The model behind the server. `names` are those that clients may use; answers carry the first."""
+
+    names: tuple[str, ...]
+    root: str  # what was asked for: a catalog name, a folder, a file
+    max_model_len: int  # the model's own; the engine's may be smaller
+    created: int
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks: from headers and from fields of the body."""
+
+    tenant_id: str
+    session_id: str | None
+
+    def salt(self, cache_salt: str | None) -> str:
+        """Prefixes are shared within a tenant and, where it sends one, a salt; never across."""
+        if self.tenant_id == DEFAULT_TENANT and not cache_salt:
+            return ""
+        return f"{len(self.tenant_id)}:{self.tenant_id}:{cache_salt or ''}"
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class ServingContext:
+    client: EngineClient
+    tokenizer: Tokenizer
+    model: ModelCard
+    config: ServerConfig
+    template: TemplateRenderer | None
+    defaults: GenerationDefaults
+    metrics: ServerMetrics
+    spelling: TokenSpelling
+    pool: ThreadPoolExecutor
+    num_preparing: int = 0
+
+    def check_ready(self) -> EngineInfo:
+        """Raises `ServiceUnavailableError` unless the engine takes requests."""
+        if self.client.state is not EngineState.READY or self.client.info is None:
+            raise ServiceUnavailableError(
+                f"the server is {self.client.state}; try again later", retry_after_s=UNAVAILABLE_RETRY_S
+            )
+        return self.client.info
+
+    def check_model(self, name: str | None) -> None:
+        if name is not None and name not in self.model.names:
+            served = ", ".join(self.model.names)
+            raise ModelNotFoundError(f"the model {name!r} is not served here; served: {served}")
+
+    @property
+    def max_model_len(self) -> int:
+        return self.client.info.max_model_len if self.client.info is not None else self.model.max_model_len
+
+    async def prepare(self, function: Callable[..., ResultT], *args: object) -> ResultT:
+        """Run templates and tokenization away from the event loop; the backlog is bounded."""
+        if self.num_preparing >= MAX_PREPARING:
+            raise QueueFullError(f"{self.num_preparing} requests are being tokenized; try again later")
+        self.num_preparing += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.pool, function, *args)
+        finally:
+            self.num_preparing -= 1
+
+    def encode(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
+        """Token ids of `text`; a text far beyond the context is refused after its first pieces."""
+        num_tokens = 0
+        if len(text) > PIECE_CHARS:
+            for start in range(0, len(text), PIECE_CHARS):
+                piece = text[start : start + PIECE_CHARS]
+                # A cut may split tokens in two, so each piece counts for a little less.
+                num_tokens += len(self.tokenizer.encode(piece, add_special_tokens=False)) - CUT_SLACK_TOKENS
+                if num_tokens > self.max_model_len:
+                    raise ContextLengthExceededError(
+                        f"the prompt has more than {num_tokens} tokens, but the context holds {self.max_model_len}",
+                        param=param,
+                    )
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def submit(
+        self,
+        answer_id: str,
+        prompts: Sequence[list[int]],
+        request: GenerationRequest,
+        sampling: SamplingParams,
+        caller: Caller,
+    ) -> Generation:
+        """One submission per prompt, all or none."""
+        timeout_s = request.timeout_s or self.config.request_timeout_s or None
+        streams = []
+        try:
+            for index, prompt in enumerate(prompts):
+                submission = Submission(
+                    request_id=answer_id if len(prompts) == 1 else f"{answer_id}-{index}",
+                    prompt_token_ids=prompt,
+                    sampling=sampling,
+                    tenant_id=caller.tenant_id,
+                    session_id=caller.session_id,
+                    cache_salt=caller.salt(request.cache_salt),
+                    priority=request.priority,
+                    timeout_s=timeout_s,
+                )
+                streams.append(self.client.submit(submission))
+        except BaseException:
+            for stream in streams:
+                stream.cancel()
+            raise
+        return Generation(streams, self.metrics.observe_gap)
+
+
+def caller_of(request: Request, body: GenerationRequest) -> Caller:
+    tenant_id = request.headers.get("x-tenant-id", DEFAULT_TENANT)
+    if not _TENANT_ID.fullmatch(tenant_id):
+        raise InvalidRequestError(
+            "X-Tenant-Id must be 1 to 128 letters, digits or ._:@- and start with a letter or digit",
+            param="X-Tenant-Id",
+        )
+    session_id = request.headers.get("x-session-id") or body.prompt_cache_key or None
+    if session_id is not None and "x-session-id" in request.headers and not _SESSION_ID.fullmatch(session_id):
+        raise InvalidRequestError("X-Session-Id must be 1 to 512 printable ASCII characters", param="X-Session-Id")
+    return Caller(tenant_id, session_id)
+
+
+def new_answer_id(prefix: str) -> str:
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def now_unix_s() -> int:
+    return int(time.time())

@@ -1,0 +1,154 @@
+"""What runs between a handler and the engine: the streams of one HTTP request, read as one."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from pelton.core.errors import PeltonError
+from pelton.core.output import RequestOutput, TokenLogprobs, Usage
+from pelton.core.request import FinishReason
+from pelton.engine.client import RequestStream
+
+# (prompt index, what came for it) of everything that came since the last read.
+Batch = list[tuple[int, list[RequestOutput]]]
+
+
+class Generation:
+    """The streams of one HTTP request, one per prompt. Iterate to read them all; `cancel` ends them.
+
+    `observe_gap(seconds, num_tokens)` is told the time between the deltas of a sequence.
+    """
+
+    def __init__(
+        self, streams: Sequence[RequestStream], observe_gap: Callable[[float, int], None] | None = None
+    ) -> None:
+        self.streams = streams
+        self.is_cancelled = False
+        self._observe_gap = observe_gap
+        self._last_s: dict[tuple[int, int], float] = {}
+        self._merged = _MergedStreams(streams) if len(streams) > 1 else None
+
+    async def read(self) -> Batch | None:
+        """The next deltas; None at the end. Raises the typed error that ended a stream."""
+        try:
+            if self._merged is None:
+                batch = [(0, await self.streams[0].__anext__())]
+            else:
+                batch = await self._merged.read()
+        except StopAsyncIteration:
+            return None
+        if self._observe_gap is not None:
+            self._time(batch, self._observe_gap)
+        return batch
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+        self.close()
+
+    def close(self) -> None:
+        """Give everything back; streams that have not ended are cancelled."""
+        for stream in self.streams:
+            stream.cancel()
+        if self._merged is not None:
+            self._merged.close()
+
+    def _time(self, batch: Batch, observe_gap: Callable[[float, int], None]) -> None:
+        now_s = time.monotonic()
+        for prompt_index, outputs in batch:
+            for output in outputs:
+                if output.token_ids:
+                    key = (prompt_index, output.index)
+                    last_s = self._last_s.get(key)
+                    if last_s is not None:
+                        observe_gap(now_s - last_s, len(output.token_ids))
+                    self._last_s[key] = now_s
+
+
+class _MergedStreams:
+    """Several streams read by a task each; the reader wakes once for all that came meanwhile."""
+
+    def __init__(self, streams: Sequence[RequestStream]) -> None:
+        self._ready: Batch = []
+        self._error: PeltonError | None = None
+        self._num_open = len(streams)
+        self._wake = asyncio.Event()
+        self._tasks = [asyncio.create_task(self._pump(index, stream)) for index, stream in enumerate(streams)]
+
+    async def _pump(self, prompt_index: int, stream: RequestStream) -> None:
+        try:
+            async for outputs in stream:
+                self._ready.append((prompt_index, outputs))
+                self._wake.set()
+        except PeltonError as error:
+            self._error = error
+        finally:
+            self._num_open -= 1
+            self._wake.set()
+
+    async def read(self) -> Batch:
+        while not self._ready:
+            if self._error is not None:
+                raise self._error
+            if not self._num_open:
+                raise StopAsyncIteration
+            self._wake.clear()
+            await self._wake.wait()
+        ready, self._ready = self._ready, []
+        return ready
+
+    def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+
+
+@dataclass(slots=True)
+class SequenceResult:
+    """Everything one sequence produced."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    usage: Usage | None = None
+
+
+@dataclass(slots=True)
+class PromptResult:
+    """Everything that came of one prompt."""
+
+    sequences: list[SequenceResult]
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+
+async def collect(generation: Generation, num_sequences: int) -> list[PromptResult] | None:
+    """Read to the end; None where the client went away meanwhile. Raises the streams' typed errors."""
+    results = [PromptResult([SequenceResult() for _ in range(num_sequences)]) for _ in generation.streams]
+    texts: list[list[list[str]]] = [[[] for _ in range(num_sequences)] for _ in generation.streams]
+    while (batch := await generation.read()) is not None:
+        for prompt_index, outputs in batch:
+            result = results[prompt_index]
+            for output in outputs:
+                if output.prompt_logprobs:
+                    result.prompt_logprobs += output.prompt_logprobs
+                _add(result.sequences[output.index], output)
+                texts[prompt_index][output.index].append(output.text)
+    if generation.is_cancelled:
+        return None
+    for result, prompt_texts in zip(results, texts, strict=True):
+        for sequence, parts in zip(result.sequences, prompt_texts, strict=True):
+            sequence.text = "".join(parts)
+    return results
+
+
+def _add(sequence: SequenceResult, output: RequestOutput) -> None:
+    sequence.token_ids += output.token_ids
+    if output.logprobs:
+        sequence.logprobs += output.logprobs
+    if output.finish_reason is not None:
+        sequence.finish_reason = output.finish_reason
+        sequence.stop_reason = output.stop_reason
+        sequence.usage = output.usage

@@ -1,0 +1,98 @@
+"""Around every request: its id, the key, timing, the access log, and the last net for errors."""
+
+from __future__ import annotations
+
+import hmac
+import re
+import time
+import uuid
+
+import structlog
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pelton.core.errors import PeltonError
+from pelton.serving.errors import ClientDisconnectedError, HTTPProblemError, error_response
+from pelton.serving.metrics import ServerMetrics
+
+# Probes carry no key; everything else does, where one is set.
+OPEN_PATHS = frozenset({"/live", "/ready", "/health"})
+CLIENT_CLOSED_REQUEST = 499  # nginx's status for the log; never sent
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_log = structlog.get_logger("pelton.access")
+
+
+class RequestMiddleware:
+    def __init__(self, app: ASGIApp, *, api_key: str | None, metrics: ServerMetrics) -> None:
+        self._app = app
+        self._api_key = api_key.encode() if api_key is not None else None
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started_s = time.perf_counter()
+        headers = Headers(scope=scope)
+        request_id = headers.get("x-request-id", "")
+        if not _REQUEST_ID.fullmatch(request_id):
+            request_id = uuid.uuid4().hex
+        status = 0
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                elapsed_ms = round((time.perf_counter() - started_s) * 1000)
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    (b"x-request-id", request_id.encode()),
+                    (b"openai-processing-ms", str(elapsed_ms).encode()),
+                ]
+            await send(message)
+
+        try:
+            await self._respond(scope, receive, send_with_headers, headers)
+        except ClientDisconnectedError:
+            status = CLIENT_CLOSED_REQUEST
+        except Exception:
+            _log.exception("unhandled error", request_id=request_id, path=scope["path"])
+            if status:
+                raise  # the server closes the connection, so that the client sees that the answer is broken
+            await error_response(PeltonError("internal error"))(scope, receive, send_with_headers)
+        finally:
+            self._record(scope, request_id, status, time.perf_counter() - started_s)
+
+    async def _respond(self, scope: Scope, receive: Receive, send: Send, headers: Headers) -> None:
+        if self._api_key is not None and scope["path"] not in OPEN_PATHS and not self._has_key(headers):
+            error = HTTPProblemError(
+                401,
+                "a valid API key is required, as the header 'Authorization: Bearer KEY'",
+                code="invalid_api_key",
+                headers={"www-authenticate": "Bearer"},
+            )
+            await error_response(error)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _has_key(self, headers: Headers) -> bool:
+        assert self._api_key is not None
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        sent = key.strip().encode("latin-1")
+        return hmac.compare_digest(sent, self._api_key) and scheme.lower() == "bearer"
+
+    def _record(self, scope: Scope, request_id: str, status: int, elapsed_s: float) -> None:
+        route = scope.get("route")
+        path = getattr(route, "path", "other")
+        self._metrics.count_response(path, status)
+        if path in OPEN_PATHS or path == "/metrics":
+            return
+        _log.info(
+            "request",
+            method=scope["method"],
+            path=scope["path"][:256],
+            status=status,
+            elapsed_ms=round(elapsed_s * 1000, 1),
+            request_id=request_id,
+            **scope.get("pelton.log", {}),
+        )

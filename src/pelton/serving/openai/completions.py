@@ -1,0 +1,151 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from msgspec import UNSET
+from starlette.requests import Request
+from starlette.responses import Response
+
+from pelton.core.errors import InvalidRequestError
+from pelton.core.sampling_params import SamplingParams
+from pelton.serving.context import ServingContext, caller_of, new_answer_id, now_unix_s
+from pelton.serving.generation import PromptResult
+from pelton.serving.openai.chunks import FINISH_REASONS, AnswerOptions, CompletionChunkEncoder, UsageCounter
+from pelton.serving.openai.logprobs import CompletionLogprobsBuilder, prompt_logprobs
+from pelton.serving.openai.requests import CompletionRequest, check_supported
+from pelton.serving.openai.responses import Completion, CompletionChoice
+from pelton.serving.openai.sampling import completion_sampling
+from pelton.serving.request_body import read_json_body
+from pelton.serving.sse import CollectedAnswer, EventStream
+
+MAX_PROMPTS = 256
+
+
+async def create_completion(context: ServingContext, http_request: Request) -> Response:
+    context.check_ready()
+    request = await read_json_body(http_request, CompletionRequest, context.config.max_body_bytes)
+    check_supported(request)
+    context.check_model(request.model)
+    caller = caller_of(http_request, request)
+    sampling = completion_sampling(request, context.defaults)
+    prompts = await _token_ids(context, request)
+    options = _answer_options(context, request, sampling, prompts)
+    generation = context.submit(options.answer_id, prompts, request, sampling, caller)
+    if request.stream:
+        return EventStream(generation, CompletionChunkEncoder(options))
+    return CollectedAnswer(generation, sampling.n, _completion_builder(options, request.prompt_logprobs))
+
+
+async def _token_ids(context: ServingContext, request: CompletionRequest) -> list[list[int]]:
+    """Token ids of every prompt, tokenized one by one so that other requests get their turn."""
+    parts = _prompt_parts(request)
+    if len(parts) > MAX_PROMPTS:
+        raise InvalidRequestError(f"{len(parts)} prompts in one request; at most {MAX_PROMPTS}", param="prompt")
+
+    def encode(text: str) -> list[int]:
+        return context.encode(text, add_special_tokens=request.add_special_tokens, param="prompt")
+
+    return [await context.prepare(encode, part) if isinstance(part, str) else part for part in parts]
+
+
+def _prompt_parts(request: CompletionRequest) -> list[str] | list[list[int]]:
+    """The prompts in one of the four forms, as a list of prompts."""
+    prompt = request.prompt
+    if isinstance(prompt, str):
+        return [prompt]
+    if not prompt:
+        raise InvalidRequestError("prompt is empty", param="prompt")
+    kinds = {type(part) for part in prompt}
+    if len(kinds) > 1:
+        raise InvalidRequestError(
+            "prompt mixes texts, token ids and lists of token ids; it must be of one kind", param="prompt"
+        )
+    (kind,) = kinds
+    if kind is int:
+        return [[part for part in prompt if isinstance(part, int)]]
+    if kind is str:
+        return [part for part in prompt if isinstance(part, str)]
+    return [part for part in prompt if isinstance(part, list)]
+
+
+def _answer_options(
+    context: ServingContext, request: CompletionRequest, sampling: SamplingParams, prompts: list[list[int]]
+) -> AnswerOptions:
+    stream_options = request.stream_options
+    echo_texts = None
+    if request.echo:
+        parts = _prompt_parts(request)
+        echo_texts = [
+            part if isinstance(part, str) else context.tokenizer.decode(part, skip_special_tokens=False)
+            for part in parts
+        ]
+    return AnswerOptions(
+        answer_id=new_answer_id("cmpl"),
+        created=now_unix_s(),
+        model=request.model or context.model.names[0],
+        prompts=prompts,
+        n=sampling.n,
+        spelling=context.spelling,
+        logprobs=request.logprobs,
+        skip_special_tokens=sampling.skip_special_tokens,
+        return_token_ids=bool(request.return_token_ids),
+        include_usage=stream_options is not None and bool(stream_options.include_usage),
+        continuous_usage=stream_options is not None and bool(stream_options.continuous_usage_stats),
+        echo_texts=echo_texts,
+        drop_output=request.max_tokens == 0,
+    )
+
+
+def _completion_builder(
+    options: AnswerOptions, num_prompt_logprobs: int | None
+) -> Callable[[list[PromptResult]], Completion]:
+    def build(results: list[PromptResult]) -> Completion:
+        usage = UsageCounter(options.num_prompt_tokens)
+        choices = []
+        for prompt_index, result in enumerate(results):
+            for index, sequence in enumerate(result.sequences):
+                if options.drop_output:
+                    sequence.text, sequence.token_ids, sequence.logprobs = "", [], []
+                usage.add(index, len(sequence.token_ids), sequence.usage)
+                choices.append(_choice(options, prompt_index, index, result, num_prompt_logprobs))
+        return Completion(
+            id=options.answer_id,
+            created=options.created,
+            model=options.model,
+            choices=choices,
+            usage=usage.info(),
+        )
+
+    return build
+
+
+def _choice(
+    options: AnswerOptions, prompt_index: int, index: int, result: PromptResult, num_prompt_logprobs: int | None
+) -> CompletionChoice:
+    sequence = result.sequences[index]
+    assert sequence.finish_reason is not None
+    choice = CompletionChoice(
+        index=prompt_index * options.n + index,
+        text=sequence.text,
+        finish_reason=FINISH_REASONS[sequence.finish_reason],
+        stop_reason=sequence.stop_reason,
+    )
+    builder = None
+    if options.logprobs is not None:
+        builder = CompletionLogprobsBuilder(
+            options.logprobs, options.spelling, skip_special_tokens=options.skip_special_tokens
+        )
+    prompt = options.prompts[prompt_index]
+    if options.echo_texts is not None:
+        choice.text = options.echo_texts[prompt_index] + sequence.text
+        if builder is not None:
+            choice.logprobs = builder.build_echo(prompt[0], result.prompt_logprobs, sequence.logprobs)
+    elif builder is not None:
+        choice.logprobs = builder.build(sequence.logprobs)
+    choice.token_ids = sequence.token_ids if options.return_token_ids else UNSET
+    choice.prompt_token_ids = prompt if options.return_token_ids else UNSET
+    if num_prompt_logprobs is not None:
+        choice.prompt_logprobs = prompt_logprobs(result.prompt_logprobs, num_prompt_logprobs, options.spelling)
+    return choice

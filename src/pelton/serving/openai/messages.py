@@ -1,0 +1,72 @@
+"""Chat messages of the API to what templates expect."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from pelton.core.errors import InvalidRequestError
+from pelton.serving.openai.requests import ChatMessage, ContentPart, check_supported
+
+
+def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
+    """Plain dictionaries with text contents. Raises `InvalidRequestError` for what is not text."""
+    return [_template_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+
+
+def _template_message(message: ChatMessage, path: str) -> dict[str, Any]:
+    check_supported(message, f"{path}.")
+    # Templates know no developer role: most would leave such a message out without a word.
+    role = "system" if message.role == "developer" else message.role
+    content = _text(message.content, f"{path}.content")
+    if content is None and not (message.role == "assistant" and message.tool_calls):
+        raise InvalidRequestError(f"{path}.content is null; a message of {message.role!r} needs text", param=path)
+    result: dict[str, Any] = {"role": role, "content": content or ""}
+    for name in ("name", "tool_call_id", "reasoning_content"):
+        value = getattr(message, name)
+        if value is not None:
+            result[name] = value
+    if message.tool_calls:
+        result["tool_calls"] = [
+            {
+                "type": "function",
+                "id": call.id,
+                "function": {
+                    "name": call.function.name,
+                    "arguments": _arguments(call.function.arguments, f"{path}.tool_calls[{index}].function.arguments"),
+                },
+            }
+            for index, call in enumerate(message.tool_calls)
+        ]
+    return result
+
+
+def _text(content: str | list[ContentPart] | None, path: str) -> str | None:
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for index, part in enumerate(content):
+        if part.type != "text":
+            raise InvalidRequestError(
+                f"{path}[{index}] is of type {part.type!r}; the model reads text only",
+                param=f"{path}[{index}].type",
+                code="unsupported_content_type",
+            )
+        if part.text is None:
+            raise InvalidRequestError(
+                f"{path}[{index}].text is required", param=f"{path}[{index}].text", code="missing_required_parameter"
+            )
+        texts.append(part.text)
+    return "\n".join(texts)
+
+
+def _arguments(arguments: str, path: str) -> Any:
+    """Templates write arguments with `tojson`, so they want the object, not its text."""
+    try:
+        value = json.loads(arguments) if arguments else {}
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise InvalidRequestError(f"{path} must be the text of a JSON object", param=path)
+    return value

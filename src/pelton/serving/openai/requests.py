@@ -1,0 +1,257 @@
+"""Bodies of the OpenAI-compatible endpoints: strict structs, the source of decoding and of the schema.
+
+Every parameter that OpenAI or vLLM define is here. One that Pelton does not implement is marked
+`neutral(...)`: it may hold the values that change nothing, and anything else is refused by name.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Annotated, Any, Literal, get_type_hints
+
+import msgspec
+from msgspec import Meta, Struct
+
+from pelton.core.errors import InvalidRequestError
+from pelton.core.sampling_params import MAX_LOGPROBS, MAX_N, MAX_SEED, MAX_STOP_STRINGS
+
+MAX_TIMEOUT_S = 24 * 3600.0
+INT32_MAX = 2**31 - 1
+
+
+def neutral(*values: Any) -> Meta:
+    """Marks a parameter that is not implemented: only null and `values` are taken."""
+    allowed = [None, *values]
+    # The values are spelled out because `Annotated` takes equal metadata, such as of 1.0 and True, for one.
+    listed = ", ".join(map(repr, allowed))
+    return Meta(extra_json_schema={"enum": allowed}, description=f"Not supported; may only be one of {listed}.")
+
+
+Count = Annotated[int, Meta(ge=0, le=INT32_MAX)]
+TokenId = Annotated[int, Meta(ge=0, le=INT32_MAX)]
+Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
+ShortText = Annotated[str, Meta(max_length=512)]
+StopString = Annotated[str, Meta(min_length=1)]
+Logprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
+Seed = Annotated[int, Meta(extra_json_schema={"minimum": -(2**63), "maximum": MAX_SEED})]
+LogitBias = Annotated[
+    dict[Annotated[str, Meta(pattern=r"^[0-9]{1,9}$")], Annotated[float, Meta(ge=-100.0, le=100.0)]],
+    Meta(description="Token id, as a string, to what is added to its logit."),
+]
+
+
+class StreamOptions(Struct, kw_only=True, forbid_unknown_fields=True):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: Annotated[Any, neutral(False)] = None
+
+
+class ResponseFormat(Struct, kw_only=True, forbid_unknown_fields=True):
+    type: Annotated[str, Meta(extra_json_schema={"enum": ["text"]})]
+    json_schema: Annotated[Any, neutral()] = None
+
+
+class GenerationRequest(Struct, kw_only=True, forbid_unknown_fields=True):
+    """What chat and completions have in common."""
+
+    model: Annotated[str, Meta(description="A served name; default: the served model.")] | None = None
+    temperature: Annotated[float, Meta(ge=0.0, le=100.0)] | None = None
+    top_p: Annotated[float, Meta(gt=0.0, le=1.0)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=INT32_MAX, description="0 or -1: off.")] | None = None
+    min_p: Annotated[float, Meta(ge=0.0, le=1.0)] | None = None
+    repetition_penalty: Annotated[float, Meta(ge=0.01, le=100.0)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: LogitBias | None = None
+    allowed_token_ids: Annotated[list[TokenId], Meta(min_length=1)] | None = None
+    seed: Seed | None = None
+    n: Annotated[int, Meta(ge=1, le=MAX_N)] | None = None
+    stop: StopString | Annotated[list[StopString], Meta(max_length=MAX_STOP_STRINGS)] | None = None
+    stop_token_ids: list[TokenId] | None = None
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    min_tokens: Count | None = None
+    skip_special_tokens: bool = True
+    prompt_logprobs: Logprobs | None = None
+    return_token_ids: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    priority: Annotated[int, Meta(ge=-(2**31), le=INT32_MAX, description="Lower runs first.")] = 0
+    cache_salt: Annotated[str, Meta(min_length=1, max_length=512)] | None = None
+    prompt_cache_key: Annotated[ShortText, Meta(description="Names the session, as X-Session-Id does.")] | None = None
+    timeout_s: Annotated[float, Meta(gt=0.0, le=MAX_TIMEOUT_S, description="Deadline of this request.")] | None = None
+    user: Annotated[ShortText, Meta(description="For your records; changes nothing.")] | None = None
+    safety_identifier: Annotated[ShortText, Meta(description="For your records; changes nothing.")] | None = None
+    metadata: Annotated[dict[str, str], Meta(description="For your records; changes nothing.")] | None = None
+    response_format: ResponseFormat | None = None
+
+    store: Annotated[Any, neutral(False)] = None
+    service_tier: Annotated[Any, neutral("auto", "default")] = None
+    prompt_cache_retention: Annotated[Any, neutral("in_memory", "in-memory")] = None
+    use_beam_search: Annotated[Any, neutral(False)] = None
+    length_penalty: Annotated[Any, neutral(1.0)] = None
+    spaces_between_special_tokens: Annotated[Any, neutral(True)] = None
+    truncate_prompt_tokens: Annotated[Any, neutral()] = None
+    bad_words: Annotated[Any, neutral([])] = None
+    structured_outputs: Annotated[Any, neutral()] = None
+    guided_json: Annotated[Any, neutral()] = None
+    guided_regex: Annotated[Any, neutral()] = None
+    guided_choice: Annotated[Any, neutral()] = None
+    guided_grammar: Annotated[Any, neutral()] = None
+    guided_decoding_backend: Annotated[Any, neutral()] = None
+    guided_whitespace_pattern: Annotated[Any, neutral()] = None
+    logits_processors: Annotated[Any, neutral([])] = None
+    return_tokens_as_token_ids: Annotated[Any, neutral(False)] = None
+    kv_transfer_params: Annotated[Any, neutral()] = None
+    vllm_xargs: Annotated[Any, neutral()] = None
+    request_id: Annotated[Any, neutral()] = None
+
+
+class CompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
+    """POST /v1/completions."""
+
+    prompt: Annotated[
+        str | list[str | TokenId | list[TokenId]],
+        Meta(
+            extra_json_schema={
+                "anyOf": [
+                    {"type": "string", "minLength": 1},
+                    {"type": "array", "minItems": 1, "items": {"type": "string", "minLength": 1}},
+                    {"$ref": "#/components/schemas/TokenIds"},
+                    {"type": "array", "minItems": 1, "items": {"$ref": "#/components/schemas/TokenIds"}},
+                ]
+            }
+        ),
+    ]
+    max_tokens: Annotated[Count, Meta(description="Default 16, as OpenAI has it; 0 needs echo.")] | None = None
+    logprobs: Logprobs | None = None
+    echo: bool | None = None
+    best_of: Annotated[int, Meta(ge=1, le=MAX_N, description="Must equal n.")] | None = None
+    add_special_tokens: bool = True
+    suffix: Annotated[Any, neutral("")] = None
+
+
+class FunctionCall(Struct, kw_only=True, forbid_unknown_fields=True):
+    name: str
+    arguments: str
+
+
+class ToolCall(Struct, kw_only=True, forbid_unknown_fields=True):
+    function: FunctionCall
+    id: str | None = None
+    type: Literal["function"] = "function"
+
+
+class ContentPart(Struct, kw_only=True):
+    """A part of a message's content. Fields of other kinds of part are refused with their type."""
+
+    type: Annotated[str, Meta(extra_json_schema={"enum": ["text"]})]
+    text: str | None = None
+
+
+class ChatMessage(Struct, kw_only=True, forbid_unknown_fields=True):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    refusal: Annotated[Any, neutral()] = None
+    annotations: Annotated[Any, neutral([])] = None
+    audio: Annotated[Any, neutral()] = None
+    function_call: Annotated[Any, neutral()] = None
+
+
+Messages = Annotated[list[ChatMessage], Meta(min_length=1)]
+
+
+class ChatRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
+    """POST /v1/chat/completions."""
+
+    messages: Messages
+    max_tokens: Annotated[int, Meta(ge=1, le=INT32_MAX)] | None = None
+    max_completion_tokens: Annotated[int, Meta(ge=1, le=INT32_MAX)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Logprobs | None = None
+    echo: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    add_special_tokens: bool = False
+    chat_template_kwargs: Annotated[dict[str, Any], Meta(description="Variables of the chat template.")] | None = None
+
+    tools: Annotated[Any, neutral([])] = None
+    tool_choice: Annotated[Any, neutral("none")] = None
+    parallel_tool_calls: Annotated[Any, neutral(True, False)] = None
+    functions: Annotated[Any, neutral([])] = None
+    function_call: Annotated[Any, neutral("none")] = None
+    modalities: Annotated[Any, neutral(["text"])] = None
+    audio: Annotated[Any, neutral()] = None
+    prediction: Annotated[Any, neutral()] = None
+    reasoning_effort: Annotated[Any, neutral()] = None
+    verbosity: Annotated[Any, neutral("medium")] = None
+    web_search_options: Annotated[Any, neutral()] = None
+    include_reasoning: Annotated[Any, neutral(True)] = None
+    thinking_token_budget: Annotated[Any, neutral()] = None
+    chat_template: Annotated[Any, neutral()] = None
+    documents: Annotated[Any, neutral([])] = None
+    mm_processor_kwargs: Annotated[Any, neutral()] = None
+
+
+class TokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):
+    """POST /tokenize: a prompt, or the messages of a chat."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    return_token_strs: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template: Annotated[Any, neutral()] = None
+    tools: Annotated[Any, neutral([])] = None
+
+
+class DetokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):
+    """POST /detokenize."""
+
+    tokens: list[TokenId]
+    model: str | None = None
+
+
+@cache
+def _neutral_values(struct: type[Struct]) -> tuple[tuple[str, list[Any]], ...]:
+    """(field, values) of every field of `struct` that is marked neutral."""
+    found = []
+    for name, hint in get_type_hints(struct, include_extras=True).items():
+        for meta in getattr(hint, "__metadata__", ()):
+            if hint.__origin__ is Any and isinstance(meta, Meta) and meta.extra_json_schema:
+                found.append((name, meta.extra_json_schema["enum"]))
+    return tuple(found)
+
+
+# Refused with more than the general reason.
+_REASONS = {
+    "suffix": "fill-in-the-middle is not supported: the model continues a prompt, it does not join two ends",
+    "chat_template": "the server renders its own template only; a template is code",
+    "tools": "tool calling is not supported yet",
+    "tool_choice": "tool calling is not supported yet",
+}
+
+
+def check_supported(request: Struct, path: str = "") -> None:
+    """Raise for a parameter that is not implemented and would have changed the result."""
+    for name, values in _neutral_values(type(request)):
+        value = getattr(request, name)
+        if value is None or any(value is allowed or _equal(value, allowed) for allowed in values):
+            continue
+        reason = _REASONS.get(name, f"{name} is not supported")
+        if len(values) > 1:
+            allowed_text = " or ".join(msgspec.json.encode(allowed).decode() for allowed in values)
+            reason += f"; leave it out, or send {allowed_text}"
+        raise InvalidRequestError(reason, param=path + name, code="unsupported_parameter")
+
+
+def _equal(value: Any, allowed: Any) -> bool:
+    """JSON equality: 1 and 1.0 are one number, true is none."""
+    return bool(value == allowed) and isinstance(value, bool) == isinstance(allowed, bool)

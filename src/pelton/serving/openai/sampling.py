@@ -1,0 +1,103 @@
+"""Request parameters to `SamplingParams`: the client's word first, then the model's defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+from pelton.core.errors import InvalidRequestError
+from pelton.core.sampling_params import SamplingParams
+from pelton.serving.openai.requests import ChatRequest, CompletionRequest, GenerationRequest
+from pelton.weights.tensors import GenerationDefaults
+
+NumberT = TypeVar("NumberT", int, float)
+DEFAULT_COMPLETION_TOKENS = 16  # of /v1/completions, as OpenAI documents it
+
+
+@dataclass(frozen=True, slots=True)
+class _Lengths:
+    max_tokens: int | None
+    logprobs: int | None
+    prompt_logprobs: int | None
+
+
+def chat_sampling(request: ChatRequest, defaults: GenerationDefaults) -> SamplingParams:
+    max_tokens = request.max_tokens
+    if request.max_completion_tokens is not None:
+        if max_tokens not in (None, request.max_completion_tokens):
+            raise InvalidRequestError(
+                f"max_tokens is {max_tokens} and max_completion_tokens {request.max_completion_tokens}; "
+                "they name the same limit: send one",
+                param="max_tokens",
+            )
+        max_tokens = request.max_completion_tokens
+    if request.top_logprobs is not None and not request.logprobs:
+        raise InvalidRequestError("top_logprobs needs logprobs=true", param="top_logprobs")
+    logprobs = (request.top_logprobs or 0) if request.logprobs else None
+    return _sampling(request, defaults, _Lengths(max_tokens, logprobs, request.prompt_logprobs))
+
+
+def completion_sampling(request: CompletionRequest, defaults: GenerationDefaults) -> SamplingParams:
+    """`max_tokens` 0 is sampled as 1: the caller drops the token. It scores a prompt (echo, logprobs)."""
+    max_tokens = DEFAULT_COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
+    if max_tokens == 0:
+        if not request.echo:
+            raise InvalidRequestError("max_tokens is 0; without echo it must be at least 1", param="max_tokens")
+        max_tokens = 1
+    n = request.n or 1
+    if request.best_of not in (None, n):
+        raise InvalidRequestError(
+            f"best_of is {request.best_of} and n is {n}; choosing among more sequences than are returned is "
+            "not supported, so best_of must equal n",
+            param="best_of",
+            code="unsupported_parameter",
+        )
+    prompt_logprobs = request.prompt_logprobs
+    if request.echo and request.logprobs is not None:
+        prompt_logprobs = max(prompt_logprobs or 0, request.logprobs)
+    return _sampling(request, defaults, _Lengths(max_tokens, request.logprobs, prompt_logprobs))
+
+
+def _sampling(request: GenerationRequest, defaults: GenerationDefaults, lengths: _Lengths) -> SamplingParams:
+    if request.stream_options is not None and not request.stream:
+        raise InvalidRequestError("stream_options needs stream=true", param="stream_options")
+    if request.stream and request.prompt_logprobs is not None:
+        raise InvalidRequestError(
+            "prompt_logprobs is not available with stream=true", param="prompt_logprobs", code="unsupported_parameter"
+        )
+    if request.response_format is not None and request.response_format.type != "text":
+        raise InvalidRequestError(
+            f"response_format of type {request.response_format.type!r} is not supported yet; it may be 'text'",
+            param="response_format",
+            code="unsupported_parameter",
+        )
+    top_k = _first(request.top_k, defaults.top_k, 0)
+    stop = request.stop or ()
+    return SamplingParams(
+        n=request.n or 1,
+        temperature=_first(request.temperature, defaults.temperature, 1.0),
+        top_k=max(top_k, 0),
+        top_p=_first(request.top_p, defaults.top_p, 1.0),
+        min_p=_first(request.min_p, defaults.min_p, 0.0),
+        repetition_penalty=_first(request.repetition_penalty, defaults.repetition_penalty, 1.0),
+        presence_penalty=request.presence_penalty or 0.0,
+        frequency_penalty=request.frequency_penalty or 0.0,
+        logit_bias={int(token_id): bias for token_id, bias in (request.logit_bias or {}).items()},
+        allowed_token_ids=tuple(request.allowed_token_ids) if request.allowed_token_ids is not None else None,
+        max_tokens=lengths.max_tokens,
+        min_tokens=request.min_tokens or 0,
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        include_stop_str_in_output=request.include_stop_str_in_output,
+        stop_token_ids=tuple(request.stop_token_ids or ()),
+        ignore_eos=request.ignore_eos,
+        seed=request.seed,
+        logprobs=lengths.logprobs,
+        prompt_logprobs=lengths.prompt_logprobs,
+        skip_special_tokens=request.skip_special_tokens,
+    )
+
+
+def _first(sent: NumberT | None, default: NumberT | None, fallback: NumberT) -> NumberT:
+    if sent is not None:
+        return sent
+    return fallback if default is None else default

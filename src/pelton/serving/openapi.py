@@ -1,0 +1,90 @@
+"""The OpenAPI document, made from the structs that the server decodes and encodes with."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import msgspec
+
+from pelton.serving.errors import ErrorResponse
+from pelton.serving.routes import Route
+
+_PATH_PARAMETER = re.compile(r"\{(\w+)(?::\w+)?\}")
+_ERROR_TEXTS = {
+    400: "The request is not valid",
+    401: "The API key is missing or wrong",
+    404: "No such model",
+    408: "The deadline passed",
+    413: "The body is too large",
+    415: "The body is not JSON",
+    500: "The engine failed on this request",
+    503: "The server is starting, restarting, draining or full; see Retry-After",
+}
+# Not structs of their own, but named in their schemas.
+_EXTRA_SCHEMAS: dict[str, Any] = {
+    "TokenIds": {
+        "title": "TokenIds",
+        "type": "array",
+        "minItems": 1,
+        "items": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1},
+    }
+}
+
+
+def build_openapi(routes: tuple[Route, ...], version: str, *, has_key: bool) -> dict[str, Any]:
+    structs: dict[str, type[msgspec.Struct]] = {"ErrorResponse": ErrorResponse}
+    for route in routes:
+        structs.update((kind.__name__, kind) for kind in (route.body, route.answer, route.chunk) if kind is not None)
+    _, schemas = msgspec.json.schema_components(structs.values(), ref_template="#/components/schemas/{name}")
+    components: dict[str, Any] = {"schemas": {**schemas, **_EXTRA_SCHEMAS}}
+    if has_key:
+        components["securitySchemes"] = {"ApiKey": {"type": "http", "scheme": "bearer"}}
+    paths: dict[str, Any] = {}
+    for route in routes:
+        path = _PATH_PARAMETER.sub(r"{\1}", route.path)
+        paths.setdefault(path, {})[route.method.lower()] = _operation(route, has_key=has_key)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Pelton", "version": version},
+        "paths": paths,
+        "components": components,
+    }
+
+
+def _operation(route: Route, *, has_key: bool) -> dict[str, Any]:
+    operation: dict[str, Any] = {"summary": route.summary, "operationId": route.handler.__name__ + _suffix(route)}
+    parameters = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+        for name in _PATH_PARAMETER.findall(route.path)
+    ]
+    if parameters:
+        operation["parameters"] = parameters
+    if route.body is not None:
+        operation["requestBody"] = {"required": True, "content": {"application/json": _schema(route.body)}}
+    content: dict[str, Any] = {"text/plain": {"schema": {"type": "string"}}}
+    if route.answer is not None:
+        content = {"application/json": _schema(route.answer)}
+    if route.chunk is not None:
+        content["text/event-stream"] = {
+            "schema": {"type": "string", "description": f"Events whose data is a {route.chunk.__name__}, then [DONE]"}
+        }
+    operation["responses"] = {"200": {"description": "Success", "content": content}}
+    for status in route.errors:
+        if status == 401 and not has_key:
+            continue
+        operation["responses"][str(status)] = {
+            "description": _ERROR_TEXTS[status],
+            "content": {"application/json": _schema(ErrorResponse)},
+        }
+    if has_key and not route.is_open:
+        operation["security"] = [{"ApiKey": []}]
+    return operation
+
+
+def _suffix(route: Route) -> str:
+    return "_health" if route.path == "/health" else ""
+
+
+def _schema(struct: type[msgspec.Struct]) -> dict[str, Any]:
+    return {"schema": {"$ref": f"#/components/schemas/{struct.__name__}"}}

@@ -1,0 +1,152 @@
+"""ASGI responses fed by a `Generation`: server-sent events, and one JSON answer at the end.
+
+Both wait for the engine's first word before they send a status, so that an early failure has one, and
+both watch the connection, so that a client that goes away frees its blocks within one step. The hot
+path is raw bytes: one wake-up and one write per step, however many sequences the request has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import msgspec
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from pelton.core.errors import PeltonError
+from pelton.serving.errors import ClientDisconnectedError, ErrorResponse, error_body
+from pelton.serving.generation import Batch, Generation, PromptResult, collect
+
+SSE_DONE = b"data: [DONE]\n\n"
+# A client that keeps its connection open but has stopped reading is given up after this long.
+MAX_STALL_S = 60.0
+STALL_CHECK_S = 10.0
+_STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+class ChunkEncoder(Protocol):
+    """Turns deltas into complete server-sent events."""
+
+    is_finished: bool  # every sequence has sent its finish reason
+
+    def first(self) -> bytes:
+        """What comes before the first delta."""
+        ...
+
+    def encode(self, batch: Batch) -> bytes: ...
+
+    def last(self) -> bytes:
+        """What follows the last delta, the end mark included."""
+        ...
+
+
+def sse_event(value: object) -> bytes:
+    return b"data: " + msgspec.json.encode(value) + b"\n\n"
+
+
+class EventStream(Response):
+    """Streams a generation as server-sent events."""
+
+    def __init__(self, generation: Generation, encoder: ChunkEncoder) -> None:
+        super().__init__(media_type="text/event-stream")
+        self._generation = generation
+        self._encoder = encoder
+        self._send_started_s: float | None = None
+        self._stall_check: asyncio.TimerHandle | None = None
+        self._is_stalled = False
+
+    async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
+        generation = self._generation
+        watcher = cancel_on_disconnect(generation, receive)
+        task = asyncio.current_task()
+        assert task is not None
+        self._arm_stall_check(task)
+        try:
+            batch = await generation.read()
+            if batch is None:
+                raise ClientDisconnectedError
+            await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+            await self._stream(batch, send)
+        except asyncio.CancelledError:
+            if self._is_stalled:
+                raise ClientDisconnectedError from None
+            raise
+        finally:
+            watcher.cancel()
+            if self._stall_check is not None:
+                self._stall_check.cancel()
+            generation.close()
+
+    async def _stream(self, batch: Batch | None, send: Send) -> None:
+        generation, encoder = self._generation, self._encoder
+        data = encoder.first()
+        try:
+            while batch is not None:
+                data += encoder.encode(batch)
+                if encoder.is_finished:
+                    break
+                if data:
+                    self._send_started_s = time.monotonic()
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
+                    self._send_started_s = None
+                    data = b""
+                batch = await generation.read()
+            if generation.is_cancelled:
+                raise ClientDisconnectedError
+            data += encoder.last()
+        except PeltonError as error:
+            # The status is gone already, so the error comes in band; no end mark follows, so that
+            # nobody takes the text for complete.
+            data += sse_event(ErrorResponse(error=error_body(error)))
+        await send({"type": "http.response.body", "body": data, "more_body": False})
+
+    def _arm_stall_check(self, task: asyncio.Task[None]) -> None:
+        self._stall_check = asyncio.get_running_loop().call_later(STALL_CHECK_S, self._check_stall, task)
+
+    def _check_stall(self, task: asyncio.Task[None]) -> None:
+        started_s = self._send_started_s
+        if started_s is not None and time.monotonic() - started_s > MAX_STALL_S:
+            self._is_stalled = True
+            task.cancel()
+        else:
+            self._arm_stall_check(task)
+
+
+class CollectedAnswer(Response):
+    """Answers with one JSON object once a generation has ended."""
+
+    def __init__(
+        self, generation: Generation, num_sequences: int, build: Callable[[list[PromptResult]], msgspec.Struct]
+    ) -> None:
+        super().__init__(media_type="application/json")
+        self._generation = generation
+        self._num_sequences = num_sequences
+        self._build = build
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        watcher = cancel_on_disconnect(self._generation, receive)
+        try:
+            results = await collect(self._generation, self._num_sequences)
+        finally:
+            watcher.cancel()
+            self._generation.close()
+        if results is None:
+            raise ClientDisconnectedError
+        answer = msgspec.json.encode(self._build(results))
+        await Response(answer, media_type="application/json")(scope, receive, send)
+
+
+def cancel_on_disconnect(generation: Generation, receive: Receive) -> asyncio.Task[None]:
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        generation.cancel()
+
+    return asyncio.create_task(watch())

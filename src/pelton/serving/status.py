@@ -1,0 +1,55 @@
+"""What operators and routers ask: models, version, probes, metrics."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from pelton.core.errors import ModelNotFoundError
+from pelton.engine.client import EngineState
+from pelton.serving.context import ServingContext
+from pelton.serving.errors import json_response
+from pelton.serving.openai.responses import ModelInfo, ModelList, Status, VersionInfo
+
+PELTON_VERSION = version("pelton")
+
+
+async def list_models(context: ServingContext, _: Request) -> Response:
+    return json_response(ModelList(data=[_model_info(context, name) for name in context.model.names]))
+
+
+async def show_model(context: ServingContext, request: Request) -> Response:
+    name = request.path_params["model"]
+    if name not in context.model.names:
+        raise ModelNotFoundError(f"the model {name!r} is not served here; served: {', '.join(context.model.names)}")
+    return json_response(_model_info(context, name))
+
+
+def _model_info(context: ServingContext, name: str) -> ModelInfo:
+    model = context.model
+    return ModelInfo(id=name, created=model.created, root=model.root, max_model_len=context.max_model_len)
+
+
+async def show_version(_context: ServingContext, _: Request) -> Response:
+    return json_response(VersionInfo(version=PELTON_VERSION))
+
+
+async def live(_context: ServingContext, _: Request) -> Response:
+    """The process answers; says nothing of the engine."""
+    return json_response(Status(status="live"))
+
+
+async def ready(context: ServingContext, _: Request) -> Response:
+    """Whether requests are taken."""
+    context.check_ready()
+    return json_response(Status(status="ready"))
+
+
+async def show_metrics(context: ServingContext, _: Request) -> Response:
+    if context.client.info is not None:
+        context.metrics.set_info(context.client.info)
+    if context.client.state is not EngineState.READY:
+        context.metrics.clear_gauges()
+    return Response(context.metrics.expose(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -1,0 +1,35 @@
+"""Servers shared by the tests of this room."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import httpx2
+import openai
+import pytest
+
+from tests.serving.make import RunningServer, running_server
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[RunningServer]:
+    with running_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def slow_server() -> Iterator[RunningServer]:
+    """A step takes 20 ms: time to look at a request while it runs."""
+    with running_server(delay_s=0.02) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def openai_client(server: RunningServer) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+@pytest.fixture(scope="session")
+def http(server: RunningServer) -> Iterator[httpx2.Client]:
+    with httpx2.Client(base_url=server.url, timeout=30) as client:
+        yield client
