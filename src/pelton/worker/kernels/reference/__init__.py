@@ -1,0 +1,30 @@
+"""The reference backend: torch, on the CPU. Obvious rather than fast, and exact under law 3 in float32."""
+
+from __future__ import annotations
+
+from pelton.worker.kernels.reference.activation import gelu_tanh_mul, silu_mul, softcap
+from pelton.worker.kernels.reference.attention import paged_attention
+from pelton.worker.kernels.reference.attention_plan import plan_attention
+from pelton.worker.kernels.reference.embedding import embedding
+from pelton.worker.kernels.reference.linear import DenseWeight, linear
+from pelton.worker.kernels.reference.norm import add_rms_norm, rms_norm
+from pelton.worker.kernels.reference.rotary import rotary
+from pelton.worker.kernels.reference.write_kv import write_kv
+
+
+class ReferenceKernels:
+    """Implements `ops.Kernels`."""
+
+    name = "reference"
+    make_linear = DenseWeight
+    linear = staticmethod(linear)
+    embedding = staticmethod(embedding)
+    rms_norm = staticmethod(rms_norm)
+    add_rms_norm = staticmethod(add_rms_norm)
+    rotary = staticmethod(rotary)
+    write_kv = staticmethod(write_kv)
+    plan_attention = staticmethod(plan_attention)
+    paged_attention = staticmethod(paged_attention)
+    silu_mul = staticmethod(silu_mul)
+    gelu_tanh_mul = staticmethod(gelu_tanh_mul)
+    softcap = staticmethod(softcap)

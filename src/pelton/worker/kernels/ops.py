@@ -1,0 +1,143 @@
+"""The one dispatch: what a kernel backend offers, and which backends there are.
+
+A backend implements `Kernels`; a new one may subclass `ReferenceKernels` and replace only what it does
+faster. Weights are held by objects that a backend makes, so that it can keep them packed as it likes.
+
+Law 3: a row of a result depends only on that row's inputs, bit for bit: not on the number of rows, its
+place among them, or what the other rows hold. A backend that cannot promise it says so.
+
+Legend: T tokens of the step, R requests, S rows, H hidden size, F intermediate size, V vocabulary,
+N query heads, K key-value heads, D head size, B blocks in a table, I and O in and out features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from pelton.core.errors import ConfigError
+from pelton.weights.tensors import WeightTensor
+
+
+class LinearWeight(Protocol):
+    """A matrix [O, I] in the backend's own layout. Filled once, by row ranges, then never changed."""
+
+    def load_rows(self, tensors: Sequence[WeightTensor]) -> None:
+        """Fill the matrix with `tensors` one below another; their rows add up to O."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """What is the same for every attention layer of a KV group."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    sliding_window: int | None  # tokens seen, the current one included
+
+
+class Kernels(Protocol):
+    name: str
+
+    def make_linear(self, out_features: int, in_features: int, dtype: torch.dtype) -> LinearWeight:
+        """An empty weight [O, I] for products in `dtype`."""
+        ...
+
+    def linear(self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x [S, I] times weight [O, I] transposed, plus bias [O]. Returns [S, O] in x's dtype."""
+        ...
+
+    def embedding(self, token_ids: torch.Tensor, table: WeightTensor, dtype: torch.dtype) -> torch.Tensor:
+        """Rows `token_ids` [T] of `table` [V, H], decoded from the file's own bytes. Returns [T, H]."""
+        ...
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """x / sqrt(mean(x^2) + eps) * weight over the last axis; weight is float32, and so is the sum."""
+        ...
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rms_norm(x + residual), x + residual). May reuse the memory of either input."""
+        ...
+
+    def rotary(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """Rotate x [T, N or K, D] by halves (NeoX order): pairs (j, j + r/2) of the first r dimensions.
+
+        cos and sin are float32 [T, r/2]; dimensions from r on stay as they are.
+        """
+        ...
+
+    def write_kv(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Store keys and values [T, K, D] at slots [T] of caches [num_blocks, block_size, K, D]."""
+        ...
+
+    def plan_attention(
+        self,
+        shape: AttentionShape,
+        query_start_loc: Sequence[int],
+        seq_lens: Sequence[int],
+        block_tables: torch.Tensor,
+    ) -> Any:
+        """Work shared by all layers of a KV group in one step. block_tables [R, B]; see `GroupBatch`."""
+        ...
+
+    def paged_attention(
+        self,
+        query: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        plan: Any,
+        scale: float,
+        softcap: float | None = None,
+    ) -> torch.Tensor:
+        """Causal attention of query [T, N, D] over the cached positions of each request.
+
+        Request r's last query is at position seq_lens[r] - 1. Query head n reads key-value head
+        n // (N / K). Scores are query . key * scale, then softcap * tanh(score / softcap) where given
+        (Gemma 2). Slots outside a request's positions or window are never read. Returns [T, N * D].
+        """
+        ...
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up for gate_up [T, 2F] = (gate, up). Returns [T, F]."""
+        ...
+
+    def gelu_tanh_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """gelu(gate) * up with the tanh approximation. Returns [T, F]."""
+        ...
+
+    def softcap(self, x: torch.Tensor, cap: float) -> torch.Tensor:
+        """cap * tanh(x / cap)."""
+        ...
+
+
+def _reference() -> Kernels:
+    from pelton.worker.kernels.reference import ReferenceKernels
+
+    return ReferenceKernels()
+
+
+# Name -> maker, imported on demand: a backend may need a compiled module or a GPU.
+BACKENDS: dict[str, Callable[[], Kernels]] = {"reference": _reference}
+
+
+def make_kernels(backend: str = "auto") -> Kernels:
+    """Raises `ConfigError` for an unknown name. "auto" is the fastest backend that runs here."""
+    if backend == "auto":
+        backend = "reference"
+    if backend not in BACKENDS:
+        raise ConfigError(f"kernel backend {backend!r} is unknown; known are auto, {', '.join(BACKENDS)}")
+    return BACKENDS[backend]()

@@ -1,0 +1,17 @@
+"""Rotary position embedding, Su et al., arXiv:2104.09864, in the order of GPT-NeoX."""
+
+from __future__ import annotations
+
+import torch
+
+
+def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    half = cos.shape[-1]
+    first, second = x[..., :half].float(), x[..., half : 2 * half].float()
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    out[..., :half] = first * cos - second * sin
+    out[..., half : 2 * half] = second * cos + first * sin
+    if x.shape[-1] > 2 * half:
+        out[..., 2 * half :] = x[..., 2 * half :]
+    return out

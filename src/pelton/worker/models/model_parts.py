@@ -1,0 +1,76 @@
+"""Layers built from a model file's tensors, named as in Hugging Face's modules."""
+
+from __future__ import annotations
+
+import torch
+
+from pelton.core.model_spec import ModelSpec
+from pelton.weights.dequantize import dequantize
+from pelton.worker.kernels.ops import Kernels
+from pelton.worker.layers.attention import Attention
+from pelton.worker.layers.embedding import LMHead, TokenEmbedding
+from pelton.worker.layers.linear import Linear
+from pelton.worker.layers.mlp import GatedMLP
+from pelton.worker.layers.norm import RMSNorm
+from pelton.worker.models.weight_source import WeightSource
+
+
+class ModelParts:
+    """Makes the layers of one model. Tensors are decoded one matrix at a time, straight into their place."""
+
+    def __init__(self, spec: ModelSpec, source: WeightSource, kernels: Kernels, dtype: torch.dtype) -> None:
+        self.spec = spec
+        self.kernels = kernels
+        self._source = source
+        self._dtype = dtype
+        # Gemma's norms multiply by 1 + w; an architecture sets this before it asks for any.
+        self.norm_offset = 0.0
+
+    def norm(self, name: str, size: int | None = None) -> RMSNorm:
+        tensor = self._source.tensor(f"{name}.weight", (size or self.spec.hidden_size,))
+        weight = torch.from_numpy(dequantize(tensor)) + self.norm_offset
+        return RMSNorm(self.kernels, weight, self.spec.rms_norm_eps)
+
+    def linear(self, outputs: dict[str, int], in_features: int, *, bias: bool = False) -> Linear:
+        """One layer from the matrices `outputs` (name -> rows), one below another."""
+        weight = self.kernels.make_linear(sum(outputs.values()), in_features, self._dtype)
+        weight.load_rows([self._source.tensor(f"{name}.weight", (size, in_features)) for name, size in outputs.items()])
+        if not bias:
+            return Linear(self.kernels, weight)
+        biases = [dequantize(self._source.tensor(f"{name}.bias", (size,))) for name, size in outputs.items()]
+        return Linear(self.kernels, weight, torch.cat([torch.from_numpy(part) for part in biases]).to(self._dtype))
+
+    def attention(self, prefix: str, *, head_norms: bool = False) -> Attention:
+        spec = self.spec
+        query_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        qkv = self.linear(
+            {f"{prefix}.q_proj": query_size, f"{prefix}.k_proj": kv_size, f"{prefix}.v_proj": kv_size},
+            spec.hidden_size,
+            bias=spec.attention_bias,
+        )
+        output = self.linear({f"{prefix}.o_proj": spec.hidden_size}, query_size, bias=spec.attention_output_bias)
+        if not head_norms:
+            return Attention(self.kernels, spec, qkv, output)
+        query_norm = self.norm(f"{prefix}.q_norm", spec.head_dim)
+        key_norm = self.norm(f"{prefix}.k_norm", spec.head_dim)
+        return Attention(self.kernels, spec, qkv, output, query_norm, key_norm)
+
+    def mlp(self, prefix: str) -> GatedMLP:
+        spec = self.spec
+        gate_up = self.linear(
+            {f"{prefix}.gate_proj": spec.intermediate_size, f"{prefix}.up_proj": spec.intermediate_size},
+            spec.hidden_size,
+            bias=spec.mlp_bias,
+        )
+        down = self.linear({f"{prefix}.down_proj": spec.hidden_size}, spec.intermediate_size, bias=spec.mlp_bias)
+        return GatedMLP(self.kernels, gate_up, down, spec.hidden_act)
+
+    def embedding(self) -> TokenEmbedding:
+        spec = self.spec
+        table = self._source.tensor("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
+        return TokenEmbedding(self.kernels, table, self._dtype, spec.embedding_scale)
+
+    def lm_head(self) -> LMHead:
+        spec = self.spec
+        name = "model.embed_tokens" if spec.tie_word_embeddings else "lm_head"
+        return LMHead(self.kernels, self.linear({name: spec.vocab_size}, spec.hidden_size), spec.final_softcap)
