@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import tokenizers
 from tokenizers import AddedToken, processors
 
-from pelton.core.errors import ModelFileError
+from pelton.core.errors import ModelFileError, PeltonError
 
 
 @contextmanager
@@ -16,7 +16,7 @@ def tokenizer_errors(path: object) -> Iterator[None]:
     """A Rust panic arrives as a BaseException that no `except Exception` sees."""
     try:
         yield
-    except ModelFileError:
+    except PeltonError:
         raise
     except Exception as error:
         raise ModelFileError(path, f"the tokenizer cannot be built: {error}") from error
@@ -31,6 +31,12 @@ def set_bos_eos(backend: tokenizers.Tokenizer, bos: str | None, eos: str | None)
     template: list[str] = [*([bos] if bos is not None else []), "$A", *([eos] if eos is not None else [])]
     special_tokens = [(token, backend.token_to_id(token)) for token in {bos, eos} if token is not None]
     backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=special_tokens)
+
+
+def ids_of(backend: tokenizers.Tokenizer, tokens: Iterable[str | None]) -> list[int]:
+    """Ids of those tokens that the vocabulary has."""
+    ids = (backend.token_to_id(token) for token in tokens if token is not None)
+    return [token_id for token_id in ids if token_id is not None]
 
 
 def added_token(text: str, *, special: bool) -> AddedToken:

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TypeAlias
 
 Merges: TypeAlias = list[tuple[str, str]]
 
 
-def ranks_from_scores(scores: Sequence[float]) -> list[int]:
+def order_of_scores(scores: Sequence[float]) -> list[int]:
     """Token ids, best score first; ties keep the order of ids."""
     return sorted(range(len(scores)), key=lambda token_id: -scores[token_id])
 
 
-def derive_merges(token_ids: dict[str, int], order: Sequence[int] | None, unreachable: frozenset[int]) -> Merges:
+def derive_merges(token_ids: dict[str, int], order: Sequence[int] | None, apart: Collection[str]) -> Merges:
     """Every way to join two pieces into a third, in the order in which BPE should prefer the third.
 
-    `order` lists the token ids best first (None: by id). Among the ways to make one piece, the
-    longer left half goes first. `unreachable` ids (control and byte tokens) are never made from text.
+    `token_ids` is in the order of its ids; `order` lists ids best first (None: by id). Among the ways
+    to make one piece, the longer left half goes first. No merge makes a piece of `apart`.
     """
     pieces = list(token_ids)
+    if order is not None:
+        pieces = [pieces[token_id] for token_id in order]
     merges: Merges = []
     append = merges.append
-    for token_id in range(len(pieces)) if order is None else order:
-        piece = pieces[token_id]
-        if token_id in unreachable:
+    for piece in pieces:
+        if piece in apart:
             continue
         for cut in range(len(piece) - 1, 0, -1):
             left = piece[:cut]

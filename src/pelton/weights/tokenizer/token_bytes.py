@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import tokenizers
@@ -48,7 +49,7 @@ def _with_byte_tokens(plain: SpellingToBytes) -> SpellingToBytes:
     return to_bytes
 
 
-def spelling_rule(backend: tokenizers.Tokenizer) -> SpellingToBytes:
+def spelling_rule(backend: tokenizers.Tokenizer, path: Path) -> SpellingToBytes:
     """The rule that the tokenizer's decoder applies to each token in mid-text.
 
     Raises `UnsupportedModelError` for decoders whose output depends on the neighbours (WordPiece, CTC).
@@ -71,10 +72,10 @@ def spelling_rule(backend: tokenizers.Tokenizer) -> SpellingToBytes:
             replacements.append((step["replacement"], " "))
         elif kind not in ("Fuse", "Strip"):  # these two touch only the ends of a text
             raise UnsupportedModelError(
-                f"tokenizers with a {kind} decoder are not supported; "
+                f"{path}: tokenizers with a {kind} decoder are not supported; "
                 "supported are ByteLevel, Metaspace, Replace, ByteFallback, Fuse and Strip"
             )
     if len(replacements) > 1:
-        raise UnsupportedModelError("tokenizers with several Replace decoders are not supported")
+        raise UnsupportedModelError(f"{path}: tokenizers with several Replace decoders are not supported")
     plain = _replaced(*replacements[0]) if replacements else str.encode
     return _with_byte_tokens(plain) if has_byte_tokens else plain

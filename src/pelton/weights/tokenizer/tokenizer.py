@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
+from pathlib import Path
 
 import tokenizers
 
@@ -20,12 +21,15 @@ class Tokenizer:
     def __init__(
         self,
         backend: tokenizers.Tokenizer,
+        path: Path,
         *,
         bos_token: str | None = None,
         eos_token: str | None = None,
         pad_token: str | None = None,
         eos_token_ids: Iterable[int] = (),
     ) -> None:
+        """`path` is where it came from. Raises `UnsupportedModelError` for an unknown kind of decoder."""
+        self.path = path
         self.bos_token = bos_token
         self.eos_token = eos_token
         self.pad_token = pad_token
@@ -38,7 +42,7 @@ class Tokenizer:
         self._literal: tokenizers.Tokenizer | None = None
         self._literal_lock = threading.Lock()
         self._special_ids = frozenset(token_id for token_id, token in added_tokens.items() if token.special)
-        self._to_bytes = spelling_rule(backend)
+        self._to_bytes = spelling_rule(backend, path)
         self._bytes_of_id: dict[int, bytes] = {
             token_id: token.content.encode() for token_id, token in added_tokens.items()
         }
