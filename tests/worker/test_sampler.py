@@ -90,7 +90,7 @@ def test_draws_follow_the_distribution(params: SamplingParams, vocab_size: int) 
     expected = reference_distribution(logits.numpy(), params)
     num_draws = 6000
     top = logits.max().item()
-    draws = [draw_token(logits, top, params, uniform_at(11, position)) for position in range(num_draws)]
+    draws = [draw_token(logits.numpy(), top, params, uniform_at(11, position)) for position in range(num_draws)]
     observed = np.bincount(draws, minlength=vocab_size)
     assert not observed[expected == 0].any(), "drew a token that the filters leave out"
     # Cells of fewer than 5 expected draws are pooled.
@@ -124,12 +124,15 @@ def test_the_draw_inverts_the_reference_cdf(seed: int, vocab_size: int, spread: 
         nudged = replace(params, top_p=min(1.0, params.top_p * nudge), min_p=min(1.0, params.min_p * nudge))
         kept = reference_distribution(logits.numpy(), nudged) > 0
         assume(params.min_p == 1.0 or (kept == (expected > 0)).all())
-    is_sorted = params.top_k > 0 or params.top_p < 1.0
-    order = np.lexsort((np.arange(vocab_size), -logits.numpy())) if is_sorted else np.arange(vocab_size)
+    ids = np.arange(vocab_size)
+    if 0 < params.top_k < vocab_size or params.top_p < 1.0:
+        order = np.lexsort((ids, -logits.numpy()))
+    else:  # by id after min-p, else by column of a matrix of 64 rows
+        order = ids if params.min_p > 0 else np.lexsort((ids, ids % -(-vocab_size // 64)))
     ends = np.cumsum(expected[order])
     place = {int(token_id): i for i, token_id in enumerate(order)}
     for uniform in (0.0, 0.1, 0.25, 0.5, 0.77, 0.99, 1 - 2**-53):
-        token_id = draw_token(logits, logits.max().item(), params, uniform)
+        token_id = draw_token(logits.numpy(), logits.max().item(), params, uniform)
         assert expected[token_id] > 0
         end = ends[place[token_id]]
         assert end - expected[token_id] - 1e-4 <= uniform <= end + 1e-4
@@ -143,7 +146,7 @@ def test_top_ids_match_a_stable_sort_with_many_ties() -> None:
         order = sorted(range(vocab_size), key=lambda i: (-row[i].item(), i))
         finite = [i for i in order if row[i] > -math.inf]
         for count in (1, 2, 20, 37, 500, vocab_size):
-            found = [i for i in top_ids(row, count).tolist() if row[i] > -math.inf]
+            found = [i for i in top_ids(row.numpy(), count).tolist() if row[i] > -math.inf]
             assert found == finite[:count]
 
 
@@ -218,9 +221,9 @@ def edited(
     editor = LogitEditor(params, {EOS}, len(row))
     editor.add_prompt(prompt)
     editor.add_output(outputs)
-    tensor = torch.tensor(row)
-    editor.apply(tensor, len(outputs))
-    return [round(value, 4) for value in tensor.tolist()]
+    array = np.array(row, dtype=np.float32)
+    editor.apply(array, len(outputs))
+    return [round(value, 4) for value in array.tolist()]
 
 
 INF = math.inf
@@ -258,23 +261,23 @@ def test_penalties_follow_outputs_as_they_come() -> None:
     generator = torch.Generator().manual_seed(3)
     outputs = tuple(torch.randint(0, 2000, (1500,), generator=generator).tolist())
     params = SamplingParams(repetition_penalty=1.2, frequency_penalty=0.3, presence_penalty=0.1)
-    row = torch.randn(2000, generator=generator)
+    row = torch.randn(2000, generator=generator).numpy()
     grown = make_state(params, 2000, (1, 2))
     for token_id in outputs:
         grown.add_output(token_id)
     whole = make_state(params, 2000, (1, 2), outputs)
-    rows = row.clone(), row.clone()
+    rows = row.copy(), row.copy()
     for state, target in zip((grown, whole), rows, strict=True):
         assert state.editor is not None
         state.editor.apply(target, len(outputs))
-    assert torch.equal(*rows)
+    assert np.array_equal(*rows)
     counts = np.bincount(outputs, minlength=2000)
-    expected = row.double().numpy()
+    expected = row.astype(np.float64)
     seen = counts > 0
     seen[[1, 2]] = True
     expected = np.where(seen, np.where(expected > 0, expected / 1.2, expected * 1.2), expected)
     expected -= 0.3 * counts + 0.1 * (counts > 0)
-    np.testing.assert_allclose(rows[0].numpy(), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(rows[0], expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("vocab_size", "num_top"), [(30, 5), (30, 0), (30, 30), (20_000, 20)])
@@ -284,7 +287,7 @@ def test_logprobs_match_log_softmax(vocab_size: int, num_top: int) -> None:
     expected = torch.log_softmax(row.double(), dim=0)
     order = sorted(range(vocab_size), key=lambda i: (-row[i].item(), i))
     for token_id in (0, 3, 9, order[0], order[-1]):
-        found = token_logprobs(row, token_id, num_top)
+        found = token_logprobs(row.numpy(), token_id, num_top)
         assert found.token_id == token_id
         assert found.logprob == pytest.approx(expected[token_id].item(), abs=1e-5)
         assert found.rank == order.index(token_id) + 1
@@ -297,7 +300,7 @@ def test_reported_logprobs_are_of_the_raw_logits() -> None:
     params = SamplingParams(temperature=0.0, logprobs=4, banned_token_ids=(2,), logit_bias={0: 50.0})
     answer = sample_one(row, make_state(params, 4))
     assert answer.token_id == 0
-    assert answer.logprobs == token_logprobs(row, 0, 4)
+    assert answer.logprobs == token_logprobs(row.numpy(), 0, 4)
     assert answer.logprobs.rank == 3
 
 
@@ -339,5 +342,5 @@ def test_infinitely_unlikely_tokens_are_never_drawn() -> None:
     row = torch.full((200,), -math.inf)
     row[[5, 150]] = 0.0
     for params in (SamplingParams(), SamplingParams(top_k=50), SamplingParams(top_p=0.99), SamplingParams(min_p=0.1)):
-        drawn = {draw_token(row, 0.0, params, uniform) for uniform in (0.0, 0.4999, 0.5, 1 - 2**-53)}
+        drawn = {draw_token(row.numpy(), 0.0, params, uniform) for uniform in (0.0, 0.4999, 0.5, 1 - 2**-53)}
         assert drawn == {5, 150}

@@ -130,7 +130,7 @@ class ModelRunner:
         entries: list[TokenLogprobs] = []
         for low in range(0, len(targets), _PROMPT_LOGITS_ROWS):
             targets_here = targets[low : low + _PROMPT_LOGITS_ROWS]
-            logits = self._model.compute_logits(hidden[low : low + len(targets_here)])
+            logits = self._model.compute_logits(hidden[low : low + len(targets_here)]).numpy()
             entries += [token_logprobs(logits[i], token_id, num_top) for i, token_id in enumerate(targets_here)]
         return tuple(entries)
 

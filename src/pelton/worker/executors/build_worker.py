@@ -24,6 +24,7 @@ from pelton.weights.tensors import ModelFiles
 from pelton.worker.config import WorkerConfig
 from pelton.worker.executors.host_resources import num_available_cores, num_available_memory_bytes
 from pelton.worker.executors.in_process import InProcessExecutor
+from pelton.worker.kernels.ops import Kernels, make_kernels
 from pelton.worker.kv_storage import KVStorage
 from pelton.worker.model_runner import ModelRunner
 from pelton.worker.models.registry import Model, load_model, make_dummy_model
@@ -52,7 +53,7 @@ def build_executor(
     dtype = _resolve_dtype(worker_config.dtype, torch.float32)
     kv_dtype = _resolve_dtype(worker_config.kv_cache_dtype, dtype)
     num_threads = _set_threads(worker_config.threads)
-    model = _load(files, model_config, dtype)
+    model = _load(files, model_config, dtype, make_kernels(worker_config.kernel_backend))
     plan = plan_kv_cache(spec, engine_config, kv_dtype.itemsize, num_available_memory_bytes())
     kv = _allocate_kv(spec, plan, engine_config.block_size, kv_dtype)
     runner = ModelRunner(model, kv, block_size=engine_config.block_size, eos_token_ids=eos_token_ids)
@@ -62,6 +63,7 @@ def build_executor(
         block_size=engine_config.block_size,
         max_num_seqs=engine_config.max_num_seqs,
         max_num_batched_tokens=engine_config.max_num_batched_tokens,
+        max_num_waiting=engine_config.max_num_waiting,
         dtype=str(dtype).removeprefix("torch."),
         vocab_size=spec.vocab_size,
         device="cpu",
@@ -91,10 +93,10 @@ def _set_threads(wanted: int | None) -> int:
     return num_threads
 
 
-def _load(files: ModelFiles, config: ModelConfig, dtype: torch.dtype) -> Model:
+def _load(files: ModelFiles, config: ModelConfig, dtype: torch.dtype, kernels: Kernels) -> Model:
     """Checked by size first: Linux grants memory that it does not have, and kills the process later."""
     if config.load_format == "dummy":
-        return make_dummy_model(files.spec, dtype)
+        return make_dummy_model(files.spec, dtype, kernels)
     sizes = (math.prod(files.tensor(name).shape) for name in files.tensor_names())
     num_bytes = sum(sizes) * dtype.itemsize
     num_free = num_available_memory_bytes()
@@ -104,7 +106,7 @@ def _load(files: ModelFiles, config: ModelConfig, dtype: torch.dtype) -> Model:
             "--dtype bfloat16"
         )
     try:
-        return load_model(files, dtype)
+        return load_model(files, dtype, kernels)
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise ConfigError(f"out of memory while loading the weights ({_gib(num_bytes)} as {dtype})") from error
 

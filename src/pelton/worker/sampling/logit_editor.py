@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-import torch
+import numpy.typing as npt
 
 from pelton.core.sampling_params import SamplingParams
+from pelton.worker.sampling.selection import Row, TokenIds
 
-_BANNED = float("-inf")
+_BANNED = np.float32(-np.inf)
 
 
 class LogitEditor:
@@ -25,7 +26,7 @@ class LogitEditor:
         self._sampling = sampling
         bias = {i: value for i, value in sampling.logit_bias.items() if 0 <= i < vocab_size}
         self._bias_ids = _ids(bias, vocab_size)
-        self._bias = torch.tensor(list(bias.values()), dtype=torch.float32)
+        self._bias = np.array(list(bias.values()), dtype=np.float32)
         allowed = sampling.allowed_token_ids
         self._allowed_ids = None if allowed is None else _ids(allowed, vocab_size)
         self._banned_ids = _ids(sampling.banned_token_ids, vocab_size)
@@ -54,13 +55,12 @@ class LogitEditor:
         if self._seen is not None:
             self._seen.add(token_ids, 1)
 
-    def apply(self, row: torch.Tensor, num_output_tokens: int) -> None:
-        """Edit `row` [V] float32 in place; a banned token becomes -inf."""
-        if self._bias_ids.numel():
-            row[self._bias_ids] += self._bias
+    def apply(self, row: Row, num_output_tokens: int) -> None:
+        """Edit `row` [V] in place; a banned token becomes -inf."""
+        row[self._bias_ids] += self._bias
         if self._allowed_ids is not None:
             kept = row[self._allowed_ids]
-            row.fill_(_BANNED)
+            row.fill(_BANNED)
             row[self._allowed_ids] = kept
         row[self._banned_ids] = _BANNED
         if num_output_tokens < self._sampling.min_tokens:
@@ -68,16 +68,16 @@ class LogitEditor:
         if self._seen is not None:
             self._apply_penalties(row, self._seen)
 
-    def _apply_penalties(self, row: torch.Tensor, seen: _SeenTokens) -> None:
+    def _apply_penalties(self, row: Row, seen: _SeenTokens) -> None:
         """Repetition divides (Keskar et al. 2019, CTRL); presence and frequency subtract, as OpenAI documents."""
         sampling = self._sampling
-        token_ids, counts = seen.tensors()
+        token_ids, counts = seen.arrays()
         values = row[token_ids]
         if sampling.repetition_penalty != 1.0:
-            penalty = sampling.repetition_penalty
-            values = torch.where(values > 0, values / penalty, values * penalty)
-        values -= sampling.frequency_penalty * counts
-        values -= sampling.presence_penalty * (counts > 0)
+            penalty = np.float32(sampling.repetition_penalty)
+            values = np.where(values > 0, values / penalty, values * penalty)
+        values -= np.float32(sampling.frequency_penalty) * counts
+        values -= np.float32(sampling.presence_penalty) * (counts > 0)
         row[token_ids] = values
 
 
@@ -100,11 +100,11 @@ class _SeenTokens:
                 self._ids[slot] = token_id
             self._counts[slot] += count
 
-    def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids [N] int64 and counts [N] float32."""
+    def arrays(self) -> tuple[TokenIds, npt.NDArray[np.float32]]:
+        """Ids [N] and counts [N]."""
         size = len(self._slots)
-        return torch.from_numpy(self._ids[:size]), torch.from_numpy(self._counts[:size])
+        return self._ids[:size], self._counts[:size]
 
 
-def _ids(token_ids: Iterable[int], vocab_size: int) -> torch.Tensor:
-    return torch.tensor([i for i in token_ids if 0 <= i < vocab_size], dtype=torch.int64)
+def _ids(token_ids: Iterable[int], vocab_size: int) -> TokenIds:
+    return np.array([i for i in token_ids if 0 <= i < vocab_size], dtype=np.int64)

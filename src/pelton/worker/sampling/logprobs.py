@@ -1,27 +1,26 @@
-"""Log-probabilities of raw logits, one row at a time. Legend: V vocabulary."""
+"""Log-probabilities of raw logits, one row at a time."""
 
 from __future__ import annotations
 
 import math
 
-import torch
+import numpy as np
 
 from pelton.core.output import TokenLogprobs
-from pelton.worker.sampling.selection import top_ids
+from pelton.worker.sampling.selection import Row, top_ids
 
 
-def token_logprobs(row: torch.Tensor, token_id: int, num_top: int) -> TokenLogprobs:
-    """Logprob and rank of `token_id` and the `num_top` most likely tokens, from raw logits `row` [V].
+def token_logprobs(row: Row, token_id: int, num_top: int) -> TokenLogprobs:
+    """Logprob and rank of `token_id` and the `num_top` most likely tokens, from raw logits.
 
     The row must hold no NaN and no +inf. Ranks and `top` order equal logits by id.
     """
-    max_logit = row.max().item()
-    total = (row - max_logit).exp_().sum(dtype=torch.float64).item()
-    log_normalizer = max_logit + math.log(total)
+    max_logit = row.max()
+    log_normalizer = float(max_logit) + math.log(np.exp(row - max_logit).sum(dtype=np.float64))
     logit = row[token_id]
-    num_above = torch.count_nonzero(row > logit).item() + torch.count_nonzero(row[:token_id] == logit).item()
+    num_above = np.count_nonzero(row > logit) + np.count_nonzero(row[:token_id] == logit)
     top: tuple[tuple[int, float], ...] = ()
     if num_top:
         ids = top_ids(row, num_top)
         top = tuple((i, value - log_normalizer) for i, value in zip(ids.tolist(), row[ids].tolist(), strict=True))
-    return TokenLogprobs(token_id, logit.item() - log_normalizer, int(num_above) + 1, top)
+    return TokenLogprobs(token_id, float(logit) - log_normalizer, int(num_above) + 1, top)

@@ -1,0 +1,417 @@
+"""The runner on tiny random models: any split of the work gives the tokens of one whole prefill.
+
+The tests play the scheduler by hand, so that chunks, overlap, copies and lost blocks are exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+from pelton.worker.models.registry import Model, make_dummy_model
+
+from pelton.core.batch import (
+    NULL_BLOCK_ID,
+    PENDING_TOKEN_ID,
+    KVOp,
+    KVOpKind,
+    RequestContext,
+    ScheduledBatch,
+    ScheduledRequest,
+    StepResult,
+)
+from pelton.core.errors import EngineStepError
+from pelton.core.model_spec import ModelSpec, RopeSpec, make_kv_groups
+from pelton.core.output import TokenLogprobs
+from pelton.core.sampling_params import SamplingParams
+from pelton.worker.kv_storage import KVStorage
+from pelton.worker.model_runner import ModelRunner
+
+pytestmark = pytest.mark.torch
+
+BLOCK_SIZE = 4
+WINDOW = 6
+VOCAB_SIZE = 97
+GREEDY = SamplingParams(temperature=0.0)
+
+
+def make_spec(windows: list[int | None], architecture: str) -> ModelSpec:
+    return ModelSpec(
+        architecture=architecture,
+        num_layers=len(windows),
+        hidden_size=32,
+        intermediate_size=48,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        vocab_size=VOCAB_SIZE,
+        max_model_len=256,
+        rms_norm_eps=1e-6,
+        rope=RopeSpec(theta=10_000.0, rotary_dim=8),
+        rope_local=RopeSpec(theta=1_000.0, rotary_dim=8) if architecture == "gemma3" else None,
+        kv_groups=make_kv_groups(windows),
+        hidden_act="gelu_tanh" if architecture == "gemma3" else "silu",
+        tie_word_embeddings=architecture == "gemma3",
+    )
+
+
+SPECS = {
+    "full": make_spec([None, None], "llama"),
+    "sliding": make_spec([WINDOW, WINDOW, None, WINDOW, WINDOW, None], "gemma3"),
+}
+
+
+@pytest.fixture(params=list(SPECS))
+def model(request: pytest.FixtureRequest) -> Model:
+    torch.manual_seed(0)
+    return make_dummy_model(SPECS[request.param], torch.float32)
+
+
+@dataclass
+class Tracked:
+    """A request as the engine sees it: it learns of a token only when a result is taken."""
+
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    seed: int
+    outputs: list[int] = field(default_factory=list)
+    num_pending: int = 0
+    num_computed: int = 0
+    tables: list[list[int]] = field(default_factory=list)
+    is_known_to_worker: bool = False
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+    @property
+    def num_wanted(self) -> int:
+        return len(self.prompt) + len(self.outputs) + self.num_pending - self.num_computed
+
+
+class Driver:
+    """Builds batches for a runner, as wide and as ragged as a test wants them."""
+
+    def __init__(self, model: Model, num_blocks: int = 200) -> None:
+        self.groups = model.spec.kv_groups
+        self.kv = KVStorage(model.spec, num_blocks, BLOCK_SIZE, torch.float32, torch.device("cpu"))
+        # Slots that nobody wrote hold anything at all; NaN shows whoever reads them.
+        for layer_id in range(model.spec.num_layers):
+            for cache in self.kv.layer_cache(layer_id):
+                cache.fill_(float("nan"))
+        self.runner = ModelRunner(model, self.kv, block_size=BLOCK_SIZE, eos_token_ids={0})
+        self.requests: dict[str, Tracked] = {}
+        self.free_blocks = list(range(num_blocks - 1, 0, -1))
+        self.kv_ops: list[KVOp] = []
+        self.preempted_ids: list[str] = []
+        self.finished_ids: list[str] = []
+        self.step_id = 0
+
+    def add(self, request_id: str, prompt: Sequence[int], sampling: SamplingParams = GREEDY, seed: int = 0) -> Tracked:
+        request = self.requests[request_id] = Tracked(tuple(prompt), sampling, seed)
+        request.tables = [[] for _ in self.groups]
+        return request
+
+    def schedule(self, shares: dict[str, int]) -> ScheduledBatch:
+        """A batch with `shares[id]` tokens of each request, or all it wants where that is fewer."""
+        self.step_id += 1
+        scheduled = tuple(self._share(request_id, count) for request_id, count in shares.items())
+        batch = ScheduledBatch(
+            self.step_id, scheduled, tuple(self.kv_ops), tuple(self.preempted_ids), tuple(self.finished_ids)
+        )
+        self.kv_ops, self.preempted_ids, self.finished_ids = [], [], []
+        return batch
+
+    def _share(self, request_id: str, num_tokens: int) -> ScheduledRequest:
+        request = self.requests[request_id]
+        num_tokens = min(num_tokens, request.num_wanted)
+        start, end = request.num_computed, request.num_computed + num_tokens
+        samples = num_tokens == request.num_wanted
+        known = (*request.prompt, *request.outputs)
+        token_ids = (*known[start:end], *[PENDING_TOKEN_ID] * (end - max(start, len(known))))
+        for group, table in zip(self.groups, request.tables, strict=True):
+            if group.sliding_window is not None:
+                for index in range(min(max(0, start - group.sliding_window + 1) // BLOCK_SIZE, len(table))):
+                    table[index] = NULL_BLOCK_ID
+            while len(table) * BLOCK_SIZE < end:
+                table.append(self.free_blocks.pop())
+        context = None
+        if not request.is_known_to_worker:
+            context = RequestContext(request.prompt, tuple(request.outputs), request.seed)
+            request.is_known_to_worker = True
+        request.num_computed = end
+        request.num_pending += samples
+        tables = tuple(map(tuple, request.tables))
+        return ScheduledRequest(request_id, token_ids, start, tables, request.sampling, samples, context=context)
+
+    def preempt(self, request_id: str) -> None:
+        request = self.requests[request_id]
+        request.tables = [[] for _ in self.groups]
+        request.num_computed = 0
+        request.is_known_to_worker = False
+        self.preempted_ids.append(request_id)
+
+    def take(self, batch: ScheduledBatch, result: StepResult) -> None:
+        assert result.step_id == batch.step_id
+        for answers in (result.sampled_token_ids, result.logprobs, result.prompt_logprobs):
+            assert len(answers) == len(batch.requests)
+        assert result.elapsed_s > 0
+        for i, scheduled in enumerate(batch.requests):
+            request = self.requests[scheduled.request_id]
+            request.num_pending -= scheduled.samples
+            request.outputs += result.sampled_token_ids[i]
+            request.logprobs += result.logprobs[i] or ()
+            request.prompt_logprobs += result.prompt_logprobs[i] or ()
+            has_failed = scheduled.request_id in (result.failed or {})
+            assert len(result.sampled_token_ids[i]) == (scheduled.samples and not has_failed)
+
+    def step(self, shares: dict[str, int]) -> StepResult:
+        batch = self.schedule(shares)
+        result = self.runner.run_step(batch)
+        self.take(batch, result)
+        return result
+
+    def run(self, num_outputs: int, chunk: int = 1000) -> dict[str, list[int]]:
+        """Every request to `num_outputs` tokens, `chunk` tokens of each in a step."""
+        while shares := {i: chunk for i, r in self.requests.items() if len(r.outputs) < num_outputs}:
+            self.step(shares)
+        return {request_id: request.outputs for request_id, request in self.requests.items()}
+
+
+def make_prompt(length: int, seed: int = 0) -> tuple[int, ...]:
+    generator = torch.Generator().manual_seed(1000 + seed)
+    return tuple(torch.randint(1, VOCAB_SIZE, (length,), generator=generator).tolist())
+
+
+def alone(
+    model: Model, prompt: Sequence[int], num_outputs: int, sampling: SamplingParams = GREEDY, seed: int = 0
+) -> Tracked:
+    """The request by itself, prompt in one step, one token a step."""
+    driver = Driver(model)
+    request = driver.add("alone", prompt, sampling, seed)
+    driver.run(num_outputs)
+    return request
+
+
+def recomputed(model: Model, prompt: Sequence[int], num_outputs: int) -> list[int]:
+    """Greedy tokens with no cache at all: a whole prefill for each."""
+    tokens = list(prompt)
+    for _ in range(num_outputs):
+        tokens += alone(model, tokens, 1).outputs
+    return tokens[len(prompt) :]
+
+
+def test_decoding_equals_a_fresh_prefill_for_every_token(model: Model) -> None:
+    prompt = make_prompt(13)
+    outputs = alone(model, prompt, 12).outputs
+    assert outputs == recomputed(model, prompt, 12)
+    assert len(set(outputs)) > 2, "a model that repeats itself proves nothing"
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 16])
+def test_chunked_prefill_gives_the_same_tokens(model: Model, chunk: int) -> None:
+    prompt = make_prompt(37)
+    driver = Driver(model)
+    driver.add("a", prompt)
+    assert driver.run(8, chunk)["a"] == alone(model, prompt, 8).outputs
+
+
+def test_a_mixed_batch_gives_each_request_its_own_tokens(model: Model) -> None:
+    """Prompts of many lengths start at different steps, some chunked, some decoding, one sampled."""
+    driver = Driver(model)
+    sampled = SamplingParams(temperature=0.9, top_k=20)
+    lengths = {"a": 1, "b": 5, "c": 23, "d": 40, "e": 4}
+    expected = {}
+    for seed, (request_id, length) in enumerate(lengths.items()):
+        sampling = sampled if request_id == "e" else GREEDY
+        driver.add(request_id, make_prompt(length, seed), sampling, seed)
+        expected[request_id] = alone(model, make_prompt(length, seed), 10, sampling, seed).outputs
+    driver.step({"a": 9, "d": 11})
+    driver.step({"d": 3, "b": 9, "a": 1})
+    driver.step({"c": 16, "a": 1, "d": 16, "e": 2, "b": 1})
+    while shares := {i: 6 for i, r in driver.requests.items() if len(r.outputs) < 10}:
+        driver.step(shares)
+    assert {i: r.outputs for i, r in driver.requests.items()} == expected
+
+
+def test_steps_scheduled_ahead_take_the_token_sampled_here(model: Model) -> None:
+    """Three steps are always scheduled before the result of the first is known."""
+    prompts = {"a": make_prompt(9, 1), "b": make_prompt(14, 2)}
+    driver = Driver(model)
+    for request_id, prompt in prompts.items():
+        driver.add(request_id, prompt)
+    in_flight = [driver.schedule({"a": 100, "b": 10})]
+    for _ in range(9):
+        in_flight.append(driver.schedule({"b": 100, "a": 100}))
+        if len(in_flight) < 3:
+            continue
+        batch = in_flight.pop(0)
+        driver.take(batch, driver.runner.run_step(batch))
+    assert any(PENDING_TOKEN_ID in scheduled.token_ids for scheduled in in_flight[-1].requests)
+    for batch in in_flight:
+        driver.take(batch, driver.runner.run_step(batch))
+    for request_id, prompt in prompts.items():
+        outputs = driver.requests[request_id].outputs
+        assert outputs == alone(model, prompt, len(outputs)).outputs
+        assert len(outputs) >= 9
+
+
+def test_copy_on_write_leaves_the_first_owner_untouched(model: Model) -> None:
+    """Two requests share the blocks of a prompt; the second copies the partial one, then both write."""
+    prompt = make_prompt(10)  # blocks of 4: the third is half full
+    driver = Driver(model)
+    first = driver.add("first", prompt)
+    driver.step({"first": 100})
+    second = driver.add("second", (*prompt, 5))
+    for table, own in zip(first.tables, second.tables, strict=True):
+        copy = driver.free_blocks.pop()
+        driver.kv_ops.append(KVOp(KVOpKind.COPY, table[2], copy))
+        own += [*table[:2], copy]
+    second.num_computed = len(prompt)
+    driver.run(8, chunk=1)
+    assert first.outputs[:8] == alone(model, prompt, 8).outputs
+    assert second.outputs[:8] == alone(model, (*prompt, 5), 8).outputs
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(temperature=1.0)], ids=["greedy", "sampled"])
+def test_preemption_and_resume_change_nothing(model: Model, sampling: SamplingParams) -> None:
+    prompt = make_prompt(11)
+    driver = Driver(model)
+    request = driver.add("a", prompt, sampling, seed=3)
+    driver.add("b", make_prompt(6, 4))
+    driver.run(4)
+    # Scheduled before it is known what "a" sampled, and "a" is preempted: its token still counts.
+    in_flight = driver.schedule({"a": 1, "b": 1})
+    driver.preempt("a")
+    without_it = driver.schedule({"b": 1})
+    for batch in (in_flight, without_it):
+        driver.take(batch, driver.runner.run_step(batch))
+    assert len(request.outputs) == 5
+    driver.run(12, chunk=7)
+    assert request.outputs == alone(model, prompt, 12, sampling, seed=3).outputs
+    assert driver.requests["b"].outputs[:12] == alone(model, make_prompt(6, 4), 12).outputs
+
+
+def test_blocks_that_left_the_window_are_not_read() -> None:
+    """The freed blocks of sliding-window groups, and the null block, are filled with NaN as we go."""
+    torch.manual_seed(0)
+    model = make_dummy_model(SPECS["sliding"], torch.float32)
+    prompt = make_prompt(30)
+    driver = Driver(model)
+    request = driver.add("a", prompt)
+    expected = alone(model, prompt, 20).outputs
+    held: set[int] = set()
+    while len(request.outputs) < 20:
+        batch = driver.schedule({"a": 5})
+        now = {block_id for table in request.tables for block_id in table}
+        for block_id in (held - now) | {NULL_BLOCK_ID}:
+            poison(driver, block_id)
+        held = now
+        driver.take(batch, driver.runner.run_step(batch))
+    assert request.outputs == expected
+    windowed = [i for i, group in enumerate(driver.groups) if group.sliding_window is not None]
+    assert all(request.tables[i].count(NULL_BLOCK_ID) > 5 for i in windowed)
+
+
+def poison(driver: Driver, block_id: int) -> None:
+    for group in driver.groups:
+        for layer_id in group.layer_ids:
+            for cache in driver.kv.layer_cache(layer_id):
+                cache[block_id] = float("nan")
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 16, 1000])
+def test_prompt_logprobs_cover_the_prompt_whatever_the_chunks(model: Model, chunk: int) -> None:
+    prompt = make_prompt(70)
+    sampling = SamplingParams(temperature=0.0, prompt_logprobs=3, logprobs=2)
+    driver = Driver(model)
+    request = driver.add("a", prompt, sampling)
+    driver.add("b", make_prompt(8))
+    driver.run(2, chunk)
+    assert [entry.token_id for entry in request.prompt_logprobs] == list(prompt[1:])
+    # The logprob of prompt token p is that of sampling it after the p tokens before it.
+    for p in (1, 31, 32, 33, 34, 65, 69):
+        forced = SamplingParams(temperature=0.0, logprobs=3, allowed_token_ids=(prompt[p],))
+        expected = alone(model, prompt[:p], 1, forced).logprobs[0]
+        assert_close(request.prompt_logprobs[p - 1], expected)
+    assert_close(request.logprobs[0], alone(model, prompt, 1, sampling).logprobs[0])
+
+
+def assert_close(found: TokenLogprobs, expected: TokenLogprobs) -> None:
+    assert (found.token_id, found.rank) == (expected.token_id, expected.rank)
+    assert found.logprob == pytest.approx(expected.logprob, abs=1e-4)
+    assert [i for i, _ in found.top] == [i for i, _ in expected.top]
+    assert [value for _, value in found.top] == pytest.approx([value for _, value in expected.top], abs=1e-4)
+
+
+def test_requests_that_cannot_run_fail_alone(model: Model) -> None:
+    driver = Driver(model)
+    driver.add("good", make_prompt(7))
+    driver.add("outside", (1, VOCAB_SIZE, 2))
+    driver.add("banned", make_prompt(5), SamplingParams(allowed_token_ids=(3,), banned_token_ids=(3,)))
+    driver.add("lost", make_prompt(5)).is_known_to_worker = True
+    result = driver.step(dict.fromkeys(driver.requests, 100))
+    assert result.failed is not None
+    assert {request_id: problem.split()[0] for request_id, problem in result.failed.items()} == {
+        "outside": "a",
+        "banned": "no",
+        "lost": "an",
+    }
+    # The next step was scheduled before the failures were known.
+    again = driver.step({"banned": 1, "good": 1})
+    assert set(again.failed or {}) == {"banned"}
+    driver.requests = {"good": driver.requests["good"]}
+    assert driver.run(6)["good"] == alone(model, make_prompt(7), 6).outputs
+
+
+def test_nan_in_one_requests_kv_fails_that_request(model: Model) -> None:
+    driver = Driver(model)
+    driver.add("good", make_prompt(9, 1))
+    bad = driver.add("bad", make_prompt(9, 2))
+    driver.run(2)
+    poison(driver, bad.tables[0][-1])
+    result = driver.step({"bad": 1, "good": 1})
+    assert set(result.failed or {}) == {"bad"}
+    assert "not finite" in (result.failed or {})["bad"]
+    del driver.requests["bad"]
+    assert driver.run(6)["good"] == alone(model, make_prompt(9, 1), 6).outputs
+
+
+def test_a_step_that_raises_leaves_nothing_half_done(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver(model)
+    request = driver.add("a", make_prompt(9))
+    driver.run(3)
+    batch = driver.schedule({"a": 1})
+    ahead = driver.schedule({"a": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "compute_logits", raise_memory_error)
+        with pytest.raises(MemoryError):
+            driver.runner.run_step(batch)
+    # What was in flight behind it cannot know its token, and says so.
+    assert set(driver.runner.run_step(ahead).failed or {}) == {"a"}
+    request.num_pending = 0
+    driver.preempt("a")
+    assert driver.run(8)["a"] == alone(model, make_prompt(9), 8).outputs
+
+
+def raise_memory_error(_: torch.Tensor) -> torch.Tensor:
+    raise MemoryError("no room for logits")
+
+
+def test_an_operation_on_a_missing_tier_is_refused(model: Model) -> None:
+    driver = Driver(model)
+    driver.add("a", make_prompt(3))
+    driver.kv_ops.append(KVOp(KVOpKind.LOAD, 1, 2, tier="disk"))
+    with pytest.raises(EngineStepError, match="tier 'disk'"):
+        driver.step({"a": 3})
+
+
+def test_a_batch_without_requests_is_bookkeeping_only(model: Model) -> None:
+    driver = Driver(model)
+    driver.add("a", make_prompt(3))
+    driver.run(1)
+    driver.finished_ids.append("a")
+    result = driver.step({})
+    assert result == replace(StepResult(result.step_id, ()), elapsed_s=result.elapsed_s)
+    # Forgotten: without a context it cannot go on.
+    assert set(driver.step({"a": 1}).failed or {}) == {"a"}
