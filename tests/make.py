@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import zlib
+import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from hashlib import blake2b
 from itertools import count
 from typing import Any
 
@@ -94,8 +95,6 @@ class ContextExecutor:
 
     def _execute(self, batch: ScheduledBatch) -> StepResult:
         if self.delay_s:
-            import time
-
             time.sleep(self.delay_s)
         for request_id in (*batch.preempted_ids, *batch.finished_ids):
             self._contexts.pop(request_id, None)
@@ -131,7 +130,7 @@ class ContextExecutor:
             assert tokens == context[end - window : end], "the KV read back is not the request's context"
         sampling = scheduled.sampling
         data = ",".join(map(str, [*context, 0 if sampling.is_greedy else sampling.seed])).encode()
-        token_id = zlib.crc32(data) % self.vocab_size
+        token_id = blake2b(data, digest_size=8).digest()[0] % self.vocab_size
         context.append(token_id)
         return (token_id,)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from pelton.core.model_spec import KVGroupSpec
@@ -78,7 +78,7 @@ def drive(engine: Engine, arrivals: list[Arrival]) -> list[RequestOutput]:
     return outputs + (list(update.outputs) if update else [])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, phases=(Phase.explicit, Phase.generate))
 @given(
     arrivals=traffic(),
     groups=st.sampled_from([FULL_ATTENTION, WINDOWED, ONLY_WINDOWED]),
@@ -114,6 +114,7 @@ def test_same_answer_whatever_the_load_and_the_ledger_balances(
     ended: dict[tuple[str, int], FinishReason] = {}
     for output in drive(engine, arrivals):
         key = output.request_id, output.index
+        assert output.error is None or output.finish_reason is FinishReason.CANCELLED, output.error
         assert key not in ended, "output after the end"
         token_ids.setdefault(key, []).extend(output.token_ids)
         if output.finish_reason is not None:

@@ -51,6 +51,7 @@ class Request:
     draft_token_ids: list[int] = field(default_factory=list)
     # Tokens that a step in flight will sample: they exist, their ids are not known yet.
     num_pending_tokens: int = 0
+    num_steps_in_flight: int = 0
     num_computed_tokens: int = 0  # positions whose KV exists or is being computed by a step in flight
     num_kv_tokens: int = 0  # slots held; differs from num_computed_tokens once KV is evicted or merged
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at first admission

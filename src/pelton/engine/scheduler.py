@@ -166,7 +166,7 @@ class Scheduler:
             request.status = RequestStatus.RUNNING
 
     def _try_admit(self, request: Request, num_reserved_blocks: int, step: _Step) -> bool:
-        if request.num_pending_tokens:  # preempted while a step in flight samples for it: next time
+        if request.num_steps_in_flight:  # preempted while a step computes it: its result must not count for new blocks
             return False
         leader = self.requests.get(request.fork_of) if request.fork_of else None
         match = self.kv.match(request, leader)
@@ -210,6 +210,7 @@ class Scheduler:
         samples = end == request.num_tokens
         request.num_computed_tokens = end
         request.num_pending_tokens += samples
+        request.num_steps_in_flight += 1
         step.num_budget_tokens -= num_tokens
         step.chosen_ids.add(request.request_id)
         step.kv_ops += kv_ops
@@ -239,8 +240,8 @@ class Scheduler:
                 continue
             sampled = result.sampled_token_ids[row]
             num_tokens = len(scheduled.token_ids)
-            if scheduled.samples:
-                request.num_pending_tokens -= 1
+            request.num_steps_in_flight -= 1
+            request.num_pending_tokens -= scheduled.samples
             request.output_token_ids += sampled
             if request.status is RequestStatus.RUNNING:
                 self.kv.commit(request, scheduled.num_computed_tokens, scheduled.num_computed_tokens + num_tokens)
