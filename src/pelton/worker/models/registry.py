@@ -50,7 +50,7 @@ def load_model(files: ModelFiles, dtype: torch.dtype, kernels: Kernels | None = 
     """Decode the tensors of `files` one by one; in the end one copy of the weights is in memory.
 
     Raises `ModelFileError` for a tensor that is missing or misshapen, `UnsupportedModelError` for an
-    architecture without a row here and for tensors that its layers do not use.
+    architecture without a row here. That a file holds nothing else is checked when it is opened.
     """
     return _make_model(files.spec, FileWeights(files), dtype, kernels)
 
@@ -66,6 +66,4 @@ def _make_model(spec: ModelSpec, source: WeightSource, dtype: torch.dtype, kerne
             f"architecture {spec.architecture!r} is not supported; supported are {', '.join(ARCHITECTURES)}"
         )
     with torch.inference_mode():
-        model = ARCHITECTURES[spec.architecture](ModelParts(spec, source, kernels or make_kernels(), dtype))
-    source.check_all_used()
-    return model
+        return ARCHITECTURES[spec.architecture](ModelParts(spec, source, kernels or make_kernels(), dtype))

@@ -81,9 +81,7 @@ def plan_attention(
         first_chunk = first_position // CHUNK_TOKENS
         num_chunks = (seq_len - 1) // CHUNK_TOKENS - first_chunk + 1
         first_row = query_start_loc[index]
-        requests.append(
-            _Request(index, first_row, num_tokens, start, seq_len, first_position, first_chunk, num_chunks)
-        )
+        requests.append(_Request(index, first_row, num_tokens, start, seq_len, first_position, first_chunk, num_chunks))
     rows_per_token = shape.num_heads // shape.num_kv_heads
     small = []
     tile_batches = []
@@ -115,9 +113,7 @@ def _small_batch(shape: AttentionShape, requests: list[_Request], block_tables: 
     row_positions = starts + rows // group
     query_rows = _per_head_rows(first_rows + rows // group, rows % group, shape).transpose(0, 1)
 
-    step_sizes = [
-        sum(request.num_chunks > step for request in requests) for step in range(requests[0].num_chunks)
-    ]
+    step_sizes = [sum(request.num_chunks > step for request in requests) for step in range(requests[0].num_chunks)]
     unit_requests = torch.cat([torch.arange(size) for size in step_sizes])
     steps = torch.repeat_interleave(torch.tensor(step_sizes))
     chunks = first_chunks[unit_requests, 0] + steps
