@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 import reprlib
 from collections.abc import Callable
 from pathlib import Path
@@ -28,8 +29,8 @@ def check_regular_file(path: Path) -> None:
         if path.is_file():
             return
         exists = path.exists()
-    except (OSError, ValueError) as error:
-        raise ModelFileError(path, f"cannot be opened: {error}") from error
+    except OSError as error:
+        raise ModelFileError(path, f"cannot be opened: {error.strerror}") from error
     if exists:
         raise ModelFileError(path, "not a regular file")
     raise ModelNotFoundError(f"{path}: no such file")
@@ -51,7 +52,8 @@ def read_text(path: Path, max_bytes: int = MAX_JSON_BYTES) -> str:
     check_regular_file(path)
     try:
         with path.open("rb") as file:
-            content = file.read(max_bytes + 1)
+            # Not read(max_bytes): that reserves the buffer in full.
+            content = file.read(min(os.fstat(file.fileno()).st_size, max_bytes) + 1)
     except OSError as error:
         raise ModelFileError(path, f"cannot be opened: {error.strerror}") from error
     if len(content) > max_bytes:

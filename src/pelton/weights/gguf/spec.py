@@ -113,7 +113,7 @@ def _attention_scale(arch: Fields, name: str, num_layers: int, width_per_head: i
         return given
     if name not in _WIDTH_SCALED_LAYERS:
         return None
-    return 1.0 / math.sqrt(width_per_head if num_layers == _WIDTH_SCALED_LAYERS[name] else head_dim)
+    return math.pow(width_per_head if num_layers == _WIDTH_SCALED_LAYERS[name] else head_dim, -0.5)
 
 
 def _layer_windows(arch: Fields, name: str, num_layers: int) -> list[int | None]:
