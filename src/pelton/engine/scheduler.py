@@ -14,7 +14,7 @@ from pelton.core.batch import PENDING_TOKEN_ID, KVOp, RequestContext, ScheduledB
 from pelton.core.events import EventKind, RequestEvent
 from pelton.core.protocols import Clock, SchedulingPolicy
 from pelton.core.request import Request, RequestStatus
-from pelton.engine.kv.manager import KVManager
+from pelton.engine.kv.manager import KVManager, PrefixMatch
 
 # How far past a request that does not fit the waiting line is searched, and how many may overtake it.
 MAX_LOOKAHEAD = 8
@@ -39,7 +39,7 @@ class _Step:
     num_budget_tokens: int
     scheduled: list[ScheduledRequest] = field(default_factory=list)
     kv_ops: list[KVOp] = field(default_factory=list)
-    chosen_ids: set[str] = field(default_factory=set)
+    starts: dict[str, int] = field(default_factory=dict)  # request id -> first position computed in this step
 
 
 class Scheduler:
@@ -123,7 +123,7 @@ class Scheduler:
     def _continue(self, request: Request, step: _Step) -> None:
         num_tokens = min(self._num_wanted(request), step.num_budget_tokens, self.max_chunk)
         while (kv_ops := self.kv.try_extend(request, num_tokens)) is None:
-            candidates = [other for other in self.running if other.request_id not in step.chosen_ids]
+            candidates = [other for other in self.running if other.request_id not in step.starts]
             victim = self.policy.choose_victim(candidates, request) or request
             self._preempt(victim)
             if victim is request:
@@ -168,8 +168,7 @@ class Scheduler:
     def _try_admit(self, request: Request, num_reserved_blocks: int, step: _Step) -> bool:
         if request.num_steps_in_flight:  # preempted while a step computes it: its result must not count for new blocks
             return False
-        leader = self.requests.get(request.fork_of) if request.fork_of else None
-        match = self.kv.match(request, leader)
+        match = self._match_leader(request, step) or self.kv.match(request)
         if not self.kv.can_admit(request, match, num_reserved_blocks):
             return False
         self.kv.admit(request, match)
@@ -184,6 +183,14 @@ class Scheduler:
         )
         self._choose(request, num_tokens, kv_ops, step, context)
         return True
+
+    def _match_leader(self, request: Request, step: _Step) -> PrefixMatch | None:
+        leader = self.requests.get(request.fork_of) if request.fork_of else None
+        if leader is None:
+            return None
+        # Copies come before the step's own writes: only what earlier steps computed can be shared.
+        num_written = step.starts.get(leader.request_id, leader.num_computed_tokens)
+        return self.kv.match_leader(request, leader, num_written)
 
     def _count_admission(self, request: Request, num_matched_tokens: int) -> None:
         if request.num_preemptions:
@@ -212,7 +219,7 @@ class Scheduler:
         request.num_pending_tokens += samples
         request.num_steps_in_flight += 1
         step.num_budget_tokens -= num_tokens
-        step.chosen_ids.add(request.request_id)
+        step.starts[request.request_id] = start
         step.kv_ops += kv_ops
         step.scheduled.append(
             ScheduledRequest(

@@ -53,14 +53,8 @@ class KVManager:
         if self.enable_prefix_caching:
             extend_block_hashes(request, self._root(request.cache_salt), self.block_size)
 
-    def match(self, request: Request, leader: Request | None = None) -> PrefixMatch:
-        """Longest known prefix, always leaving at least one token to compute.
-
-        `leader` is a running sibling with the same prompt: its prompt blocks are shared up to the last
-        prompt token, a block in part included; whoever writes to that one first copies it.
-        """
-        if leader is not None and (shared := self._match_leader(request, leader)) is not None:
-            return shared
+    def match(self, request: Request) -> PrefixMatch:
+        """Longest known prefix in full blocks, always leaving at least one token to compute."""
         if not self.enable_prefix_caching or request.sampling.prompt_logprobs is not None:
             return self._no_match
         hashes = request.block_hashes[: (request.num_known_tokens - 1) // self.block_size]
@@ -96,9 +90,13 @@ class KVManager:
         found = [self.pool.find((group_id, block_hash)) for block_hash in hashes[first:]]
         return (NULL_BLOCK_ID,) * first + tuple(block_id for block_id in found if block_id is not None)
 
-    def _match_leader(self, request: Request, leader: Request) -> PrefixMatch | None:
+    def match_leader(self, request: Request, leader: Request, num_written_tokens: int) -> PrefixMatch | None:
+        """The prompt blocks of a running sibling, up to the last prompt token; None: not there (any more).
+
+        A block in part is shared too: whoever writes to it first copies it.
+        """
         num_tokens = request.num_known_tokens - 1
-        if request.output_token_ids or not leader.block_tables or leader.num_computed_tokens < num_tokens:
+        if request.output_token_ids or not leader.block_tables or num_written_tokens < num_tokens:
             return None
         num_blocks = -(-num_tokens // self.block_size)
         tables = []
