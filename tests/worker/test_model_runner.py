@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
-from pelton.worker.models.registry import Model, make_dummy_model
 
 from pelton.core.batch import (
     NULL_BLOCK_ID,
@@ -26,15 +25,17 @@ from pelton.core.errors import EngineStepError
 from pelton.core.model_spec import ModelSpec, RopeSpec, make_kv_groups
 from pelton.core.output import TokenLogprobs
 from pelton.core.sampling_params import SamplingParams
+from pelton.worker import model_runner
 from pelton.worker.kv_storage import KVStorage
 from pelton.worker.model_runner import ModelRunner
+from pelton.worker.models.registry import Model, make_dummy_model
 
 pytestmark = pytest.mark.torch
 
 BLOCK_SIZE = 4
 WINDOW = 6
 VOCAB_SIZE = 97
-GREEDY = SamplingParams(temperature=0.0)
+GREEDY = SamplingParams(temperature=0.0, logprobs=2)
 
 
 def make_spec(windows: list[int | None], architecture: str) -> ModelSpec:
@@ -171,11 +172,10 @@ class Driver:
         self.take(batch, result)
         return result
 
-    def run(self, num_outputs: int, chunk: int = 1000) -> dict[str, list[int]]:
+    def run(self, num_outputs: int, chunk: int = 1000) -> None:
         """Every request to `num_outputs` tokens, `chunk` tokens of each in a step."""
         while shares := {i: chunk for i, r in self.requests.items() if len(r.outputs) < num_outputs}:
             self.step(shares)
-        return {request_id: request.outputs for request_id, request in self.requests.items()}
 
 
 def make_prompt(length: int, seed: int = 0) -> tuple[int, ...]:
@@ -191,6 +191,13 @@ def alone(
     request = driver.add("alone", prompt, sampling, seed)
     driver.run(num_outputs)
     return request
+
+
+def assert_as_alone(model: Model, request: Tracked, num_outputs: int) -> None:
+    """Tokens and the bits of their logprobs, over the first `num_outputs` (law 3)."""
+    expected = alone(model, request.prompt, num_outputs, request.sampling, request.seed)
+    assert request.outputs[:num_outputs] == expected.outputs
+    assert request.logprobs[:num_outputs] == expected.logprobs
 
 
 def recomputed(model: Model, prompt: Sequence[int], num_outputs: int) -> list[int]:
@@ -213,25 +220,25 @@ def test_chunked_prefill_gives_the_same_tokens(model: Model, chunk: int) -> None
     prompt = make_prompt(37)
     driver = Driver(model)
     driver.add("a", prompt)
-    assert driver.run(8, chunk)["a"] == alone(model, prompt, 8).outputs
+    driver.run(8, chunk)
+    assert_as_alone(model, driver.requests["a"], 8)
 
 
 def test_a_mixed_batch_gives_each_request_its_own_tokens(model: Model) -> None:
     """Prompts of many lengths start at different steps, some chunked, some decoding, one sampled."""
     driver = Driver(model)
-    sampled = SamplingParams(temperature=0.9, top_k=20)
+    sampled = SamplingParams(temperature=0.9, top_k=20, logprobs=0)
     lengths = {"a": 1, "b": 5, "c": 23, "d": 40, "e": 4}
-    expected = {}
     for seed, (request_id, length) in enumerate(lengths.items()):
         sampling = sampled if request_id == "e" else GREEDY
         driver.add(request_id, make_prompt(length, seed), sampling, seed)
-        expected[request_id] = alone(model, make_prompt(length, seed), 10, sampling, seed).outputs
     driver.step({"a": 9, "d": 11})
     driver.step({"d": 3, "b": 9, "a": 1})
     driver.step({"c": 16, "a": 1, "d": 16, "e": 2, "b": 1})
     while shares := {i: 6 for i, r in driver.requests.items() if len(r.outputs) < 10}:
         driver.step(shares)
-    assert {i: r.outputs for i, r in driver.requests.items()} == expected
+    for request in driver.requests.values():
+        assert_as_alone(model, request, 10)
 
 
 def test_steps_scheduled_ahead_take_the_token_sampled_here(model: Model) -> None:
@@ -250,10 +257,8 @@ def test_steps_scheduled_ahead_take_the_token_sampled_here(model: Model) -> None
     assert any(PENDING_TOKEN_ID in scheduled.token_ids for scheduled in in_flight[-1].requests)
     for batch in in_flight:
         driver.take(batch, driver.runner.run_step(batch))
-    for request_id, prompt in prompts.items():
-        outputs = driver.requests[request_id].outputs
-        assert outputs == alone(model, prompt, len(outputs)).outputs
-        assert len(outputs) >= 9
+    for request in driver.requests.values():
+        assert_as_alone(model, request, 9)
 
 
 def test_copy_on_write_leaves_the_first_owner_untouched(model: Model) -> None:
@@ -269,11 +274,11 @@ def test_copy_on_write_leaves_the_first_owner_untouched(model: Model) -> None:
         own += [*table[:2], copy]
     second.num_computed = len(prompt)
     driver.run(8, chunk=1)
-    assert first.outputs[:8] == alone(model, prompt, 8).outputs
-    assert second.outputs[:8] == alone(model, (*prompt, 5), 8).outputs
+    assert_as_alone(model, first, 8)
+    assert_as_alone(model, second, 8)
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(temperature=1.0)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(temperature=1.0, logprobs=0)], ids=["greedy", "sampled"])
 def test_preemption_and_resume_change_nothing(model: Model, sampling: SamplingParams) -> None:
     prompt = make_prompt(11)
     driver = Driver(model)
@@ -288,8 +293,8 @@ def test_preemption_and_resume_change_nothing(model: Model, sampling: SamplingPa
         driver.take(batch, driver.runner.run_step(batch))
     assert len(request.outputs) == 5
     driver.run(12, chunk=7)
-    assert request.outputs == alone(model, prompt, 12, sampling, seed=3).outputs
-    assert driver.requests["b"].outputs[:12] == alone(model, make_prompt(6, 4), 12).outputs
+    for request in driver.requests.values():
+        assert_as_alone(model, request, 12)
 
 
 def test_blocks_that_left_the_window_are_not_read() -> None:
@@ -299,7 +304,6 @@ def test_blocks_that_left_the_window_are_not_read() -> None:
     prompt = make_prompt(30)
     driver = Driver(model)
     request = driver.add("a", prompt)
-    expected = alone(model, prompt, 20).outputs
     held: set[int] = set()
     while len(request.outputs) < 20:
         batch = driver.schedule({"a": 5})
@@ -308,7 +312,7 @@ def test_blocks_that_left_the_window_are_not_read() -> None:
             poison(driver, block_id)
         held = now
         driver.take(batch, driver.runner.run_step(batch))
-    assert request.outputs == expected
+    assert_as_alone(model, request, 20)
     windowed = [i for i, group in enumerate(driver.groups) if group.sliding_window is not None]
     assert all(request.tables[i].count(NULL_BLOCK_ID) > 5 for i in windowed)
 
@@ -333,15 +337,8 @@ def test_prompt_logprobs_cover_the_prompt_whatever_the_chunks(model: Model, chun
     for p in (1, 31, 32, 33, 34, 65, 69):
         forced = SamplingParams(temperature=0.0, logprobs=3, allowed_token_ids=(prompt[p],))
         expected = alone(model, prompt[:p], 1, forced).logprobs[0]
-        assert_close(request.prompt_logprobs[p - 1], expected)
-    assert_close(request.logprobs[0], alone(model, prompt, 1, sampling).logprobs[0])
-
-
-def assert_close(found: TokenLogprobs, expected: TokenLogprobs) -> None:
-    assert (found.token_id, found.rank) == (expected.token_id, expected.rank)
-    assert found.logprob == pytest.approx(expected.logprob, abs=1e-4)
-    assert [i for i, _ in found.top] == [i for i, _ in expected.top]
-    assert [value for _, value in found.top] == pytest.approx([value for _, value in expected.top], abs=1e-4)
+        assert request.prompt_logprobs[p - 1] == expected
+    assert_as_alone(model, request, 2)
 
 
 def test_requests_that_cannot_run_fail_alone(model: Model) -> None:
@@ -361,7 +358,8 @@ def test_requests_that_cannot_run_fail_alone(model: Model) -> None:
     again = driver.step({"banned": 1, "good": 1})
     assert set(again.failed or {}) == {"banned"}
     driver.requests = {"good": driver.requests["good"]}
-    assert driver.run(6)["good"] == alone(model, make_prompt(7), 6).outputs
+    driver.run(6)
+    assert_as_alone(model, driver.requests["good"], 6)
 
 
 def test_nan_in_one_requests_kv_fails_that_request(model: Model) -> None:
@@ -374,7 +372,30 @@ def test_nan_in_one_requests_kv_fails_that_request(model: Model) -> None:
     assert set(result.failed or {}) == {"bad"}
     assert "not finite" in (result.failed or {})["bad"]
     del driver.requests["bad"]
-    assert driver.run(6)["good"] == alone(model, make_prompt(9, 1), 6).outputs
+    driver.run(6)
+    assert_as_alone(model, driver.requests["good"], 6)
+
+
+def test_nan_in_the_prompts_logits_fails_that_request(model: Model) -> None:
+    driver = Driver(model)
+    driver.add("good", make_prompt(9, 1))
+    bad = driver.add("bad", make_prompt(9, 2), SamplingParams(prompt_logprobs=0))
+    driver.step({"bad": 4, "good": 4})
+    assert len(bad.prompt_logprobs) == 4
+    poison(driver, bad.tables[0][0])
+    result = driver.step({"bad": 3, "good": 3})
+    assert result.failed == {"bad": "the model's logits for the prompt are not finite"}
+    assert result.prompt_logprobs == (None, None)
+
+
+def test_more_requests_than_logits_are_held_at_once(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_runner, "_MAX_LOGITS_ROWS", 3)
+    driver = Driver(model)
+    for seed in range(8):
+        driver.add(str(seed), make_prompt(3 + seed, seed))
+    driver.run(3)
+    for request in driver.requests.values():
+        assert_as_alone(model, request, 3)
 
 
 def test_a_step_that_raises_leaves_nothing_half_done(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -391,7 +412,8 @@ def test_a_step_that_raises_leaves_nothing_half_done(model: Model, monkeypatch: 
     assert set(driver.runner.run_step(ahead).failed or {}) == {"a"}
     request.num_pending = 0
     driver.preempt("a")
-    assert driver.run(8)["a"] == alone(model, make_prompt(9), 8).outputs
+    driver.run(8)
+    assert_as_alone(model, request, 8)
 
 
 def raise_memory_error(_: torch.Tensor) -> torch.Tensor:

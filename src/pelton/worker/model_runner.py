@@ -24,12 +24,12 @@ from pelton.worker.request_state import RequestState, RequestStates
 from pelton.worker.sampling.logprobs import token_logprobs
 from pelton.worker.sampling.sampler import sample
 
-# Rows of prompt logits held at once: 32 x 152k float32 are 19 MB.
-_PROMPT_LOGITS_ROWS = 32
+# Rows of logits held at once: 64 x 152k float32 are 39 MB.
+_MAX_LOGITS_ROWS = 64
 
 
 @dataclass(slots=True)
-class _Row:
+class StepRow:
     """One request that runs in this step."""
 
     index: int  # in ScheduledBatch.requests
@@ -94,26 +94,30 @@ class ModelRunner:
                 raise EngineStepError(f"KV operation {op.kind} needs tier {op.tier!r}, and this worker has none")
         self._kv.copy_blocks([(op.source, op.destination) for op in batch.kv_ops])
 
-    def _select_rows(self, batch: ScheduledBatch) -> list[_Row]:
+    def _select_rows(self, batch: ScheduledBatch) -> list[StepRow]:
         """The requests that can run, with their tokens known."""
         rows = []
         for index, scheduled in enumerate(batch.requests):
             state = self._states.get(scheduled.request_id)
             if state is not None:
-                rows.append(_Row(index, scheduled, state, state.known_token_ids(scheduled)))
+                rows.append(StepRow(index, scheduled, state, state.known_token_ids(scheduled)))
         return rows
 
-    def _forward(self, rows: Sequence[_Row], answers: _Answers) -> None:
+    def _forward(self, rows: Sequence[StepRow], answers: _Answers) -> None:
         batch = prepare_forward_batch(rows, self._model.spec.kv_groups, self._block_size)
         hidden = self._model.forward(batch, self._kv)
         for row, start in zip(rows, batch.query_start_loc, strict=False):
             if row.state.sampling.prompt_logprobs is not None:
-                answers.prompt_logprobs[row.index] = self._prompt_logprobs(row, hidden[start:])
+                self._add_prompt_logprobs(row, hidden[start:], answers)
         sampling_rows = [row for row in rows if row.scheduled.samples]
-        if not sampling_rows:
-            return
-        logits = self._model.compute_logits(hidden[batch.logits_indices])
-        for row, answer in zip(sampling_rows, sample(logits, [row.state for row in sampling_rows]), strict=True):
+        for low in range(0, len(sampling_rows), _MAX_LOGITS_ROWS):
+            here = slice(low, low + _MAX_LOGITS_ROWS)
+            self._sample(sampling_rows[here], hidden[batch.logits_indices[here]], answers)
+
+    def _sample(self, rows: Sequence[StepRow], hidden: torch.Tensor, answers: _Answers) -> None:
+        """The next token of each of `rows`, from their last hidden states [S, H]."""
+        samples = sample(self._model.compute_logits(hidden), [row.state for row in rows])
+        for row, answer in zip(rows, samples, strict=True):
             if answer.problem is not None:
                 answers.failed[row.scheduled.request_id] = answer.problem
                 continue
@@ -122,20 +126,23 @@ class ModelRunner:
             if answer.logprobs is not None:
                 answers.logprobs[row.index] = (answer.logprobs,)
 
-    def _prompt_logprobs(self, row: _Row, hidden: torch.Tensor) -> tuple[TokenLogprobs, ...] | None:
-        """Logprobs of the prompt tokens that follow this step's prompt positions; `hidden` starts at the first."""
+    def _add_prompt_logprobs(self, row: StepRow, hidden: torch.Tensor, answers: _Answers) -> None:
+        """Logprobs of the prompt tokens that follow this step's positions; `hidden` starts at the first of these."""
         first = row.scheduled.num_computed_tokens + 1
         targets = row.state.prompt_token_ids[first : first + len(row.token_ids)]
         num_top = row.state.sampling.prompt_logprobs or 0
         entries: list[TokenLogprobs] = []
-        for low in range(0, len(targets), _PROMPT_LOGITS_ROWS):
-            targets_here = targets[low : low + _PROMPT_LOGITS_ROWS]
+        for low in range(0, len(targets), _MAX_LOGITS_ROWS):
+            targets_here = targets[low : low + _MAX_LOGITS_ROWS]
             logits = self._model.compute_logits(hidden[low : low + len(targets_here)]).numpy()
+            if not np.isfinite(logits.max(axis=1)).all():
+                answers.failed[row.scheduled.request_id] = "the model's logits for the prompt are not finite"
+                return
             entries += [token_logprobs(logits[i], token_id, num_top) for i, token_id in enumerate(targets_here)]
-        return tuple(entries)
+        answers.prompt_logprobs[row.index] = tuple(entries)
 
 
-def prepare_forward_batch(rows: Sequence[_Row], kv_groups: Sequence[KVGroupSpec], block_size: int) -> ForwardBatch:
+def prepare_forward_batch(rows: Sequence[StepRow], kv_groups: Sequence[KVGroupSpec], block_size: int) -> ForwardBatch:
     """The tensors of a step, built in numpy: a tensor operation per request would cost more than the step's."""
     lengths = [len(row.token_ids) for row in rows]
     num_computed = [row.scheduled.num_computed_tokens for row in rows]
