@@ -9,13 +9,14 @@ from typing import Any
 import tokenizers
 
 from pelton.core.errors import ModelFileError, UnsupportedModelError
-from pelton.weights.tokenizer.backend import tokenizer_errors
+from pelton.weights.tokenizer.backend import ids_of, tokenizer_errors
 from pelton.weights.tokenizer.byte_level import byte_level_backend
 from pelton.weights.tokenizer.merges import Merges, order_of_scores
 from pelton.weights.tokenizer.sentencepiece import sentencepiece_backend, with_visible_spaces
 from pelton.weights.tokenizer.split_patterns import SPLIT_RULES, SplitRule
+from pelton.weights.tokenizer.stop_tokens import turn_end_ids
 from pelton.weights.tokenizer.tokenizer import Tokenizer
-from pelton.weights.tokenizer.vocabulary import TokenType, Vocabulary, build_tokenizer
+from pelton.weights.tokenizer.vocabulary import TokenType, Vocabulary, complete_backend
 
 BYTE_LEVEL, SENTENCEPIECE = "gpt2", "llama"
 
@@ -39,7 +40,16 @@ def tokenizer_from_gguf(path: Path, metadata: Mapping[str, Any]) -> Tokenizer:
             raise UnsupportedModelError(
                 f"{path}: tokenizer.ggml.model is {kind!r}; supported are {BYTE_LEVEL!r} and {SENTENCEPIECE!r}"
             )
-        return build_tokenizer(vocabulary, backend)
+        complete_backend(vocabulary, backend)
+        ends = [_named(path, metadata, vocabulary.tokens, key) for key in ("eos", "eot", "eom")]
+        return Tokenizer(
+            backend,
+            path,
+            bos_token=vocabulary.bos_token,
+            eos_token=vocabulary.eos_token,
+            pad_token=vocabulary.pad_token,
+            eos_token_ids=[*ids_of(backend, ends), *turn_end_ids(backend)],
+        )
 
 
 def _split_rule(path: Path, metadata: Mapping[str, Any]) -> SplitRule:
@@ -76,29 +86,28 @@ def _vocabulary(path: Path, metadata: Mapping[str, Any], *, add_bos: bool) -> Vo
     token_types = [int(TokenType.NORMAL)] * len(tokens)
     if "tokenizer.ggml.token_type" in metadata:
         token_types = _array(path, metadata, "token_type", int)
-
-    def named(key: str) -> str | None:
-        token_id = metadata.get(f"tokenizer.ggml.{key}_token_id")
-        if token_id is None:
-            return None
-        if not isinstance(token_id, int) or not 0 <= token_id < len(tokens):
-            raise ModelFileError(
-                path, f"tokenizer.ggml.{key}_token_id is {token_id!r}; the vocabulary has {len(tokens)} tokens"
-            )
-        return tokens[token_id]
-
     return Vocabulary(
         path=path,
         tokens=tokens,
         token_types=token_types,
-        bos_token=named("bos"),
-        eos_token=named("eos"),
-        pad_token=named("padding"),
-        unk_token=named("unknown"),
+        bos_token=_named(path, metadata, tokens, "bos"),
+        eos_token=_named(path, metadata, tokens, "eos"),
+        pad_token=_named(path, metadata, tokens, "padding"),
+        unk_token=_named(path, metadata, tokens, "unknown"),
         add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", add_bos)),
         add_eos=bool(metadata.get("tokenizer.ggml.add_eos_token", False)),
-        turn_ends=tuple(token for key in ("eot", "eom") if (token := named(key)) is not None),
     )
+
+
+def _named(path: Path, metadata: Mapping[str, Any], tokens: list[str], key: str) -> str | None:
+    token_id = metadata.get(f"tokenizer.ggml.{key}_token_id")
+    if token_id is None:
+        return None
+    if not isinstance(token_id, int) or not 0 <= token_id < len(tokens):
+        raise ModelFileError(
+            path, f"tokenizer.ggml.{key}_token_id is {token_id!r}; the vocabulary has {len(tokens)} tokens"
+        )
+    return tokens[token_id]
 
 
 def _merges(path: Path, metadata: Mapping[str, Any]) -> Merges | None:

@@ -11,80 +11,105 @@ import tokenizers
 from tokenizers import AddedToken
 
 from pelton.core.errors import ModelFileError
-from pelton.weights.tokenizer.backend import ids_of, set_bos_eos, tokenizer_errors
-from pelton.weights.tokenizer.sentencepiece_model import tokenizer_from_sentencepiece
-from pelton.weights.tokenizer.stop_tokens import TURN_ENDS
+from pelton.weights.tokenizer.backend import ids_of, tokenizer_errors
+from pelton.weights.tokenizer.sentencepiece_model import read_sentencepiece
+from pelton.weights.tokenizer.stop_tokens import turn_end_ids
 from pelton.weights.tokenizer.tokenizer import Tokenizer
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _MORE_TOKENS = ("additional_special_tokens", "extra_special_tokens")
+_FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 
 
 def tokenizer_from_folder(folder: Path) -> Tokenizer:
     """Raises `ModelFileError` for broken files, `UnsupportedModelError` for an unknown kind."""
     if (folder / "tokenizer.json").is_file():
         return tokenizer_from_json(folder / "tokenizer.json")
-    if (folder / "tokenizer.model").is_file():
-        config = _read_json(folder / "tokenizer_config.json")
-        model_type = str(_read_json(folder / "config.json").get("model_type", ""))
-        return tokenizer_from_sentencepiece(
-            folder / "tokenizer.model",
-            is_gemma=model_type.startswith("gemma"),
-            add_bos=bool(config.get("add_bos_token", True)),
-            add_eos=bool(config.get("add_eos_token", False)),
-        )
-    raise ModelFileError(folder, "holds neither tokenizer.json nor tokenizer.model")
+    path = folder / "tokenizer.model"
+    if not path.is_file():
+        raise ModelFileError(folder, "holds neither tokenizer.json nor tokenizer.model")
+    config = _read_config(folder)
+    vocabulary, backend = read_sentencepiece(
+        path,
+        is_gemma=str(_read_json(folder / "config.json").get("model_type", "")).startswith("gemma"),
+        add_bos=bool(config.get("add_bos_token", True)),
+        add_eos=bool(config.get("add_eos_token", False)),
+    )
+    spelled = {"bos_token": vocabulary.bos_token, "eos_token": vocabulary.eos_token, "pad_token": vocabulary.pad_token}
+    named = {name: value for name, value in spelled.items() if value is not None}
+    return _tokenizer(backend, path, {**named, **config})
 
 
 def tokenizer_from_json(path: Path) -> Tokenizer:
     """`path` is a tokenizer.json; the files that usually lie beside it are read where they exist.
 
-    What is not in tokenizer.json itself (tokens added later, BOS and EOS) comes from
-    tokenizer_config.json and special_tokens_map.json, as `transformers` has it.
+    As in `transformers` 5, tokenizer.json itself says whether BOS and EOS are added, and the other
+    files name them and may add tokens.
     """
-    config_path = path.with_name("tokenizer_config.json")
-    config = {**_read_json(path.with_name("special_tokens_map.json")), **_read_json(config_path)}
-    named = {name: _token_text(config_path, name, config.get(name)) for name in _NAMED_TOKENS}
     with tokenizer_errors(path):
         backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         backend.no_truncation()
         backend.no_padding()
+    return _tokenizer(backend, path, _read_config(path.parent))
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json; before it listed added tokens, two other files did, and went before it."""
+    config = _read_json(folder / "tokenizer_config.json")
+    if "added_tokens_decoder" in config:
+        return config
+    added = _read_json(folder / "added_tokens.json")
+    if not all(type(token_id) is int for token_id in added.values()):
+        raise ModelFileError(folder / "added_tokens.json", "must map tokens to ids")
+    listed = {str(token_id): {"content": text} for text, token_id in added.items()}
+    return {**config, **_read_json(folder / "special_tokens_map.json"), "added_tokens_decoder": listed}
+
+
+def _tokenizer(backend: tokenizers.Tokenizer, path: Path, config: Mapping[str, Any]) -> Tokenizer:
+    config_path = path.with_name("tokenizer_config.json")
     with tokenizer_errors(config_path):
-        _add_tokens(backend, config_path, config, named)
-        if "add_bos_token" in config or "add_eos_token" in config or backend.post_processor is None:
-            set_bos_eos(
-                backend,
-                named["bos_token"] if config.get("add_bos_token") else None,
-                named["eos_token"] if config.get("add_eos_token") else None,
-            )
+        _add_tokens(backend, config_path, config)
+    bos, eos, pad = (
+        _token_text(config_path, name, config.get(name)) for name in ("bos_token", "eos_token", "pad_token")
+    )
     return Tokenizer(
         backend,
         path,
-        bos_token=named["bos_token"],
-        eos_token=named["eos_token"],
-        pad_token=named["pad_token"],
-        eos_token_ids=[*ids_of(backend, [named["eos_token"]]), *_stop_ids(path, backend)],
+        bos_token=bos,
+        eos_token=eos,
+        pad_token=pad,
+        eos_token_ids=[*ids_of(backend, [eos]), *_stop_ids(path, backend)],
     )
 
 
-def _add_tokens(
-    backend: tokenizers.Tokenizer, path: Path, config: Mapping[str, Any], named: Mapping[str, str | None]
-) -> None:
-    present = {token.content for token in backend.get_added_tokens_decoder().values()}
+def _add_tokens(backend: tokenizers.Tokenizer, path: Path, config: Mapping[str, Any]) -> None:
+    """The listed tokens in the order of their ids, then the named ones that are still missing."""
     listed = config.get("added_tokens_decoder", {})
     if not isinstance(listed, dict):
         raise ModelFileError(path, "added_tokens_decoder must be an object")
-    wanted: list[AddedToken] = []
-    for token_id in sorted(listed, key=_as_id):
-        entry = listed[token_id]
-        text = _token_text(path, f"added_tokens_decoder[{token_id}]", entry)
-        flags = {key: bool(entry[key]) for key in ("lstrip", "rstrip", "single_word", "normalized") if key in entry}
-        wanted.append(AddedToken(text, special=bool(entry.get("special", False)), **flags))
-    more = [_token_text(path, key, token) for key in _MORE_TOKENS for token in _as_list(config.get(key))]
-    wanted += [AddedToken(text, special=True) for text in (*named.values(), *more) if text]
-    # The first mention of a token wins: the one with flags.
-    fresh = {token.content: token for token in reversed(wanted) if token.content not in present}
-    backend.add_tokens([token for token in wanted if fresh.get(token.content) is token])
+    wanted = [
+        _added_token(path, f"added_tokens_decoder[{token_id}]", listed[token_id], special=False)
+        for token_id in sorted(listed, key=lambda text: int(text) if text.isdecimal() else -1)
+    ]
+    named = [(name, config.get(name)) for name in _NAMED_TOKENS]
+    named += [(name, token) for name in _MORE_TOKENS for token in _as_list(config.get(name))]
+    wanted += [_added_token(path, name, value, special=True) for name, value in named if value]
+    seen = {token.content for token in backend.get_added_tokens_decoder().values()}
+    fresh: list[AddedToken] = []
+    for token in wanted:
+        if token.content not in seen:
+            seen.add(token.content)
+            fresh.append(token)
+    backend.add_tokens(fresh)
+
+
+def _added_token(path: Path, name: str, value: Any, *, special: bool) -> AddedToken:
+    text = _token_text(path, name, value)
+    if not text:
+        raise ModelFileError(path, f"{name} is {value!r}; it must be a token's text")
+    entry = value if isinstance(value, dict) else {}
+    flags = {key: bool(entry[key]) for key in _FLAGS if key in entry}
+    return AddedToken(text, special=special or bool(entry.get("special", False)), **flags)
 
 
 def _stop_ids(path: Path, backend: tokenizers.Tokenizer) -> list[int]:
@@ -97,8 +122,7 @@ def _stop_ids(path: Path, backend: tokenizers.Tokenizer) -> list[int]:
         if not all(type(token_id) is int and token_id >= 0 for token_id in ids):
             raise ModelFileError(path.with_name(name), f"eos_token_id is {value!r}; it must be token ids")
         return ids
-    special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
-    return ids_of(backend, TURN_ENDS & special)
+    return turn_end_ids(backend)
 
 
 def _token_text(path: Path, name: str, value: Any) -> str | None:
@@ -113,10 +137,6 @@ def _as_list(value: Any) -> list[Any]:
     if isinstance(value, dict):
         return list(value.values())
     return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def _as_id(text: str) -> int:
-    return int(text) if text.isdecimal() else -1
 
 
 def _read_json(path: Path) -> dict[str, Any]:

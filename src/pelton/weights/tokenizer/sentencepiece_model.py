@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import tokenizers
+
 from pelton.core.errors import ModelFileError, UnsupportedModelError
 from pelton.weights.tokenizer.backend import tokenizer_errors
 from pelton.weights.tokenizer.merges import order_of_scores
 from pelton.weights.tokenizer.protobuf import as_bytes, as_float, as_int, read_fields
 from pelton.weights.tokenizer.sentencepiece import sentencepiece_backend, with_visible_spaces
-from pelton.weights.tokenizer.tokenizer import Tokenizer
-from pelton.weights.tokenizer.vocabulary import TokenType, Vocabulary, build_tokenizer
+from pelton.weights.tokenizer.vocabulary import TokenType, Vocabulary, complete_backend
 
 # Field numbers of ModelProto, SentencePiece, TrainerSpec and NormalizerSpec.
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
@@ -35,7 +36,9 @@ class _Model:
     remove_extra_spaces: bool = True
 
 
-def tokenizer_from_sentencepiece(path: Path, *, is_gemma: bool, add_bos: bool, add_eos: bool) -> Tokenizer:
+def read_sentencepiece(
+    path: Path, *, is_gemma: bool, add_bos: bool, add_eos: bool
+) -> tuple[Vocabulary, tokenizers.Tokenizer]:
     """Raises `ModelFileError` for a broken file, `UnsupportedModelError` for other kinds than plain BPE."""
     try:
         model = _read_model(path.read_bytes())
@@ -65,7 +68,8 @@ def tokenizer_from_sentencepiece(path: Path, *, is_gemma: bool, add_bos: bool, a
             vocabulary = with_visible_spaces(vocabulary)
         order = None if is_gemma else order_of_scores(model.scores)
         backend = sentencepiece_backend(vocabulary, None, order, prefix_space=model.add_dummy_prefix)
-        return build_tokenizer(vocabulary, backend)
+        complete_backend(vocabulary, backend)
+    return vocabulary, backend
 
 
 def _read_model(data: bytes) -> _Model:

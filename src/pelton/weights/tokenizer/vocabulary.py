@@ -9,9 +9,7 @@ from pathlib import Path
 import tokenizers
 
 from pelton.core.errors import ModelFileError
-from pelton.weights.tokenizer.backend import added_token, ids_of, set_bos_eos
-from pelton.weights.tokenizer.stop_tokens import TURN_ENDS
-from pelton.weights.tokenizer.tokenizer import Tokenizer
+from pelton.weights.tokenizer.backend import added_token, set_bos_eos
 
 
 class TokenType(IntEnum):
@@ -38,7 +36,6 @@ class Vocabulary:
     unk_token: str | None = None
     add_bos: bool = False
     add_eos: bool = False
-    turn_ends: tuple[str, ...] = ()  # besides EOS and the well-known ones
 
     def __post_init__(self) -> None:
         if not self.tokens:
@@ -61,7 +58,7 @@ class Vocabulary:
         return [token for token, kind in zip(self.tokens, self.token_types, strict=True) if kind in kinds]
 
 
-def build_tokenizer(vocabulary: Vocabulary, backend: tokenizers.Tokenizer) -> Tokenizer:
+def complete_backend(vocabulary: Vocabulary, backend: tokenizers.Tokenizer) -> None:
     """Add to a model's `backend` the tokens that are matched whole in text, BOS and EOS."""
     named = (vocabulary.bos_token, vocabulary.eos_token, vocabulary.pad_token, vocabulary.unk_token)
     special = dict.fromkeys([*vocabulary.of_type(TokenType.CONTROL), *(token for token in named if token is not None)])
@@ -72,13 +69,4 @@ def build_tokenizer(vocabulary: Vocabulary, backend: tokenizers.Tokenizer) -> To
         backend,
         vocabulary.bos_token if vocabulary.add_bos else None,
         vocabulary.eos_token if vocabulary.add_eos else None,
-    )
-    ends = {vocabulary.eos_token, *vocabulary.turn_ends, *TURN_ENDS.intersection(special)}
-    return Tokenizer(
-        backend,
-        vocabulary.path,
-        bos_token=vocabulary.bos_token,
-        eos_token=vocabulary.eos_token,
-        pad_token=vocabulary.pad_token,
-        eos_token_ids=ids_of(backend, ends),
     )
