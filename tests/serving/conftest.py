@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import httpx2
 import openai
 import pytest
+import structlog
 
 from tests.serving.make import RunningServer, running_server
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet() -> None:
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
 
 
 @pytest.fixture(scope="session")

@@ -81,7 +81,7 @@ def error_body(error: PeltonError) -> ErrorBody:
     return ErrorBody(
         message=message,
         type="invalid_request_error" if status_of(error) < 500 else "server_error",
-        param=getattr(error, "param", None),
+        param="model" if isinstance(error, ModelNotFoundError) else getattr(error, "param", None),
         code=error.code,
     )
 

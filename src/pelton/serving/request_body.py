@@ -20,7 +20,7 @@ READ_TIMEOUT_S = 60.0
 MAX_DISCARDED_BODIES = 2
 
 StructT = TypeVar("StructT", bound=msgspec.Struct)
-_PATH = re.compile(r"^(?P<problem>.*?)(?: - at `(?P<path>.*)`)?$", re.DOTALL)
+_PATH = re.compile(r"^(?P<problem>.*?)(?: - at (?:`key` in )?`(?P<path>.*)`)?$", re.DOTALL)
 _FIELD = re.compile(r"^Object (?P<kind>missing required|contains unknown) field `(?P<field>.*)`$", re.DOTALL)
 
 

@@ -1,0 +1,111 @@
+"""`run_server`: uvicorn around the application, from the listening socket to the last drained request."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import Iterator
+
+import structlog
+import uvicorn
+import uvloop
+from starlette.types import ASGIApp
+
+from pelton.core.errors import PeltonError
+from pelton.engine.client import EngineClient
+from pelton.serving.config import ServerConfig
+from pelton.serving.logs import configure_logs
+
+# For answers to leave once the engine is done with them.
+FLUSH_TIMEOUT_S = 2
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_log = structlog.get_logger("pelton.server")
+
+
+class AddressError(PeltonError):
+    """The server cannot listen where it was told to."""
+
+    code = "address_unavailable"
+
+
+def run_server(app: ASGIApp, client: EngineClient, config: ServerConfig) -> int:
+    """Start the engine, serve, and drain on SIGTERM or SIGINT; returns the exit code.
+
+    `/live` answers while the engine starts. A second signal ends the process at once. Raises
+    `AddressError`, or the typed error that kept the engine from starting.
+    """
+    configure_logs(config.log_level)
+    with _listen(config) as listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_serve(app, client, config, listener))
+
+
+def _listen(config: ServerConfig) -> socket.socket:
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        return socket.create_server((config.host, config.port), family=family, backlog=2048)
+    except OSError as error:
+        raise AddressError(
+            f"cannot listen on {config.host} port {config.port}: {error.strerror}; choose another --host or --port"
+        ) from None
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals are ours: a drain keeps answering, where uvicorn would stop to listen first."""
+        yield
+
+
+async def _serve(app: ASGIApp, client: EngineClient, config: ServerConfig, listener: socket.socket) -> int:
+    server = _Server(
+        uvicorn.Config(
+            app,
+            http="httptools",
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=FLUSH_TIMEOUT_S,
+        )
+    )
+    stop = _stop_on_signals()
+    serving = asyncio.create_task(server.serve([listener]))
+    starting = asyncio.create_task(client.start())
+    host, port = listener.getsockname()[:2]
+    _log.info("listening", url=f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+    try:
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait((starting, stopping, serving), return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            starting.result()
+            _log.info("ready")
+            await asyncio.wait((stopping, serving), return_when=asyncio.FIRST_COMPLETED)
+        else:
+            starting.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await starting
+        _log.info("draining", num_requests=client.num_requests)
+    finally:
+        await client.close(drain_timeout_s=config.drain_timeout_s)
+        server.should_exit = True
+        await serving
+    _log.info("stopped")
+    return 0
+
+
+def _stop_on_signals() -> asyncio.Event:
+    """Set by the first signal. The second ends the process; engine and helpers end with it."""
+    stop = asyncio.Event()
+
+    def take(number: int) -> None:
+        if stop.is_set():
+            os._exit(128 + number)
+        stop.set()
+
+    for number in _SIGNALS:
+        asyncio.get_running_loop().add_signal_handler(number, take, number)
+    return stop
