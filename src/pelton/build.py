@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Any
 
 import msgspec
 
+from pelton.core.config import setting_names
+from pelton.core.errors import ConfigError
 from pelton.core.protocols import MonotonicClock
 from pelton.engine.client import EngineClient
 from pelton.engine.config import EngineConfig
@@ -23,9 +28,6 @@ from pelton.serving.config import ServerConfig
 from pelton.weights.config import ModelConfig
 from pelton.worker.config import WorkerConfig
 
-if TYPE_CHECKING:
-    from pelton.weights.catalog.progress import ProgressCallback
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeltonConfig:
@@ -35,6 +37,25 @@ class PeltonConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     worker: WorkerConfig = field(default_factory=WorkerConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> PeltonConfig:
+        """From settings by name, whatever their room. An unknown name is a `ConfigError` with the nearest."""
+        rooms: dict[str, type] = {
+            "model": ModelConfig,
+            "engine": EngineConfig,
+            "worker": WorkerConfig,
+            "server": ServerConfig,
+        }
+        room_of = {name: room for room, config_class in rooms.items() for name in setting_names(config_class)}
+        values: dict[str, dict[str, Any]] = {room: {} for room in rooms}
+        for name, value in settings.items():
+            if name not in room_of:
+                nearest = get_close_matches(name, room_of, n=1)
+                hint = f"; the nearest is {nearest[0]}" if nearest else ""
+                raise ConfigError(f"there is no setting {name}{hint}")
+            values[room_of[name]][name] = value
+        return cls(**{room: config_class(**values[room]) for room, config_class in rooms.items()})
 
 
 def build_engine(config: PeltonConfig) -> Engine:
@@ -85,9 +106,48 @@ def build_thread_client(config: PeltonConfig) -> EngineClient:
     return EngineClient(ThreadTransport(partial(build_engine, config)), restart=False)
 
 
-def pull_model(config: PeltonConfig, progress: ProgressCallback | None = None) -> PeltonConfig:
-    """Have the model on disk, and name it by its path from here on."""
+def serve(config: PeltonConfig) -> int:
+    """Run the HTTP server until it is told to stop; returns the exit code. The model must be on disk."""
+    from pelton.serving.app import create_app
+    from pelton.serving.context import ModelCard
+    from pelton.serving.server import run_server
     from pelton.weights.catalog import resolve_model
+    from pelton.weights.model_files import open_model
+    from pelton.weights.tokenizer import load_tokenizer
 
-    path = resolve_model(config.model) if progress is None else resolve_model(config.model, progress)
-    return replace(config, model=replace(config.model, model=str(path)))
+    path = resolve_model(config.model)
+    files = open_model(path)
+    client = build_process_client(replace(config, model=replace(config.model, model=str(path))))
+    app = create_app(
+        client,
+        load_tokenizer(path, config.model.tokenizer),
+        ModelCard(
+            names=config.server.served_model_name or (model_name(config.model.model),),
+            root=config.model.model,
+            max_model_len=files.spec.max_model_len,
+            created=int(path.stat().st_mtime),
+        ),
+        config.server,
+        chat_template=read_chat_template(config.server.chat_template) or files.chat_template,
+        generation_defaults=files.generation_defaults,
+    )
+    return run_server(app, client, config.server)
+
+
+def read_chat_template(path: str | None) -> str | None:
+    """The source of a template file that replaces the model's own."""
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"chat_template: {path} cannot be read: {error}") from error
+
+
+def model_name(model: str) -> str:
+    """What clients call a model: its catalog name or hub id as it was given, a file's or folder's name."""
+    path = Path(model)
+    if path.exists():
+        path = path.resolve()
+        return path.stem if path.suffix == ".gguf" else path.name
+    return model

@@ -176,6 +176,7 @@ def _read_commands(commands: zmq.Socket[bytes], loop: EngineLoop) -> None:
 
 
 def _end_with_parent() -> None:
-    while sys.stdin.buffer.read(4096):
+    # Unbuffered: a lock held on the buffer would break the interpreter's shutdown.
+    while os.read(sys.stdin.fileno(), 4096):
         pass
     os._exit(0)
