@@ -33,46 +33,57 @@ def pull_model(
     with store.lock(name, lambda: progress(PullProgress(name, PullPhase.WAITING))):
         if (found := store.try_installed(name)) is not None:  # by the pull that held the lock
             return found
-        if wanted.num_bytes is not None:
-            store.check_free_space(name, wanted.num_bytes)
         problems: list[DownloadError | ModelNotFoundError] = []
         for source in sources:
-            watch = _Watch(name, source, wanted, progress)
             try:
-                return _pull_from(store, name, source, wanted, watch)
+                return _pull_from(store, name, source, wanted, progress)
             except (DownloadError, ModelNotFoundError) as error:
                 _log.info("%s cannot be had from %s: %s", name, source.description, error)
                 problems.append(error)
             except OSError as error:
                 raise _disk_error(error, name, store) from error
+            finally:
+                store.forget_empty(name, source.kind)
     if len(problems) == 1:
         raise problems[0]
     raise DownloadError(f"{name} could not be pulled: " + "; ".join(str(problem) for problem in problems))
 
 
 class _Watch:
-    """Turns a source's byte counts into progress, at most ten times a second."""
+    """Turns a source's byte counts into progress, at most ten times a second, once there is room for them."""
 
-    def __init__(self, name: str, source: Source, wanted: WantedFile, progress: ProgressCallback) -> None:
+    def __init__(
+        self, store: ModelStore, name: str, source: str, total_bytes: int | None, progress: ProgressCallback
+    ) -> None:
+        self._store = store
         self._name = name
-        self._source = source.description
-        self._total_bytes = wanted.num_bytes
+        self._source = source
+        self._total_bytes: int | None = None
         self._progress = progress
         self._next_report_s = 0.0
+        self._expect(total_bytes)
         self.phase(PullPhase.CONNECTING)
 
     def phase(self, phase: PullPhase, num_bytes: int = 0) -> None:
         self._progress(PullProgress(self._name, phase, self._source, num_bytes, self._total_bytes))
 
     def report(self, num_bytes: int, total_bytes: int | None) -> None:
-        self._total_bytes = total_bytes or self._total_bytes
+        self._expect(total_bytes)
         if num_bytes == self._total_bytes or time.monotonic() >= self._next_report_s:
             self._next_report_s = time.monotonic() + _REPORT_INTERVAL_S
             self.phase(PullPhase.DOWNLOADING, num_bytes)
 
+    def _expect(self, total_bytes: int | None) -> None:
+        if total_bytes is not None and total_bytes != self._total_bytes:
+            self._total_bytes = total_bytes
+            self._store.check_free_space(self._name, total_bytes)
 
-def _pull_from(store: ModelStore, name: str, source: Source, wanted: WantedFile, watch: _Watch) -> InstalledModel:
+
+def _pull_from(
+    store: ModelStore, name: str, source: Source, wanted: WantedFile, progress: ProgressCallback
+) -> InstalledModel:
     staging = store.staging(name, source.kind)
+    watch = _Watch(store, name, source.description, wanted.num_bytes, progress)
     fetched = source.fetch(staging, wanted, watch.report)
     watch.phase(PullPhase.VERIFYING)
     sha256 = {file_name: _sha256(fetched.folder / file_name) for file_name in fetched.files}

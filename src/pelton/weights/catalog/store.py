@@ -1,6 +1,6 @@
 """The folder of pulled models.
 
-    <cache>/<name>/                 a whole model: its files and manifest.json
+    <cache>/<name>/                 a whole model: its files and pelton-manifest.json
     <cache>/.partial/<name>/<kind>/ what an unfinished pull has brought so far
     <cache>/.locks/<name>           held while a pull runs
 
@@ -15,14 +15,14 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pelton.core.errors import DownloadError
 
-MANIFEST = "manifest.json"
+MANIFEST = "pelton-manifest.json"  # a hub folder may hold a manifest.json of its own
 DEFAULT_CACHE_DIR = "~/.cache/pelton/models"
 
 
@@ -67,6 +67,13 @@ class ModelStore:
 
     def discard_partial(self, name: str, kind: str = "") -> None:
         shutil.rmtree(self.root / ".partial" / name / kind, ignore_errors=True)
+
+    def forget_empty(self, name: str, kind: str) -> None:
+        """Leave no empty folders behind a source that brought nothing."""
+        folder = self.root / ".partial" / name / kind
+        with suppress(OSError):
+            folder.rmdir()
+            folder.parent.rmdir()
 
     def install(
         self, name: str, folder: Path, sha256: Mapping[str, str], source: str, pulled_at: str

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pelton.core.errors import DownloadError, ModelNotFoundError, PeltonError
@@ -56,7 +56,7 @@ class HubModel:
             info = HfApi(endpoint=self.endpoint).model_info(
                 self.repo_id, revision=self.revision, files_metadata=True, timeout=_TIMEOUT_S
             )
-            siblings = {sibling.rfilename: sibling for sibling in info.siblings or ()}
+            siblings = {sibling.rfilename: sibling for sibling in info.siblings or () if _is_inside(sibling.rfilename)}
             names = self._choose(list(siblings))
             hashes = {name: lfs.sha256 for name in names if (lfs := siblings[name].lfs) is not None}
             if wanted.sha256 is not None and hashes.get(names[0], wanted.sha256) != wanted.sha256:
@@ -84,6 +84,7 @@ class HubModel:
         from huggingface_hub import hf_hub_download
 
         num_done, total = 0, sum(sizes.values())
+        report(num_done, total)
         for name, size in sizes.items():
             bar = _reporting_bar(report, num_done, total)
             hf_hub_download(
@@ -91,6 +92,12 @@ class HubModel:
             )
             num_done += size
             report(num_done, total)
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a repository's file stays within the folder that it is put into."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts
 
 
 def _gguf_choice(names: list[str]) -> str:

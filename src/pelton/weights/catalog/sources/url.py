@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 _CHUNK_BYTES = 1 << 20
 _TIMEOUT_S = 30.0
 _MAX_FRUITLESS_TRIES = 4  # in a row; a try that brought bytes starts the count again
-_RETRY_DELAY_S = 0.5
+_RETRY_DELAY_S = 0.2
 _SHA256 = re.compile(r"sha256=([0-9a-f]{64})", re.IGNORECASE)
 
 
