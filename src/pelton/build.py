@@ -151,3 +151,14 @@ def model_name(model: str) -> str:
         path = path.resolve()
         return path.stem if path.suffix == ".gguf" else path.name
     return model
+
+
+def describe_worker(config: WorkerConfig) -> dict[str, Any]:
+    """What the worker's settings come to on this machine. Imports torch."""
+    from pelton.worker.executors.host_resources import num_available_cores
+    from pelton.worker.kernels.ops import make_kernels
+
+    return {
+        "kernel_backend": make_kernels(config.kernel_backend).name,
+        "threads": config.threads or num_available_cores(),
+    }
