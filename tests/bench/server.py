@@ -29,6 +29,7 @@ class FakeServer:
     bodies: list[dict[str, Any]] = field(default_factory=list)
     num_running: int = 0
     most_running: int = 0
+    idle: asyncio.Event = field(default_factory=asyncio.Event)  # no chat is being answered
     _words: dict[str, int] = field(default_factory=dict)
 
     def tokens(self, text: str) -> list[int]:
@@ -45,6 +46,30 @@ class FakeServer:
 
     async def models(self, _request: web.Request) -> web.Response:
         return web.json_response({"data": [{"id": "fake-model"}]})
+
+    async def chat_completions(self, request: web.Request) -> web.StreamResponse:
+        """Says the last message back, word by word, and how many messages there were."""
+        body = await request.json()
+        self.bodies.append(body)
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        words = [f"{len(body['messages'])}:", *body["messages"][-1]["content"].split()]
+        self.idle.clear()
+        try:
+            await _send(response, {"choices": [{"delta": {"role": "assistant", "content": ""}}]})
+            for number, word in enumerate(words):
+                if number == 3 and self.fault == "cut":
+                    return response
+                if number == 3 and self.fault == "in_band":
+                    await _send(response, {"error": {"message": "engine died"}})
+                    return response
+                await _send(response, {"choices": [{"delta": {"content": f"{word} "}}]})
+                await asyncio.sleep(self.delay_s)
+        finally:
+            self.idle.set()
+        await _send(response, {"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": len(words)}})
+        await response.write(b"data: [DONE]\n\n")
+        return response
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         if self.api_key and request.headers.get("Authorization") != f"Bearer {self.api_key}":
@@ -94,6 +119,7 @@ async def _send(response: web.StreamResponse, chunk: dict[str, Any]) -> None:
 async def running(server: FakeServer) -> AsyncIterator[FakeServer]:
     app = web.Application()
     app.router.add_post("/v1/completions", server.completions)
+    app.router.add_post("/v1/chat/completions", server.chat_completions)
     if server.lists_models:
         app.router.add_get("/v1/models", server.models)
     if server.dialect != "none":

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
 
+from pelton.cli.requirements import require_aiohttp
 from pelton.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -103,10 +104,8 @@ def _parse_servers(servers: tuple[str, ...]) -> dict[str, str]:
 
 
 def _make_plan(workload: str, num_passes: int, seed: int, timeout_s: float) -> BenchPlan:
-    try:
-        from pelton.bench.run import BenchPlan
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"pelton bench needs {error.name}: pip install 'pelton[bench]'") from None
+    require_aiohttp()
+    from pelton.bench.run import BenchPlan
     from pelton.bench.workloads import select_workloads
 
     return BenchPlan(workloads=select_workloads(workload), num_passes=num_passes, seed=seed, timeout_s=timeout_s)
@@ -217,10 +216,8 @@ def _format(value: float | None) -> str:
 def _print_table(table: Table) -> None:
     from rich.console import Console
 
-    # A table cut at the edge of a narrow terminal, or of a pipe, loses figures.
-    console = Console()
-    width = max(console.width, console.measure(table).maximum)
-    Console(width=width, soft_wrap=True).print(table)
+    # A table squeezed into a narrow terminal, or a pipe's 80 columns, loses figures.
+    Console(width=1000).print(table)
 
 
 def _print_json(result: BenchResult, seed: int, urls: dict[str, str]) -> None:

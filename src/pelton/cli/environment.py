@@ -7,6 +7,7 @@ import os
 import platform
 import re
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,7 +36,7 @@ def env(
     *, as_json: Annotated[bool, Parameter(name="--json", negative=(), help="print one JSON document")] = False
 ) -> int:
     """Show machine, versions and what Pelton would use."""
-    description = describe_machine()
+    description = {**describe_machine(), **_describe_worker()}
     if as_json:
         print(json.dumps(description, indent=1))
         return 0
@@ -58,6 +59,15 @@ def describe_machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: version for name in _PACKAGES if (version := _version(name))},
     }
+
+
+def _describe_worker() -> dict[str, Any]:
+    if find_spec("torch") is None:
+        return {"kernel_backend": "none: torch is not installed (pip install 'pelton[cpu]')"}
+    from pelton.build import describe_worker
+    from pelton.cli.settings import resolve_settings
+
+    return describe_worker(resolve_settings({}, os.environ).worker)
 
 
 def num_usable_cores() -> int:

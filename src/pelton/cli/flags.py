@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
@@ -27,9 +28,14 @@ def with_settings(rooms: Sequence[str]) -> Callable[[Callable[..., int]], Callab
         parameters = [_make_parameter(setting, groups[setting.room]) for setting in settings]
         model = [p for p in parameters if p.name == MODEL_ARGUMENT]
         flags = [p for p in parameters if p.name != MODEL_ARGUMENT]
-        command.__signature__ = inspect.Signature([*model, *own, *flags])  # type: ignore[attr-defined]
-        command.__annotations__ = {p.name: p.annotation for p in (*model, *own, *flags)}
-        return command
+
+        @functools.wraps(command)
+        def run(*arguments: Any, **given: Any) -> int:
+            return command(**dict(zip([MODEL_ARGUMENT], arguments, strict=False)), **given)
+
+        run.__signature__ = inspect.Signature([*model, *own, *flags])  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in (*model, *own, *flags)}
+        return run
 
     return decorate
 

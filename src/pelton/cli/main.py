@@ -51,6 +51,7 @@ def make_app(console: Console | None = None) -> App:
         help="An LLM serving engine made for agents.",
         version=_version,
         console=console,
+        help_format="plaintext",
         suppress_keyboard_interrupt=False,
     )
     for name, target, help in (

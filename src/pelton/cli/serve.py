@@ -9,6 +9,8 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from pelton.cli.flags import with_settings
+from pelton.cli.pull import pull_model
+from pelton.cli.requirements import require_torch
 from pelton.cli.settings import resolve_settings
 
 ConfigFlag = Annotated[Path | None, Parameter(help="YAML file with settings; flags and PELTON_* variables win over it")]
@@ -18,9 +20,9 @@ ConfigFlag = Annotated[Path | None, Parameter(help="YAML file with settings; fla
 def serve(*, config: ConfigFlag = None, **settings: Any) -> int:
     """Serve a model over HTTP, as OpenAI's API does."""
     resolved = resolve_settings(settings, os.environ, config)
+    require_torch()
 
     from pelton.build import serve as run_server
-    from pelton.cli.pull import pull_model
 
     pull_model(resolved.model)
     return run_server(resolved)

@@ -156,12 +156,15 @@ def unknown_name_message(shown: str, name: str, known: Iterable[str]) -> str:
     hint = missing_flag_hint(name)
     if hint is not None:
         return f"{shown}: {hint}"
-    spelled = shown.rsplit(": ", 1)[-1]
-    candidates = {candidate.lower().replace("-", "_"): candidate for candidate in known}
-    nearest = difflib.get_close_matches(spelled.lower().replace("-", "_"), candidates, n=1, cutoff=0.6)
+    candidates = {_bare(candidate): candidate for candidate in known}
+    nearest = difflib.get_close_matches(_bare(name), candidates, n=1, cutoff=0.6)
     if nearest:
         return f"{shown}: there is no such setting; the nearest is {candidates[nearest[0]]}"
     return f"{shown}: there is no such setting; `pelton serve --help` lists them all"
+
+
+def _bare(name: str) -> str:
+    return name.lower().removeprefix(ENV_PREFIX.lower()).replace("-", "_")
 
 
 def parse_text(setting: Setting, text: str) -> Any:
