@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -22,6 +21,7 @@ from pelton.engine.thread import ThreadTransport
 from pelton.serving.app import create_app
 from pelton.serving.config import ServerConfig
 from pelton.serving.context import ModelCard
+from pelton.serving.server import listen
 from pelton.weights.tensors import GenerationDefaults
 from tests.make import EOS_TOKEN_ID, VOCAB_SIZE, ByteDecoder, make_engine
 
@@ -169,7 +169,7 @@ def running_server(
         chat_template=chat_template,
         generation_defaults=defaults or GenerationDefaults(temperature=0.0),
     )
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = listen("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1))
     started: Future[asyncio.AbstractEventLoop] = Future()
 

@@ -20,8 +20,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pelton.core.errors import InvalidRequestError
 
-# Marks where the final message ends in the rendered text; a template may strip what follows it.
-_END_OF_MESSAGE = "\ue0f0end-of-final-message\ue0f1"
+# Marks where the final message ends in the rendered text. The space tells whether the template trims.
+_END_OF_MESSAGE = "\ue0f0end-of-final-message\ue0f1 "
 Message = Mapping[str, Any]
 
 
@@ -114,10 +114,10 @@ class ChatTemplate:
             raise ChatTemplateError(f"the chat template fails: {type(error).__name__}: {error}") from None
         if not continue_final_message:
             return text
-        end = text.rfind(_END_OF_MESSAGE)
+        end = text.rfind(_END_OF_MESSAGE.rstrip())
         if end < 0:
             raise ChatTemplateError("the chat template does not show the final message, so it cannot be continued")
-        return text[:end]
+        return text[:end] if text.startswith(_END_OF_MESSAGE, end) else text[:end].rstrip()
 
 
 def _with_end_mark(messages: Sequence[Message]) -> list[Message]:

@@ -1,0 +1,170 @@
+"""Models, version, probes, tokenization, metrics."""
+
+from __future__ import annotations
+
+import random
+from importlib.metadata import version
+from typing import Any
+
+import httpx2
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from pelton.core.events import EngineStats, EventKind, RequestEvent
+from pelton.engine.wire import EngineUpdate
+from pelton.serving.metrics import MAX_TENANTS, ServerMetrics
+from tests.serving.make import ANSWER, running_server
+
+USER: Any = [{"role": "user", "content": "hi"}]
+# Names and kinds that dashboards key on.
+FAMILIES = {
+    "vllm:num_requests_running": "gauge",
+    "vllm:num_requests_waiting": "gauge",
+    "vllm:kv_cache_usage_perc": "gauge",
+    "vllm:cache_config_info": "gauge",
+    "vllm:prefix_cache_queries": "counter",
+    "vllm:prefix_cache_hits": "counter",
+    "vllm:num_preemptions": "counter",
+    "vllm:prompt_tokens": "counter",
+    "vllm:generation_tokens": "counter",
+    "vllm:request_success": "counter",
+    "vllm:time_to_first_token_seconds": "histogram",
+    "vllm:inter_token_latency_seconds": "histogram",
+    "vllm:e2e_request_latency_seconds": "histogram",
+    "vllm:request_queue_time_seconds": "histogram",
+    "vllm:request_inference_time_seconds": "histogram",
+    "vllm:request_prefill_time_seconds": "histogram",
+    "vllm:request_decode_time_seconds": "histogram",
+    "vllm:request_prompt_tokens": "histogram",
+    "vllm:request_generation_tokens": "histogram",
+    "vllm:iteration_tokens_total": "histogram",
+    "pelton:recomputed_tokens": "counter",
+    "pelton:step_schedule_seconds": "counter",
+    "pelton:step_execute_seconds": "counter",
+    "pelton:step_postprocess_seconds": "counter",
+    "pelton:admission_rejections": "counter",
+    "pelton:tenant_tokens": "counter",
+    "pelton:http_responses": "counter",
+}
+
+
+def samples(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    return {
+        (sample.name, tuple(sorted((k, v) for k, v in sample.labels.items() if k not in ("model_name", "engine")))):
+            sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }  # fmt: skip
+
+
+def test_version_models_probes(http: httpx2.Client) -> None:
+    assert http.get("/version").json() == {"version": version("pelton")}
+    models = http.get("/v1/models").json()
+    assert models["object"] == "list"
+    assert models["data"][0] == {
+        "id": "scripted", "object": "model", "created": 1, "owned_by": "pelton", "root": "scripted",
+        "parent": None, "max_model_len": 2048,
+    }  # fmt: skip
+    assert http.get("/live").json() == {"status": "live"}
+    assert http.get("/ready").json() == http.get("/health").json() == {"status": "ready"}
+    assert http.get("/docs").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "tokens"),
+    [
+        ({"prompt": "a<|start|>"}, [97, 257]),
+        ({"prompt": ""}, []),
+        ({"prompt": "é"}, [195, 169]),
+        ({"messages": USER, "add_generation_prompt": False}, [257, *b"user\nhi", 256]),
+        ({"messages": USER}, [257, *b"user\nhi", 256, 257, *b"assistant\n"]),
+    ],
+)
+def test_tokenize_and_back(http: httpx2.Client, body: Any, tokens: list[int]) -> None:
+    answer = http.post("/tokenize", json=body | {"return_token_strs": True}).json()
+    assert answer["tokens"] == tokens
+    assert answer["count"] == len(tokens) == len(answer["token_strs"])
+    assert answer["max_model_len"] == 2048
+    assert http.post("/tokenize", json=body).json()["token_strs"] is None
+    if "prompt" in body:
+        assert http.post("/detokenize", json={"tokens": tokens}).json() == {"prompt": body["prompt"]}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "param"),
+    [
+        ("/tokenize", {}, 400, "prompt"),
+        ("/tokenize", {"prompt": "a", "messages": USER}, 400, "prompt"),
+        ("/tokenize", {"prompt": "a", "chat_template": "x"}, 400, "chat_template"),
+        ("/tokenize", {"prompt": "a", "model": "other"}, 404, "model"),
+        ("/tokenize", {"prompt": "a b " * 200_000}, 400, "prompt"),
+        ("/detokenize", {"tokens": [300]}, 400, "tokens"),
+        ("/detokenize", {"tokens": [-1]}, 400, "tokens[0]"),
+        ("/detokenize", {"tokens": "abc"}, 400, "tokens"),
+        ("/detokenize", {}, 400, "tokens"),
+    ],
+)
+def test_tokenize_refusals(http: httpx2.Client, path: str, body: Any, status: int, param: str) -> None:
+    response = http.post(path, json=body)
+    assert (response.status_code, response.json()["error"]["param"]) == (status, param)
+
+
+def test_metrics_have_the_names_and_count_exactly() -> None:
+    with running_server() as server, httpx2.Client(base_url=server.url, timeout=30) as http:
+        num_answer_tokens = len(ANSWER.encode()) + 1
+        prompt = "a prompt of some length"
+        for tenant in ("default", "default", "acme"):
+            http.post(
+                "/v1/completions", json={"prompt": prompt, "n": 2, "max_tokens": 99}, headers={"x-tenant-id": tenant}
+            )
+        http.post("/v1/chat/completions", json={"messages": USER, "max_tokens": 5, "stream": True})
+        http.post("/v1/chat/completions", json={"messages": USER, "n": 0})
+        text = http.get("/metrics").text
+    kinds = {family.name: family.type for family in text_string_to_metric_families(text)}
+    assert {name: kinds.get(name) for name in FAMILIES} == FAMILIES
+    value = samples(text)
+    num_tokens = 6 * num_answer_tokens + 5
+    assert value["vllm:generation_tokens_total", ()] == num_tokens
+    assert value["vllm:request_success_total", (("finished_reason", "stop"),)] == 6
+    assert value["vllm:request_success_total", (("finished_reason", "length"),)] == 1
+    assert value["vllm:e2e_request_latency_seconds_count", ()] == 7
+    assert value["vllm:time_to_first_token_seconds_count", ()] == 7
+    assert value["vllm:request_generation_tokens_sum", ()] == num_tokens
+    assert value["vllm:inter_token_latency_seconds_count", ()] == num_tokens - 7
+    assert value["pelton:tenant_tokens_total", (("kind", "generation"), ("tenant", "acme"))] == 2 * num_answer_tokens
+    assert value["pelton:tenant_tokens_total", (("kind", "prompt"), ("tenant", "acme"))] == 2 * len(prompt)
+    # The second request of a tenant finds the full blocks of the first; the other tenant finds nothing.
+    assert value["vllm:prefix_cache_hits_total", ()] == len(prompt) // 4 * 4
+    assert value["pelton:admission_rejections_total", (("reason", "invalid_value"),)] == 1
+    responses = (("path", "/v1/chat/completions"), ("status", "400"))
+    assert value["pelton:http_responses_total", responses] == 1
+    assert value["vllm:num_requests_running", ()] == value["vllm:kv_cache_usage_perc", ()] == 0
+
+
+def test_counters_survive_a_new_engine() -> None:
+    metrics = ServerMetrics("m")
+    queued = RequestEvent("lost", EventKind.QUEUED, 0.0, 3, "default")
+    metrics.take_update(EngineUpdate((), (queued,), EngineStats(num_steps_total=10, num_output_tokens_total=100)))
+    metrics.take_update(EngineUpdate((), (), EngineStats(num_steps_total=12, num_output_tokens_total=120)))
+    metrics.take_update(EngineUpdate((), (), EngineStats(num_steps_total=1, num_output_tokens_total=5)))
+    value = samples(metrics.expose().decode())
+    assert value["vllm:generation_tokens_total", ()] == 125
+    assert value["pelton:steps_total", ()] == 13
+    assert value["vllm:request_success_total", (("finished_reason", "error"),)] == 1
+
+
+def test_labels_are_bounded() -> None:
+    metrics = ServerMetrics("m")
+    for index in range(MAX_TENANTS + 50):
+        events = (
+            RequestEvent(str(index), EventKind.QUEUED, 0.0, 1, f"tenant-{index}"),
+            RequestEvent(str(index), EventKind.SCHEDULED, 0.1),
+            RequestEvent(str(index), EventKind.FINISHED, 0.2, 2, random.choice(["stop", "odd_error", "other_error"])),
+        )
+        metrics.take_update(EngineUpdate((), events, EngineStats(num_steps_total=index)))
+    value = samples(metrics.expose().decode())
+    tenants = {dict(labels)["tenant"] for name, labels in value if name == "pelton:tenant_tokens_total"}
+    assert len(tenants) == MAX_TENANTS + 1
+    assert value["pelton:tenant_tokens_total", (("kind", "generation"), ("tenant", "other"))] == 100
+    reasons = {dict(labels)["finished_reason"] for name, labels in value if name == "vllm:request_success_total"}
+    assert reasons <= {"stop", "error"}
