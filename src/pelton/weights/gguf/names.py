@@ -17,8 +17,8 @@ from pelton.weights.architectures import ARCHITECTURES
 from pelton.weights.dequantize import dequantize
 from pelton.weights.tensors import WeightTensor
 
-# Already part of the spec (rotary factors), or of no use to any architecture here.
-IGNORED_TENSORS = re.compile(r"rope_freqs\.weight|blk\.\d+\.(rope_freqs|attn_rot_embd)\.weight")
+# Rotary factors are part of the spec; old files also hold the plain frequencies, which follow from it.
+IGNORED_TENSORS = re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd\.weight")
 
 _GLOBAL_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -70,7 +70,9 @@ def restore_layout(tensor: WeightTensor, spec: ModelSpec) -> WeightTensor:
         if tensor.name.endswith(("self_attn.k_proj.weight", "self_attn.k_proj.bias")):
             return replace(tensor, data=_rows_in_halves(tensor.data, spec.num_kv_heads, spec.head_dim))
     if ARCHITECTURES[spec.architecture].sandwich_norms and tensor.name.endswith("norm.weight"):
-        return replace(tensor, format="F32", data=(dequantize(tensor) - np.float32(1.0)).view(np.uint8))
+        with np.errstate(invalid="ignore"):  # NaN from a damaged file stays NaN
+            weights = dequantize(tensor) - np.float32(1.0)
+        return replace(tensor, format="F32", data=weights.view(np.uint8))
     return tensor
 
 
