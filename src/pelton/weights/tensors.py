@@ -22,7 +22,7 @@ class WeightTensor:
 
     name: str
     shape: tuple[int, ...]
-    format: str  # F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K .. Q6_K
+    format: str  # F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K .. Q6_K, IQ4_NL, IQ4_XS
     data: npt.NDArray[np.uint8]
 
 
