@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import http.client
 import json
@@ -24,6 +25,7 @@ _CHUNK_BYTES = 1 << 20
 _TIMEOUT_S = 30.0
 _MAX_FRUITLESS_TRIES = 4  # in a row; a try that brought bytes starts the count again
 _RETRY_DELAY_S = 0.2
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)  # the network has others
 _SHA256 = re.compile(r"sha256=([0-9a-f]{64})", re.IGNORECASE)
 
 
@@ -86,7 +88,8 @@ def _download(url: str, description: str, partial: Path, report: ReportBytes) ->
         after = partial.stat().st_size if partial.exists() else 0
         fruitless = 0 if after > before else fruitless + 1
         if fruitless >= _MAX_FRUITLESS_TRIES:
-            raise DownloadError(f"{description}: {problem}; {after} bytes are kept, pull again to go on")
+            kept = f"; {after} bytes are kept, pull again to go on" if after else ""
+            raise DownloadError(f"{description}: {problem}{kept}")
         _log.info("%s: %s after %d bytes, trying again", description, problem, after)
         time.sleep(_RETRY_DELAY_S * 2**fruitless if fruitless else 0.0)
 
@@ -101,8 +104,8 @@ def _problem(error: Exception, description: str) -> str:
         return f"the server answers {error.code}"
     if isinstance(error, urllib.error.URLError):
         return f"no connection ({error.reason})"
-    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
-        raise error  # of the local disk, not of the network
+    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+        raise error
     return f"{type(error).__name__}: {error}"
 
 
