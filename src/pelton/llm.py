@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from pelton.build import PeltonConfig, build_thread_client, read_chat_template
 from pelton.core.errors import InvalidRequestError, PeltonError
+from pelton.core.events import EngineStats
 from pelton.core.output import RequestOutput, TokenLogprobs
 from pelton.core.request import FinishReason, Submission
 from pelton.core.sampling_params import SamplingParams
@@ -154,6 +155,11 @@ class LLM:
                 yield from delta
         finally:
             task.cancel()
+
+    @property
+    def stats(self) -> EngineStats:
+        """The engine's counters and gauges, as of its last step."""
+        return self._client.stats if self._client is not None else EngineStats()
 
     def close(self) -> None:
         """Cancel what runs and free the model. Idempotent; also done on leaving a `with` block."""

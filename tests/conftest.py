@@ -1,0 +1,18 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def default_model_path() -> Path:
+    """The real default model: PELTON_TEST_MODEL, or pulled once into the catalog's cache."""
+    given = os.environ.get("PELTON_TEST_MODEL")
+    if given:
+        return Path(given)
+    from pelton.weights.catalog import resolve_model
+    from pelton.weights.config import ModelConfig
+
+    return resolve_model(ModelConfig())

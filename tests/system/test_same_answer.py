@@ -1,0 +1,79 @@
+"""Law 3 on the real model: a request's greedy tokens do not depend on load, chunks, cache or preemption."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pelton import LLM, SamplingParams
+
+pytestmark = pytest.mark.model
+
+NUM_STREAMS = 64
+TEXT = (
+    "A scheduler decides which tokens are computed next. The cache keeps what was computed before. "
+    "def add(a, b):\n    return a + b\n\nЧисла: 1, 2, 3. 数据 = [4, 5, 6] 🙂 SELECT * FROM requests WHERE id = 7; "
+)
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[str]:
+    """Mixed lengths, 3 to 120 tokens; one in four starts alike."""
+    rng = random.Random(7)
+    texts = []
+    for index in range(NUM_STREAMS):
+        start = 0 if index % 4 == 0 else rng.randrange(len(TEXT))
+        texts.append((TEXT * 3)[start : start + rng.choice([8, 40, 90, 160, 300])] + f" {index}:")
+    return texts
+
+
+@pytest.fixture(scope="module")
+def samplings() -> list[SamplingParams]:
+    rng = random.Random(8)
+    return [SamplingParams(temperature=0, max_tokens=rng.randint(6, 16), ignore_eos=True) for _ in range(NUM_STREAMS)]
+
+
+@pytest.fixture(scope="module")
+def alone(default_model_path: Path, prompts: list[str], samplings: list[SamplingParams]) -> list[list[int]]:
+    """Each request by itself, its prompt in one piece, nothing cached."""
+    with LLM(
+        str(default_model_path), max_model_len=512, enable_prefix_caching=False, max_num_batched_tokens=512
+    ) as llm:
+        return [
+            llm.generate(prompt, sampling)[0].sequences[0].token_ids
+            for prompt, sampling in zip(prompts, samplings, strict=True)
+        ]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"long_prefill_chunk": 16},
+        {"long_prefill_chunk": 64, "enable_prefix_caching": False},
+        {"max_num_batched_tokens": 512, "enable_overlap": False},
+        {"max_num_batched_tokens": 8192, "enable_prefix_caching": False},
+        # Some 5,300 tokens at most in 1,280 slots: preemption is forced.
+        {"num_kv_blocks": 81, "enable_prefix_caching": False},
+    ],
+    ids=["chunk-16", "chunk-64-no-cache", "chunk-512", "no-chunks-no-cache", "preempted"],
+)
+def test_together_as_alone(
+    default_model_path: Path,
+    prompts: list[str],
+    samplings: list[SamplingParams],
+    alone: list[list[int]],
+    settings: dict[str, Any],
+) -> None:
+    with LLM(str(default_model_path), max_model_len=512, max_num_seqs=64, **settings) as llm:
+        together = [answer.sequences[0].token_ids for answer in llm.generate(prompts, samplings)]
+        assert llm.stats.num_blocks_used == 0
+        if "num_kv_blocks" in settings:
+            assert llm.stats.num_preemptions_total > 0
+        assert together == alone
+        if settings.get("enable_prefix_caching", True):
+            again = llm.generate(prompts, samplings)
+            assert [answer.sequences[0].token_ids for answer in again] == alone
+            assert sum(answer.num_cached_tokens for answer in again) > 0
