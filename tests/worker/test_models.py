@@ -106,7 +106,7 @@ class AlteredFiles:
     def tensor_names(self) -> list[str]:
         return self._files.tensor_names()
 
-    def tensor(self, name: str):  # noqa: ANN201
+    def tensor(self, name: str):
         tensor = self._files.tensor(name)
         if name != self._name:
             return tensor

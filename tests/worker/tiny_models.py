@@ -139,6 +139,8 @@ class PagedModel:
         """Compute the next so many tokens of each request; keeps the logits of all of them."""
         pairs = [(request, min(n, len(request.token_ids) - request.num_computed_tokens)) for request, n in work]
         pairs = [(request, n) for request, n in pairs if n]
+        if not pairs:
+            return
         batch = self.make_batch(pairs)
         with torch.inference_mode():
             logits = self.model.compute_logits(self.model.forward(batch, self.kv))

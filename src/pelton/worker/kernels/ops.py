@@ -22,11 +22,12 @@ from pelton.core.errors import ConfigError
 from pelton.weights.tensors import WeightTensor
 
 
-class LinearWeight(Protocol):
-    """A matrix [O, I] in the backend's own layout. Filled once, by row ranges, then never changed."""
+class LinearLoader(Protocol):
+    """Makes weights in the backend's own layout. Lives while a model is loaded: it may keep a buffer to
+    decode into, so that loading neither fragments nor doubles the memory."""
 
-    def load_rows(self, tensors: Sequence[WeightTensor]) -> None:
-        """Fill the matrix with `tensors` one below another; their rows add up to O."""
+    def load(self, tensors: Sequence[WeightTensor]) -> Any:
+        """The matrices `tensors` [O_i, I] one below another, as `linear` wants them."""
         ...
 
 
@@ -44,8 +45,8 @@ class AttentionShape:
 class Kernels(Protocol):
     name: str
 
-    def make_linear(self, out_features: int, in_features: int, dtype: torch.dtype) -> LinearWeight:
-        """An empty weight [O, I] for products in `dtype`."""
+    def make_linear_loader(self, dtype: torch.dtype) -> LinearLoader:
+        """Loader of weights for products in `dtype`."""
         ...
 
     def linear(self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None = None) -> torch.Tensor:

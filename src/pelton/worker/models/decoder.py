@@ -31,7 +31,7 @@ class DecoderModel(ABC):
         parts.norm_offset = self.norm_offset
         self.spec: ModelSpec = parts.spec
         self._kernels = parts.kernels
-        # The largest matrix first: while it is repacked, it is in memory twice.
+        # The largest matrix first: while it is repacked, it is in memory twice, and nothing else is.
         self._head = parts.lm_head()
         self._embedding = parts.embedding()
         self._layers = [self.make_layer(parts, f"model.layers.{i}") for i in range(self.spec.num_layers)]

@@ -23,6 +23,7 @@ class ModelParts:
         self.kernels = kernels
         self._source = source
         self._dtype = dtype
+        self._loader = kernels.make_linear_loader(dtype)
         # Gemma's norms multiply by 1 + w; an architecture sets this before it asks for any.
         self.norm_offset = 0.0
 
@@ -33,8 +34,9 @@ class ModelParts:
 
     def linear(self, outputs: dict[str, int], in_features: int, *, bias: bool = False) -> Linear:
         """One layer from the matrices `outputs` (name -> rows), one below another."""
-        weight = self.kernels.make_linear(sum(outputs.values()), in_features, self._dtype)
-        weight.load_rows([self._source.tensor(f"{name}.weight", (size, in_features)) for name, size in outputs.items()])
+        weight = self._loader.load(
+            [self._source.tensor(f"{name}.weight", (size, in_features)) for name, size in outputs.items()]
+        )
         if not bias:
             return Linear(self.kernels, weight)
         biases = [dequantize(self._source.tensor(f"{name}.bias", (size,))) for name, size in outputs.items()]
@@ -73,4 +75,7 @@ class ModelParts:
     def lm_head(self) -> LMHead:
         spec = self.spec
         name = "model.embed_tokens" if spec.tie_word_embeddings else "lm_head"
-        return LMHead(self.kernels, self.linear({name: spec.vocab_size}, spec.hidden_size), spec.final_softcap)
+        matrix = self._source.tensor(f"{name}.weight", (spec.vocab_size, spec.hidden_size))
+        # A loader of its own: the buffer for the largest matrix must not outlive it.
+        weight = self.kernels.make_linear_loader(self._dtype).load([matrix])
+        return LMHead(self.kernels, Linear(self.kernels, weight), spec.final_softcap)

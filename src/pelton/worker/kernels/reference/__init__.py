@@ -6,7 +6,7 @@ from pelton.worker.kernels.reference.activation import gelu_tanh_mul, silu_mul, 
 from pelton.worker.kernels.reference.attention import paged_attention
 from pelton.worker.kernels.reference.attention_plan import plan_attention
 from pelton.worker.kernels.reference.embedding import embedding
-from pelton.worker.kernels.reference.linear import DenseWeight, linear
+from pelton.worker.kernels.reference.linear import DenseLoader, linear
 from pelton.worker.kernels.reference.norm import add_rms_norm, rms_norm
 from pelton.worker.kernels.reference.rotary import rotary
 from pelton.worker.kernels.reference.write_kv import write_kv
@@ -16,7 +16,7 @@ class ReferenceKernels:
     """Implements `ops.Kernels`."""
 
     name = "reference"
-    make_linear = DenseWeight
+    make_linear_loader = DenseLoader
     linear = staticmethod(linear)
     embedding = staticmethod(embedding)
     rms_norm = staticmethod(rms_norm)

@@ -20,37 +20,41 @@ from pelton.weights.tensors import WeightTensor
 _MAX_ROWS = 512
 
 
-class DenseWeight:
-    """A matrix [O, I] in oneDNN's layout. Implements `ops.LinearWeight`."""
+class DenseLoader:
+    """Implements `ops.LinearLoader`."""
 
-    def __init__(self, out_features: int, in_features: int, dtype: torch.dtype) -> None:
-        self.out_features = out_features
-        self.in_features = in_features
-        self.dtype = dtype
-        self.packed: torch.Tensor | None = None
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._decoded = torch.empty(0)
+        self._converted = torch.empty(0, dtype=dtype)
 
-    def load_rows(self, tensors: Sequence[WeightTensor]) -> None:
-        """Decodes into a matrix that lives until it has been repacked, no longer."""
-        matrix = torch.empty(self.out_features, self.in_features, dtype=self.dtype)
+    def load(self, tensors: Sequence[WeightTensor]) -> torch.Tensor:
+        """A tensor in oneDNN's layout."""
+        in_features = tensors[0].shape[1]
+        shape = (sum(tensor.shape[0] for tensor in tensors), in_features)
+        num_values = shape[0] * in_features
+        if self._decoded.numel() < num_values:
+            self._decoded = torch.empty(num_values)
+            self._converted = torch.empty(0 if self._dtype is torch.float32 else num_values, dtype=self._dtype)
+        matrix = self._decoded[:num_values].view(shape)
         start = 0
         for tensor in tensors:
-            rows = matrix[start : start + tensor.shape[0]]
-            if self.dtype is torch.float32:
-                dequantize(tensor, out=rows.numpy())
-            else:
-                rows.copy_(torch.from_numpy(dequantize(tensor)))
+            dequantize(tensor, out=matrix[start : start + tensor.shape[0]].numpy())
             start += tensor.shape[0]
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(matrix, None)
+        if self._dtype is not torch.float32:
+            matrix = self._converted[:num_values].view(shape).copy_(matrix)
+        packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(matrix, None)
+        return packed
 
 
-def linear(x: torch.Tensor, weight: DenseWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     num_rows = x.shape[0]
     if num_rows > _MAX_ROWS:
         return torch.cat([linear(part, weight, bias) for part in x.split(_MAX_ROWS)])
     padding = _padded(num_rows) - num_rows
     if padding:
         x = F.pad(x, (0, 0, 0, padding))
-    y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight.packed, bias, "none", [], "")
+    y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return y[:num_rows]
 
 
