@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -28,6 +29,8 @@ from tests.make import EOS_TOKEN_ID, VOCAB_SIZE, ByteDecoder, make_engine
 MODEL_NAME = "scripted"
 ANSWER = "Grüße 😀, the quick brown fox jumps over the lazy dog."
 SPECIAL_TOKENS = {EOS_TOKEN_ID: "<|end|>", 257: "<|start|>"}
+_SPECIAL_IDS = {text: token_id for token_id, text in SPECIAL_TOKENS.items()}
+_ANY_SPECIAL = "|".join(map(re.escape, _SPECIAL_IDS))
 TEMPLATE = (
     "{% for message in messages %}<|start|>{{ message.role }}\n{{ message.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
@@ -44,17 +47,11 @@ class ByteTokenizer(ByteDecoder):
 
     def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
         del add_special_tokens, parse_special
-        data = text.encode()
-        token_ids: list[int] = []
-        while data:
-            for token_id, special in SPECIAL_TOKENS.items():
-                if data.startswith(special.encode()):
-                    token_ids.append(token_id)
-                    data = data[len(special) :]
-                    break
-            else:
-                token_ids.append(data[0])
-                data = data[1:]
+        parts = re.split(_ANY_SPECIAL, text)
+        specials = [_SPECIAL_IDS[found] for found in re.findall(_ANY_SPECIAL, text)]
+        token_ids = list(parts[0].encode())
+        for special, part in zip(specials, parts[1:], strict=True):
+            token_ids += [special, *part.encode()]
         return token_ids
 
     def decode(self, token_ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:

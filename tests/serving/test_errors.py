@@ -69,7 +69,11 @@ def check_error(response: httpx2.Response, status: int, code: str | None, param:
         ({"timeout_s": 0}, "invalid_value", "timeout_s"),
         ({"cache_salt": ""}, "invalid_value", "cache_salt"),
         ({"response_format": {"type": "json_object"}}, "unsupported_parameter", "response_format"),
-        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "unsupported_parameter", "response_format"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {}}},
+            "unsupported_parameter",
+            "response_format.json_schema",
+        ),
         ({"store": True}, "unsupported_parameter", "store"),
         ({"guided_json": {}}, "unsupported_parameter", "guided_json"),
         ({"use_beam_search": True}, "unsupported_parameter", "use_beam_search"),

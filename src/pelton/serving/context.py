@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 
@@ -38,6 +38,7 @@ MAX_PREPARING = 256
 PIECE_CHARS = 1 << 18
 CUT_SLACK_TOKENS = 64
 UNAVAILABLE_RETRY_S = 2.0
+LOG_KEY = "pelton.log"  # of an ASGI scope
 _TENANT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}")
 _SESSION_ID = re.compile(r"[\x21-\x7e]{1,512}")
 ResultT = TypeVar("ResultT")
@@ -59,6 +60,7 @@ class Caller:
 
     tenant_id: str
     session_id: str | None
+    log: dict[str, Any]  # what the request's log line says beyond HTTP
 
     def salt(self, cache_salt: str | None) -> str:
         """Prefixes are shared within a tenant and, where it sends one, a salt; never across."""
@@ -150,7 +152,10 @@ class ServingContext:
             for stream in streams:
                 stream.cancel()
             raise
-        return Generation(streams, self.metrics.observe_gap)
+        generation = Generation(streams, self.metrics.observe_gap)
+        caller.log["num_prompt_tokens"] = sum(map(len, prompts))
+        caller.log["num_output_tokens"] = lambda: generation.num_output_tokens
+        return generation
 
 
 def caller_of(request: Request, body: GenerationRequest) -> Caller:
@@ -163,7 +168,11 @@ def caller_of(request: Request, body: GenerationRequest) -> Caller:
     session_id = request.headers.get("x-session-id") or body.prompt_cache_key or None
     if session_id is not None and "x-session-id" in request.headers and not _SESSION_ID.fullmatch(session_id):
         raise InvalidRequestError("X-Session-Id must be 1 to 512 printable ASCII characters", param="X-Session-Id")
-    return Caller(tenant_id, session_id)
+    log = request.scope.setdefault(LOG_KEY, {})
+    log["tenant"] = tenant_id
+    if body.user is not None:
+        log["user"] = body.user
+    return Caller(tenant_id, session_id, log)
 
 
 def new_answer_id(prefix: str) -> str:

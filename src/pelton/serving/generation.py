@@ -17,16 +17,15 @@ Batch = list[tuple[int, list[RequestOutput]]]
 
 
 class Generation:
-    """The streams of one HTTP request, one per prompt. Iterate to read them all; `cancel` ends them.
+    """The streams of one HTTP request, one per prompt, read as one; `cancel` ends them.
 
     `observe_gap(seconds, num_tokens)` is told the time between the deltas of a sequence.
     """
 
-    def __init__(
-        self, streams: Sequence[RequestStream], observe_gap: Callable[[float, int], None] | None = None
-    ) -> None:
+    def __init__(self, streams: Sequence[RequestStream], observe_gap: Callable[[float, int], None]) -> None:
         self.streams = streams
         self.is_cancelled = False
+        self.num_output_tokens = 0
         self._observe_gap = observe_gap
         self._last_s: dict[tuple[int, int], float] = {}
         self._merged = _MergedStreams(streams) if len(streams) > 1 else None
@@ -40,8 +39,7 @@ class Generation:
                 batch = await self._merged.read()
         except StopAsyncIteration:
             return None
-        if self._observe_gap is not None:
-            self._time(batch, self._observe_gap)
+        self._observe(batch)
         return batch
 
     def cancel(self) -> None:
@@ -55,15 +53,17 @@ class Generation:
         if self._merged is not None:
             self._merged.close()
 
-    def _time(self, batch: Batch, observe_gap: Callable[[float, int], None]) -> None:
+    def _observe(self, batch: Batch) -> None:
         now_s = time.monotonic()
         for prompt_index, outputs in batch:
             for output in outputs:
                 if output.token_ids:
+                    num_tokens = len(output.token_ids)
+                    self.num_output_tokens += num_tokens
                     key = (prompt_index, output.index)
                     last_s = self._last_s.get(key)
                     if last_s is not None:
-                        observe_gap(now_s - last_s, len(output.token_ids))
+                        self._observe_gap(now_s - last_s, num_tokens)
                     self._last_s[key] = now_s
 
 

@@ -12,6 +12,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pelton.core.errors import PeltonError
+from pelton.serving.context import LOG_KEY
 from pelton.serving.errors import ClientDisconnectedError, HTTPProblemError, error_response
 from pelton.serving.metrics import ServerMetrics
 
@@ -94,5 +95,5 @@ class RequestMiddleware:
             status=status,
             elapsed_ms=round(elapsed_s * 1000, 1),
             request_id=request_id,
-            **scope.get("pelton.log", {}),
+            **{name: value() if callable(value) else value for name, value in scope.get(LOG_KEY, {}).items()},
         )

@@ -21,14 +21,16 @@ _ERROR_TEXTS = {
     500: "The engine failed on this request",
     503: "The server is starting, restarting, draining or full; see Retry-After",
 }
-# Not structs of their own, but named in their schemas.
-_EXTRA_SCHEMAS: dict[str, Any] = {
-    "TokenIds": {
-        "title": "TokenIds",
-        "type": "array",
-        "minItems": 1,
-        "items": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1},
-    }
+# Of /v1/completions: one of four forms. The struct takes mixtures of them, which the handler refuses.
+_TOKEN_IDS = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}}
+_TEXT = {"type": "string", "minLength": 1}
+_PROMPT = {
+    "anyOf": [
+        _TEXT,
+        {"type": "array", "minItems": 1, "items": _TEXT},
+        _TOKEN_IDS,
+        {"type": "array", "minItems": 1, "items": _TOKEN_IDS},
+    ]
 }
 
 
@@ -37,7 +39,8 @@ def build_openapi(routes: tuple[Route, ...], version: str, *, has_key: bool) -> 
     for route in routes:
         structs.update((kind.__name__, kind) for kind in (route.body, route.answer, route.chunk) if kind is not None)
     _, schemas = msgspec.json.schema_components(structs.values(), ref_template="#/components/schemas/{name}")
-    components: dict[str, Any] = {"schemas": {**schemas, **_EXTRA_SCHEMAS}}
+    schemas["CompletionRequest"]["properties"]["prompt"] = _PROMPT
+    components: dict[str, Any] = {"schemas": schemas}
     if has_key:
         components["securitySchemes"] = {"ApiKey": {"type": "http", "scheme": "bearer"}}
     paths: dict[str, Any] = {}

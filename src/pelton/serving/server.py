@@ -48,9 +48,8 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         listener = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        raise AddressError(
-            f"cannot listen on {host} port {port}: {error.strerror}; choose another --host or --port"
-        ) from None
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+        raise AddressError(f"cannot listen on {host} port {port}: {reason}; choose another --host or --port") from None
     # Connections inherit it. Head and body are written apart, and Nagle's algorithm would hold the
     # second back for 40 ms; asyncio turns it off only for sockets made in a certain way.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

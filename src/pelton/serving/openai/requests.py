@@ -110,19 +110,7 @@ class GenerationRequest(Struct, kw_only=True, forbid_unknown_fields=True):
 class CompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
     """POST /v1/completions."""
 
-    prompt: Annotated[
-        str | list[str | TokenId | list[TokenId]],
-        Meta(
-            extra_json_schema={
-                "anyOf": [
-                    {"type": "string", "minLength": 1},
-                    {"type": "array", "minItems": 1, "items": {"type": "string", "minLength": 1}},
-                    {"$ref": "#/components/schemas/TokenIds"},
-                    {"type": "array", "minItems": 1, "items": {"$ref": "#/components/schemas/TokenIds"}},
-                ]
-            }
-        ),
-    ]
+    prompt: str | list[str | TokenId | list[TokenId]]
     max_tokens: Annotated[Count, Meta(description="Default 16, as OpenAI has it; 0 needs echo.")] | None = None
     logprobs: Logprobs | None = None
     echo: bool | None = None
@@ -240,7 +228,10 @@ _REASONS = {
 
 
 def check_supported(request: Struct, path: str = "") -> None:
-    """Raise for a parameter that is not implemented and would have changed the result."""
+    """Raise for a parameter that is not implemented and would have changed the result.
+
+    Looks into structs within `request`, but not into lists of them: messages tell their own place.
+    """
     for name, values in _neutral_values(type(request)):
         value = getattr(request, name)
         if value is None or any(value is allowed or _equal(value, allowed) for allowed in values):
@@ -250,6 +241,10 @@ def check_supported(request: Struct, path: str = "") -> None:
             allowed_text = " or ".join(msgspec.json.encode(allowed).decode() for allowed in values)
             reason += f"; leave it out, or send {allowed_text}"
         raise InvalidRequestError(reason, param=path + name, code="unsupported_parameter")
+    for name in request.__struct_fields__:
+        inner = getattr(request, name)
+        if isinstance(inner, Struct):
+            check_supported(inner, f"{path}{name}.")
 
 
 def _equal(value: Any, allowed: Any) -> bool:
