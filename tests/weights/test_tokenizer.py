@@ -297,3 +297,27 @@ def test_damaged_sentencepiece_models(tmp_path: Path) -> None:
         except (ModelFileError, UnsupportedModelError):
             num_refused += 1
     assert num_refused > len(cases) // 3  # the others read as smaller or slightly different vocabularies
+
+
+def test_control_tokens_spelled_outside_the_byte_alphabet() -> None:
+    end = "<\uff5cend\u2581of\u2581sentence\uff5c>"  # DeepSeek's
+    metadata = byte_level_metadata()
+    metadata["tokenizer.ggml.tokens"] += [end, "   "]
+    metadata["tokenizer.ggml.token_type"] += [3, 4]
+    tokenizer = tokenizer_from_gguf(Path("model"), metadata)
+    end_id, spaces_id = tokenizer.vocab_size - 2, tokenizer.vocab_size - 1
+    assert tokenizer.encode(f"x{end}   ")[1:] == [end_id, spaces_id]
+    assert tokenizer.token_bytes(end_id) == end.encode()
+    assert tokenizer.decode([end_id, spaces_id]) == "   "
+    assert end_id in tokenizer.eos_token_ids
+    assert tokenizer.vocab_size == len(metadata["tokenizer.ggml.tokens"])
+
+
+def test_patterns_that_differ_from_transformers_follow_the_model() -> None:
+    """`transformers` cuts SmolLM's digits together and adds no BOS for Llama 3, against both models' own files."""
+    digits = tokenizer_from_gguf(Path("model"), byte_level_metadata("smollm")).encode("1234")
+    assert len(digits) == 4
+    metadata = byte_level_metadata("llama-bpe")
+    del metadata["tokenizer.ggml.add_bos_token"]
+    tokenizer = tokenizer_from_gguf(Path("model"), metadata)
+    assert tokenizer.encode("hi")[0] == tokenizer.bos_token_id
