@@ -69,9 +69,14 @@ def _operation(route: Route, *, has_key: bool) -> dict[str, Any]:
     if route.answer is not None:
         content = {"application/json": _schema(route.answer)}
     if route.chunk is not None:
-        content["text/event-stream"] = {
-            "schema": {"type": "string", "description": f"Events whose data is a {route.chunk.__name__}, then [DONE]"}
+        # The schema is that of one event.
+        description = f"{route.chunk.__name__} as JSON, or an ErrorResponse; at last [DONE]"
+        event = {
+            "type": "object",
+            "required": ["data"],
+            "properties": {"data": {"type": "string", "description": description}},
         }
+        content["text/event-stream"] = {"schema": event}
     operation["responses"] = {"200": {"description": "Success", "content": content}}
     for status in route.errors:
         if status == 401 and not has_key:
