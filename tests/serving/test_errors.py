@@ -50,6 +50,8 @@ def check_error(response: httpx2.Response, status: int, code: str | None, param:
         ({"stop": ["x"] * 65}, "invalid_value", "stop"),
         ({"stop": 1}, "invalid_type", "stop"),
         ({"stop_token_ids": [300]}, "invalid_value", "stop_token_ids"),
+        ({"stop_token_ids": [1] * 1025}, "invalid_value", "stop_token_ids"),
+        ({"metadata": dict.fromkeys(map(str, range(17)), "")}, "invalid_value", "metadata"),
         ({"stop_token_ids": [-1]}, "invalid_value", "stop_token_ids[0]"),
         ({"allowed_token_ids": []}, "invalid_value", "allowed_token_ids"),
         ({"allowed_token_ids": [10**6]}, "invalid_value", "allowed_token_ids"),
@@ -157,6 +159,7 @@ def test_chat(http: httpx2.Client, body: Any, code: str, param: str | None) -> N
         ({"prompt": "a", "suffix": "b"}, "unsupported_parameter", "suffix"),
         ({"prompt": "a", "tools": []}, "unknown_parameter", "tools"),
         ({"prompt": "x" * 2048}, "context_length_exceeded", "prompt"),
+        ({"prompt": [97] * 2048}, "context_length_exceeded", "prompt"),
     ],
 )
 def test_completions(http: httpx2.Client, body: Any, code: str, param: str | None) -> None:

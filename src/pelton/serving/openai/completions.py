@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
-from pelton.core.errors import InvalidRequestError
+from pelton.core.errors import ContextLengthExceededError, InvalidRequestError
 from pelton.core.sampling_params import SamplingParams
 from pelton.serving.context import ServingContext, caller_of, new_answer_id, now_unix_s
 from pelton.serving.generation import PromptResult
@@ -40,14 +40,28 @@ async def create_completion(context: ServingContext, http_request: Request) -> R
 
 async def _token_ids(context: ServingContext, request: CompletionRequest) -> list[list[int]]:
     """Token ids of every prompt, tokenized one by one so that other requests get their turn."""
+    _check_prompt_length(context, request.prompt)
     parts = _prompt_parts(request)
-    if len(parts) > MAX_PROMPTS:
-        raise InvalidRequestError(f"{len(parts)} prompts in one request; at most {MAX_PROMPTS}", param="prompt")
 
     def encode(text: str) -> list[int]:
         return context.encode(text, add_special_tokens=request.add_special_tokens, param="prompt")
 
     return [await context.prepare(encode, part) if isinstance(part, str) else part for part in parts]
+
+
+def _check_prompt_length(context: ServingContext, prompt: str | Sequence[object]) -> None:
+    """Before anything loops over it."""
+    if isinstance(prompt, str) or not prompt:
+        return
+    if isinstance(prompt[0], int):
+        if len(prompt) >= context.max_model_len:
+            raise ContextLengthExceededError(
+                f"the prompt has {len(prompt)} tokens, but the context holds {context.max_model_len} "
+                "with at least one output token",
+                param="prompt",
+            )
+    elif len(prompt) > MAX_PROMPTS:
+        raise InvalidRequestError(f"{len(prompt)} prompts in one request; at most {MAX_PROMPTS}", param="prompt")
 
 
 def _prompt_parts(request: CompletionRequest) -> list[str] | list[list[int]]:

@@ -16,6 +16,10 @@ from pelton.core.errors import InvalidRequestError
 from pelton.core.sampling_params import MAX_LOGPROBS, MAX_N, MAX_SEED, MAX_STOP_STRINGS
 
 MAX_TIMEOUT_S = 24 * 3600.0
+# A body may be large; lists that a loop in Python goes over, or that go to the engine, may not.
+MAX_LISTED_TOKENS = 1 << 20
+MAX_STOP_TOKENS = 1024
+MAX_BIASED_TOKENS = 1 << 14
 INT32_MAX = 2**31 - 1
 
 
@@ -36,7 +40,12 @@ Logprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 Seed = Annotated[int, Meta(extra_json_schema={"minimum": -(2**63), "maximum": MAX_SEED})]
 LogitBias = Annotated[
     dict[Annotated[str, Meta(pattern=r"^[0-9]{1,9}$")], Annotated[float, Meta(ge=-100.0, le=100.0)]],
-    Meta(description="Token id, as a string, to what is added to its logit."),
+    Meta(max_length=MAX_BIASED_TOKENS, description="Token id, as a string, to what is added to its logit."),
+]
+
+Metadata = Annotated[
+    dict[Annotated[str, Meta(max_length=64)], ShortText],
+    Meta(max_length=16, description="For your records; changes nothing."),
 ]
 
 
@@ -63,11 +72,11 @@ class GenerationRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: LogitBias | None = None
-    allowed_token_ids: Annotated[list[TokenId], Meta(min_length=1)] | None = None
+    allowed_token_ids: Annotated[list[TokenId], Meta(min_length=1, max_length=MAX_LISTED_TOKENS)] | None = None
     seed: Seed | None = None
     n: Annotated[int, Meta(ge=1, le=MAX_N)] | None = None
     stop: StopString | Annotated[list[StopString], Meta(max_length=MAX_STOP_STRINGS)] | None = None
-    stop_token_ids: list[TokenId] | None = None
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOP_TOKENS)] | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     min_tokens: Count | None = None
@@ -82,7 +91,7 @@ class GenerationRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     timeout_s: Annotated[float, Meta(gt=0.0, le=MAX_TIMEOUT_S, description="Deadline of this request.")] | None = None
     user: Annotated[ShortText, Meta(description="For your records; changes nothing.")] | None = None
     safety_identifier: Annotated[ShortText, Meta(description="For your records; changes nothing.")] | None = None
-    metadata: Annotated[dict[str, str], Meta(description="For your records; changes nothing.")] | None = None
+    metadata: Metadata | None = None
     response_format: ResponseFormat | None = None
 
     store: Annotated[Any, neutral(False)] = None
@@ -203,7 +212,7 @@ class TokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):
 class DetokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     """POST /detokenize."""
 
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], Meta(max_length=MAX_LISTED_TOKENS)]
     model: str | None = None
 
 

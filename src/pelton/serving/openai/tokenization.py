@@ -39,10 +39,10 @@ async def detokenize(context: ServingContext, http_request: Request) -> Response
     request = await read_json_body(http_request, DetokenizeRequest, context.config.max_body_bytes)
     context.check_model(request.model)
     vocab_size = context.tokenizer.vocab_size
-    unknown = next((token_id for token_id in request.tokens if token_id >= vocab_size), None)
-    if unknown is not None:
+    highest = max(request.tokens, default=0)
+    if highest >= vocab_size:
         raise InvalidRequestError(
-            f"tokens names token {unknown}; token ids of this model are 0 to {vocab_size - 1}", param="tokens"
+            f"tokens names token {highest}; token ids of this model are 0 to {vocab_size - 1}", param="tokens"
         )
     text = await context.prepare(_decode, context, request.tokens)
     return json_response(DetokenizeResponse(prompt=text))
