@@ -88,7 +88,8 @@ def _num_arguments(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 def print_table(measures: list[Measure]) -> None:
     """A row for the largest of every budget, for every budget of its own, and for everything over or exempt."""
-    rows = {max((m for m in measures if m.budget == budget), key=lambda m: m.value) for budget in LIMITS}
+    by_budget = ([m for m in measures if m.budget == budget] for budget in LIMITS)
+    rows = {max(found, key=lambda m: m.value) for found in by_budget if found}
     rows |= {m for m in measures if (m.budget, m.place) in OWN_LIMITS or m.is_over}
     rows |= {m for m in measures if m.is_exempt and m.value > m.limit}
     width = max(len(m.place) for m in rows)

@@ -15,7 +15,7 @@ SMALL = replace(WORKLOADS["W4"], num_requests=6, num_clients=3, num_shared_token
 
 async def bench(*servers: FakeServer, workload: Workload = SMALL, passes: int = 1) -> BenchResult:
     named = [Server(name=f"s{i}", base_url=server.base_url) for i, server in enumerate(servers)]
-    return await run_bench(named, BenchPlan(workloads=[workload], num_passes=passes), lambda *_: None)
+    return await run_bench(named, BenchPlan(workloads=[workload], num_passes=passes), lambda *_: None, lambda *_: None)
 
 
 @pytest.mark.parametrize("dialect", ["prompt", "content"])
@@ -46,15 +46,8 @@ async def test_servers_alternate() -> None:
     async with running(FakeServer()) as a, running(FakeServer()) as b:
         servers = [Server(name="a", base_url=a.base_url), Server(name="b", base_url=b.base_url)]
         plan = BenchPlan(workloads=[SMALL], num_passes=3)
-        await run_bench(servers, plan, lambda line, done, _total: lines.append(line) if not done else None)
-    assert [line for line in lines if line.startswith("W4 ")] == [
-        "W4 a 1/3",
-        "W4 b 1/3",
-        "W4 b 2/3",
-        "W4 a 2/3",
-        "W4 a 3/3",
-        "W4 b 3/3",
-    ]
+        await run_bench(servers, plan, lambda *_: None, lambda line, _report: lines.append(line))
+    assert lines == ["W4 a 1/3", "W4 b 1/3", "W4 b 2/3", "W4 a 2/3", "W4 a 3/3", "W4 b 3/3"]
 
 
 async def test_a_server_without_extras_is_still_measured() -> None:
@@ -136,4 +129,4 @@ async def test_api_key(key: str | None, message: str | None) -> None:
 async def test_two_names_for_one_server() -> None:
     servers = [Server(name="a", base_url="http://x:1"), Server(name="b", base_url="http://x:1/")]
     with pytest.raises(ConfigError, match="two names for one server"):
-        await run_bench(servers, BenchPlan(workloads=[SMALL]), lambda *_: None)
+        await run_bench(servers, BenchPlan(workloads=[SMALL]), lambda *_: None, lambda *_: None)

@@ -7,7 +7,9 @@ from tests.cli.run import pelton
 async def test_serve_prints_a_table() -> None:
     async with running(FakeServer()) as server:
         result = await pelton("bench", "serve", "--workload", "W1", PELTON_BASE_URL=server.base_url)
-    assert (result.code, result.err) == (0, "")
+    assert result.code == 0
+    assert result.err.startswith("W1 server 1/1: ")
+    assert result.err.count("\n") == 1
     heading, row = result.out.strip().splitlines()
     assert heading.split()[:3] == ["workload", "out", "tok/s"]
     assert row.split()[0] == "W1"

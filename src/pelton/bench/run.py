@@ -60,7 +60,9 @@ class BenchResult:
         return sum(r.num_errors for servers in self.passes.values() for reports in servers.values() for r in reports)
 
 
-async def run_bench(servers: list[Server], plan: BenchPlan, progress: Progress) -> BenchResult:
+async def run_bench(
+    servers: list[Server], plan: BenchPlan, progress: Progress, on_report: Callable[[str, RunReport], None]
+) -> BenchResult:
     """Every workload on every server, servers alternating within a pass. Raises `BenchError`, `ConfigError`."""
     if len({server.base_url.rstrip("/") for server in servers}) < len(servers):
         raise ConfigError("two names for one server: its prefix cache would answer the second of them")
@@ -86,8 +88,9 @@ async def run_bench(servers: list[Server], plan: BenchPlan, progress: Progress) 
                 progress(f"{workload.name}: making prompts", 0, 1)
                 prompts = await maker.make_prompts(workload, f"{plan.seed + number}")
                 for name in _rotated(list(clients), number):
-                    on_done = partial(progress, f"{workload.name} {name} {number + 1}/{plan.num_passes}")
-                    report = await run_workload(clients[name], workload, prompts, on_done)
+                    line = f"{workload.name} {name} {number + 1}/{plan.num_passes}"
+                    report = await run_workload(clients[name], workload, prompts, partial(progress, line))
+                    on_report(line, report)
                     result.passes[workload.name][name].append(report)
         return result
 

@@ -128,7 +128,11 @@ def _run(servers: list[Server], plan: BenchPlan) -> BenchResult:
         def on_progress(line: str, num_done: int, num_total: int) -> None:
             bar.update(task, description=line, completed=num_done, total=num_total)
 
-        return asyncio.run(run_bench(servers, plan, on_progress))
+        def on_report(line: str, report: RunReport) -> None:
+            ttft = _format(report.ttft_p50_ms)
+            console.print(f"{line}: {report.output_tokens_per_s} out tok/s, TTFT {ttft} ms", highlight=False)
+
+        return asyncio.run(run_bench(servers, plan, on_progress, on_report))
 
 
 def _api_key(given: str | None) -> str | None:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -29,7 +29,24 @@ InputFlag = Annotated[
     Path | None,
     Parameter(name="--input", help='JSON lines, each with "prompt" (a text) or "messages"; other keys stay'),
 ]
-_SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingFlags:
+    """Fields of `SamplingParams` that a flag can set; None: the model's own default."""
+
+    max_tokens: Annotated[int | None, Parameter(help="longest answer; default: 256")] = None
+    temperature: Annotated[float | None, Parameter(help="0: always the likeliest token; default: the model's")] = None
+    top_p: Annotated[float | None, Parameter(help="draw from the likeliest tokens of this share")] = None
+    top_k: Annotated[int | None, Parameter(help="draw from so many of the likeliest tokens")] = None
+    seed: Annotated[int | None, Parameter(help="the same seed gives the same answer")] = None
+    stop: Annotated[tuple[str, ...] | None, Parameter(help="texts that end the answer", negative=())] = None
+
+    def given(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+_NO_FLAGS = SamplingFlags()
 
 
 @with_settings(("model", "engine", "worker"))
@@ -39,21 +56,13 @@ def generate(
     chat: Annotated[bool, Parameter(negative=(), help="the prompt is a user's message to a chat model")] = False,
     input_path: InputFlag = None,
     output: Annotated[Path | None, Parameter(help="where answers to --input go; default: standard output")] = None,
-    max_tokens: Annotated[int | None, Parameter(help="longest answer; default: 256")] = None,
-    temperature: Annotated[float | None, Parameter(help="0: always the likeliest token; default: the model's")] = None,
-    top_p: Annotated[float | None, Parameter(help="draw from the likeliest tokens of this share")] = None,
-    top_k: Annotated[int | None, Parameter(help="draw from so many of the likeliest tokens")] = None,
-    seed: Annotated[int | None, Parameter(help="the same seed gives the same answer")] = None,
-    stop: Annotated[tuple[str, ...], Parameter(help="texts that end the answer", negative=())] = (),
+    sampling: Annotated[SamplingFlags, Parameter(name="*")] = _NO_FLAGS,
     config: Annotated[Path | None, Parameter(help="YAML file with settings")] = None,
     **settings: Any,
 ) -> int:
     """Complete a prompt, or every prompt of a file, without a server."""
     resolved = resolve_settings(settings, os.environ, config)
-    values = (max_tokens, temperature, top_p, top_k, seed, stop or None)
-    overrides: dict[str, Any] = {
-        name: value for name, value in zip(_SAMPLING, values, strict=True) if value is not None
-    }
+    overrides = sampling.given()
     SamplingParams(**overrides)  # a wrong value is told before the model is loaded
     if input_path is not None:
         if prompt is not None:

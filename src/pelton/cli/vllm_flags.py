@@ -46,7 +46,7 @@ _MISSING: dict[str, str] = {
     "enforce_eager": "there is nothing to turn off: Pelton captures no graphs",
     "trust_remote_code": "Pelton never runs code that comes with a model",
     "tokenizer_mode": "there is one tokenizer; --tokenizer chooses its file",
-    "disable_log_requests": "requests are not logged",
+    "disable_log_requests": "--log-level warning leaves them out",
     "disable_log_stats": "figures are at /metrics and not logged",
     "max_logprobs": "the limit is fixed at 20",
 }
