@@ -71,6 +71,12 @@ def test_echo_with_logprobs_scores_the_prompt(openai_client: openai.OpenAI) -> N
     assert choice.logprobs.top_logprobs[3] == {"b": -0.1, "A": -66.0}
 
 
+def test_a_cached_prompt_is_scored_whole(openai_client: openai.OpenAI) -> None:
+    for _ in range(2):
+        answer = create(openai_client, prompt="0123456789" * 10, echo=True, logprobs=0, max_tokens=0)
+        assert len(answer.choices[0].logprobs.tokens) == 100
+
+
 def test_logprobs_of_stream_and_answer_agree(openai_client: openai.OpenAI) -> None:
     options = {"prompt": ["abc", "d"], "echo": True, "logprobs": 1, "max_tokens": 9, "n": 2}
     answer = create(openai_client, **options)

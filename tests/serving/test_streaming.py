@@ -74,6 +74,22 @@ def test_text_is_not_escaped_twice_or_split(http: httpx2.Client) -> None:
     assert text == ANSWER
 
 
+def test_one_write_per_step(slow_server: RunningServer) -> None:
+    with raw_request(slow_server, COMPLETIONS, {"prompt": "a", "max_tokens": 2, "stream": True}) as connection:
+        data = b""
+        while not data.endswith(b"0\r\n\r\n"):
+            data += connection.recv(4096)
+    body = data.partition(b"\r\n\r\n")[2]
+    sizes = []
+    while body:
+        size, _, body = body.partition(b"\r\n")
+        sizes.append(int(size, 16))
+        body = body[sizes[-1] + 2 :]
+    # A chunk of HTTP per step; the end mark travels with the last.
+    assert len(sizes) == 3
+    assert sizes[-1] == 0
+
+
 def test_error_after_the_first_byte_comes_in_band() -> None:
     with running_server(delay_s=0.005) as server, httpx2.Client(base_url=server.url, timeout=30) as http:
         with http.stream("POST", COMPLETIONS, json={"prompt": "a", "stream": True, **LONG}) as response:
