@@ -33,4 +33,4 @@ if ! "$venv/bin/python" -m pip install --no-input --disable-pip-version-check --
     echo "Installing failed; all of pip's output is in $log" >&2
     exit 1
 fi
-echo "Installed: $("$venv/bin/pelton" --version)"
+echo "Installed Pelton $("$venv/bin/pelton" --version)"
