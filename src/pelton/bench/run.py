@@ -31,7 +31,7 @@ class Server:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchPlan:
-    """`num_passes` runs of each workload; pass p draws its prompts from seed + p."""
+    """`num_passes` runs of each workload; each draws other prompts, by `seed` and its number."""
 
     workloads: list[Workload]
     num_passes: int = 1
@@ -80,13 +80,13 @@ async def run_bench(
             exact_prompts=maker.is_exact,
             passes={workload.name: {name: [] for name in clients} for workload in plan.workloads},
         )
-        prompts = await maker.make_prompts(WARM_UP, f"{plan.seed}")
+        prompts = await maker.make_prompts(WARM_UP, f"{plan.seed}/warm-up")
         for name, client in clients.items():
             await run_workload(client, WARM_UP, prompts, partial(progress, f"{name}: warm-up"))
         for workload in plan.workloads:
             for number in range(plan.num_passes):
                 progress(f"{workload.name}: making prompts", 0, 1)
-                prompts = await maker.make_prompts(workload, f"{plan.seed + number}")
+                prompts = await maker.make_prompts(workload, f"{plan.seed}/{number}")
                 for name in _rotated(list(clients), number):
                     line = f"{workload.name} {name} {number + 1}/{plan.num_passes}"
                     report = await run_workload(clients[name], workload, prompts, partial(progress, line))
