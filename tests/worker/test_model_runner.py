@@ -5,7 +5,7 @@ The tests play the scheduler by hand, so that chunks, overlap, copies and lost b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -62,6 +62,15 @@ SPECS = {
     "full": make_spec([None, None], "llama"),
     "sliding": make_spec([WINDOW, WINDOW, None, WINDOW, WINDOW, None], "gemma3"),
 }
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small only lose by waiting for a second one."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(params=list(SPECS))
@@ -175,7 +184,7 @@ class Driver:
     def run(self, num_outputs: int, chunk: int = 1000) -> None:
         """Every request to `num_outputs` tokens, `chunk` tokens of each in a step."""
         while shares := {i: chunk for i, r in self.requests.items() if len(r.outputs) < num_outputs}:
-            self.step(shares)
+            assert self.step(shares).failed is None
 
 
 def make_prompt(length: int, seed: int = 0) -> tuple[int, ...]:
@@ -235,8 +244,7 @@ def test_a_mixed_batch_gives_each_request_its_own_tokens(model: Model) -> None:
     driver.step({"a": 9, "d": 11})
     driver.step({"d": 3, "b": 9, "a": 1})
     driver.step({"c": 16, "a": 1, "d": 16, "e": 2, "b": 1})
-    while shares := {i: 6 for i, r in driver.requests.items() if len(r.outputs) < 10}:
-        driver.step(shares)
+    driver.run(10, chunk=6)
     for request in driver.requests.values():
         assert_as_alone(model, request, 10)
 
@@ -311,7 +319,9 @@ def test_blocks_that_left_the_window_are_not_read() -> None:
         for block_id in (held - now) | {NULL_BLOCK_ID}:
             poison(driver, block_id)
         held = now
-        driver.take(batch, driver.runner.run_step(batch))
+        result = driver.runner.run_step(batch)
+        assert result.failed is None
+        driver.take(batch, result)
     assert_as_alone(model, request, 20)
     windowed = [i for i, group in enumerate(driver.groups) if group.sliding_window is not None]
     assert all(request.tables[i].count(NULL_BLOCK_ID) > 5 for i in windowed)
@@ -329,8 +339,8 @@ def test_prompt_logprobs_cover_the_prompt_whatever_the_chunks(model: Model, chun
     prompt = make_prompt(70)
     sampling = SamplingParams(temperature=0.0, prompt_logprobs=3, logprobs=2)
     driver = Driver(model)
+    driver.add("first", make_prompt(8))
     request = driver.add("a", prompt, sampling)
-    driver.add("b", make_prompt(8))
     driver.run(2, chunk)
     assert [entry.token_id for entry in request.prompt_logprobs] == list(prompt[1:])
     # The logprob of prompt token p is that of sampling it after the p tokens before it.

@@ -160,6 +160,8 @@ def test_uniform_numbers_are_uniform_and_independent_of_neighbours() -> None:
         first = numbers[: other.shape[0], : other.shape[1]] if other is not numbers[:-1, 1:] else numbers[1:, :-1]
         assert abs(np.corrcoef(first.ravel(), other.ravel())[0, 1]) < 0.03
     assert uniform_at(-1, 3) == uniform_at(2**64 - 1, 3)
+    # Seeds apart by SplitMix64's increment would share one stream, a position apart.
+    assert uniform_at(5, 1) != uniform_at(5 + 0x9E3779B97F4A7C15, 0)
 
 
 MIXED = [

@@ -13,8 +13,7 @@ _GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 def uniform_at(seed: int, position: int) -> float:
     """Uniform in [0, 1) with 53 random bits: SplitMix64 (Steele et al., OOPSLA 2014) as a counter hash.
 
-    The seed is mixed before the position is added, so that neighbouring seeds do not give the same
-    stream one step apart.
+    The seed is mixed before the position is added, so that no two seeds share a stream with a shift.
     """
     return (_mix(_mix(seed & _MASK) + _GOLDEN_GAMMA * (position + 1)) >> 11) * 2.0**-53
 
