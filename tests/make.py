@@ -12,7 +12,7 @@ from typing import Any
 from pelton.core.batch import NULL_BLOCK_ID, PENDING_TOKEN_ID, KVOpKind, ScheduledBatch, StepResult
 from pelton.core.events import EngineInfo
 from pelton.core.model_spec import KVGroupSpec
-from pelton.core.output import RequestOutput
+from pelton.core.output import RequestOutput, TokenLogprobs
 from pelton.core.protocols import MonotonicClock
 from pelton.core.request import Request, Submission
 from pelton.core.sampling_params import SamplingParams
@@ -74,8 +74,10 @@ class ContextExecutor:
         self.delay_s = delay_s
         self.batches: list[ScheduledBatch] = []
         self.fail_next: Exception | None = None
+        self.tells_prompt_logprobs = False
         self._slots = [[-7] * block_size for _ in range(num_blocks)]
         self._contexts: dict[str, list[int]] = {}
+        self._num_prompt_tokens: dict[str, int] = {}
         self._thread = ThreadPoolExecutor(1) if in_thread else None
 
     def submit(self, batch: ScheduledBatch) -> Future[StepResult]:
@@ -105,10 +107,19 @@ class ContextExecutor:
             assert op.kind is KVOpKind.COPY
             self._slots[op.destination] = list(self._slots[op.source])
         sampled = tuple(self._compute(scheduled) for scheduled in batch.requests)
-        return StepResult(batch.step_id, sampled, elapsed_s=self.delay_s)
+        told = tuple(map(self._prompt_logprobs, batch.requests)) if self.tells_prompt_logprobs else ()
+        return StepResult(batch.step_id, sampled, prompt_logprobs=told, elapsed_s=self.delay_s)
+
+    def _prompt_logprobs(self, scheduled: Any) -> tuple[TokenLogprobs, ...] | None:
+        if scheduled.sampling.prompt_logprobs is None:
+            return None
+        prompt = self._contexts[scheduled.request_id][: self._num_prompt_tokens[scheduled.request_id]]
+        start = scheduled.num_computed_tokens + 1
+        return tuple(TokenLogprobs(token_id, 0.0, 1) for token_id in prompt[start : start + len(scheduled.token_ids)])
 
     def _compute(self, scheduled: Any) -> tuple[int, ...]:
         if scheduled.context is not None:
+            self._num_prompt_tokens[scheduled.request_id] = len(scheduled.context.prompt_token_ids)
             self._contexts[scheduled.request_id] = [
                 *scheduled.context.prompt_token_ids,
                 *scheduled.context.output_token_ids,

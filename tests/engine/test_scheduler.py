@@ -174,3 +174,21 @@ def test_stop_tokens_and_reasons() -> None:
     assert last.usage.num_output_tokens == 4
     engine.submit(make_submission(range(5), "later", max_tokens=6, stop_token_ids=(token_ids[3],), min_tokens=5))
     assert run(engine)[-1].finish_reason is FinishReason.LENGTH
+
+
+def test_prompt_logprobs_come_once_each_across_a_preemption() -> None:
+    engine = make_engine(num_blocks=21, max_model_len=72, max_num_batched_tokens=8)
+    executor = engine.executor
+    assert isinstance(executor, ContextExecutor)
+    executor.tells_prompt_logprobs = True
+    engine.submit(make_submission([1] * 20, "old", max_tokens=40))
+    step(engine)
+    engine.submit(make_submission(range(50), "scored", max_tokens=2, prompt_logprobs=0))
+    told = [
+        entry.token_id
+        for output in run(engine)
+        if output.request_id == "scored"
+        for entry in output.prompt_logprobs or ()
+    ]
+    assert {name for batch in batches_of(engine) for name in batch.preempted_ids} == {"scored"}
+    assert told == list(range(1, 50))

@@ -57,6 +57,7 @@ class Request:
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at first admission
     num_preemptions: int = 0
     num_lost_tokens: int = 0  # computed tokens given up by the last preemption
+    num_prompt_logprobs: int = 0  # prompt positions whose logprobs the client has
     block_tables: list[list[int]] = field(default_factory=list)  # one per KV group
     block_hashes: list[bytes] = field(default_factory=list)  # chain over full blocks of known tokens
     max_num_tokens: int = 0  # prompt + output at most; resolved from max_tokens and the context at admission

@@ -210,9 +210,13 @@ class Engine:
     def _take_prompt_logprobs(self, batch: ScheduledBatch, result: StepResult) -> None:
         for scheduled, logprobs in zip(batch.requests, result.prompt_logprobs, strict=False):
             request = self.scheduler.requests.get(scheduled.request_id)
-            # A recompute after preemption would tell them twice.
-            if logprobs and request is not None and not request.num_preemptions:
-                self._outputs.append(prompt_logprobs_output(request, logprobs))
+            if not logprobs or request is None:
+                continue
+            # A recompute after preemption tells some of them again.
+            new = logprobs[max(0, request.num_prompt_logprobs - scheduled.num_computed_tokens) :]
+            request.num_prompt_logprobs += len(new)
+            if new:
+                self._outputs.append(prompt_logprobs_output(request, new))
 
     def _end(self, request: Request, reason: FinishReason, detail: str) -> None:
         request.finish_reason = reason

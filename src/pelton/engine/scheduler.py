@@ -241,6 +241,7 @@ class Scheduler:
         Returns each request that is still alive and got tokens, with its row in the batch.
         """
         grown = []
+        failed_ids = result.failed or {}
         for row, scheduled in enumerate(batch.requests):
             request = self.requests.get(scheduled.request_id)
             if request is None:  # ended while the step ran
@@ -250,7 +251,8 @@ class Scheduler:
             request.num_steps_in_flight -= 1
             request.num_pending_tokens -= scheduled.samples
             request.output_token_ids += sampled
-            if request.status is RequestStatus.RUNNING:
+            # What a failed request computed (NaN, say) must not be found by others.
+            if request.status is RequestStatus.RUNNING and scheduled.request_id not in failed_ids:
                 self.kv.commit(request, scheduled.num_computed_tokens, scheduled.num_computed_tokens + num_tokens)
             self.policy.charge(request, num_tokens - len(sampled), len(sampled))
             if sampled:
