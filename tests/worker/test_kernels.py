@@ -26,6 +26,13 @@ def kernels(request: pytest.FixtureRequest) -> Kernels:
     return make_kernels(request.param)
 
 
+@pytest.fixture(params=["onednn", "plain"])
+def matrix_library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights as the reference backend holds them on this machine, and as on one without oneDNN."""
+    if request.param == "plain":
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+
+
 def f32_tensor(values: torch.Tensor) -> WeightTensor:
     return WeightTensor("w", tuple(values.shape), "F32", values.numpy().reshape(-1).view(np.uint8))
 
@@ -45,6 +52,7 @@ def test_unknown_backend_is_refused() -> None:
         make_kernels("abacus")
 
 
+@pytest.mark.usefixtures("matrix_library")
 @pytest.mark.parametrize(("out_features", "in_features"), [(1152, 896), (7, 5), (50, 4864)])
 @pytest.mark.parametrize("num_rows", [0, 1, 2, 9, 130, 1030])
 def test_linear(kernels: Kernels, num_rows: int, out_features: int, in_features: int) -> None:
@@ -58,6 +66,7 @@ def test_linear(kernels: Kernels, num_rows: int, out_features: int, in_features:
         assert_near(kernels.linear(x, weight, bias), expected + bias)
 
 
+@pytest.mark.usefixtures("matrix_library")
 def test_linear_from_several_tensors(kernels: Kernels) -> None:
     """One loader for several weights: what it decodes into must not be what it gives out."""
     loader = kernels.make_linear_loader(torch.float32)
@@ -69,6 +78,7 @@ def test_linear_from_several_tensors(kernels: Kernels) -> None:
     assert_near(kernels.linear(x, single), x.double() @ matrices[3].double().T)
 
 
+@pytest.mark.usefixtures("matrix_library")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_linear_in_narrow_dtypes(kernels: Kernels, dtype: torch.dtype) -> None:
     x, matrix = torch.randn(20, 128, dtype=dtype), torch.randn(30, 128).to(dtype)
@@ -77,13 +87,15 @@ def test_linear_in_narrow_dtypes(kernels: Kernels, dtype: torch.dtype) -> None:
     assert_near(result, x.double() @ matrix.double().T, 0.01 if dtype is torch.bfloat16 else 0.002)
 
 
+@pytest.mark.usefixtures("matrix_library")
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("out_features", "in_features"), [(1152, 896), (896, 4864), (33, 50)])
 def test_linear_rows_do_not_depend_on_their_number(
-    kernels: Kernels, out_features: int, in_features: int, num_threads: int
+    kernels: Kernels, out_features: int, in_features: int, dtype: torch.dtype, num_threads: int
 ) -> None:
-    x = torch.randn(600, in_features)
-    weight = make_weight(kernels, torch.randn(out_features, in_features) * 0.03)
+    x = torch.randn(600, in_features, dtype=dtype)
+    weight = make_weight(kernels, torch.randn(out_features, in_features) * 0.03, dtype)
     threads_before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:

@@ -83,13 +83,14 @@ def test_mixed_batches_give_the_same_bits(tiny: tuple[Model, torch.Tensor]) -> N
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("row", ["qwen2", "gemma2", "gemma3"])
-def test_narrow_dtypes_stay_close(row: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_narrow_dtypes_stay_close_and_keep_law_3(row: str, dtype: torch.dtype, tmp_path: Path) -> None:
     save_tiny(row, tmp_path)
     logits = []
-    for run_dtype in (torch.float32, dtype):
+    for run_dtype, chunk in ((torch.float32, 64), (dtype, 64), (dtype, 1)):
         paged = PagedModel(load_model(open_model(tmp_path), run_dtype))
-        logits.append(paged.run(paged.add(prompt()), 64))
+        logits.append(paged.run(paged.add(prompt()), chunk))
     assert logits[1].dtype is torch.float32
+    assert torch.equal(logits[1], logits[2])
     difference = (logits[1] - logits[0]).abs().mean() / logits[0].abs().mean()
     assert 0 < difference < (0.05 if dtype is torch.bfloat16 else 0.01)
 

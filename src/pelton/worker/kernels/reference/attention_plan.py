@@ -1,11 +1,13 @@
 """What all attention layers of a KV group share in one step: which rows, slots and masks.
 
-Law 3 for attention. The query rows of a request (one per token and query head of the same key-value head)
-are cut into tiles of TILE_ROWS, its positions into chunks of CHUNK_TOKENS at fixed multiples. Every
-product is one tile by one chunk, padded to that very shape, and chunks are summed in order. So a row
-meets the same sums whoever else is in the batch, however the prompt was cut, and wherever a window starts.
+Law 3 for attention. The positions of a request are cut at fixed multiples, into tiles of queries (with all
+query heads of one key-value head) and into chunks of keys. Every product is one whole tile by one whole
+chunk, unused rows and slots included, so it has one shape, a token has one place in it, and chunks are
+summed in order. A row thus meets the same sums whoever else is in the batch, however the prompt was
+cut, and wherever a window starts, even where a matrix product treats its last rows differently.
 
-Legend: G query heads per key-value head, P tiles, C = CHUNK_TOKENS, U units (one tile with one chunk).
+Legend: G query heads per key-value head, P tiles, M rows of a tile (tokens times G), C = CHUNK_TOKENS,
+U units (one tile with one chunk).
 """
 
 from __future__ import annotations
@@ -17,11 +19,19 @@ import torch
 
 from pelton.worker.kernels.ops import AttentionShape
 
-TILE_ROWS = 8
 CHUNK_TOKENS = 128
+_TILE_ROWS = 8  # at most, if a single token has no more
 _SMALL_BATCH_UNITS = 1024  # bounds the memory of gathered keys
 _LARGE_BATCH_TILES = 64  # bounds the causal half that is computed in vain
 _LARGE_BATCH_SCORES = 1 << 24  # elements
+
+
+@dataclass(frozen=True, slots=True)
+class TileRows:
+    """Where the rows of tiles come from and go to: rows of query and result seen as [T * N, D]."""
+
+    read: torch.Tensor  # [K, P, M]
+    write: torch.Tensor  # [K, P, M]; T * N, one past the end, for rows that are not of this step
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +42,10 @@ class SmallBatch:
     requests is the next `step_sizes[j]` units, and belongs to the first `step_sizes[j]` requests.
     """
 
-    query_rows: torch.Tensor  # [R, K, TILE_ROWS] rows of query seen as [T * N, D]
+    rows: TileRows  # P is R
     unit_requests: torch.Tensor  # [U]
-    kv_rows: torch.Tensor  # [U, K, C] rows of a cache seen as [num_slots * K, D]
-    mask: torch.Tensor  # [U, 1, TILE_ROWS, C] 0 or -inf
+    kv_rows: torch.Tensor  # [K * U * C] rows of a cache seen as [num_slots * K, D]
+    mask: torch.Tensor  # [U, M, C] 0 or -inf
     step_sizes: list[int]
 
 
@@ -43,14 +53,14 @@ class SmallBatch:
 class TileBatch:
     """Consecutive tiles of one request with the chunks that they see."""
 
-    query_rows: torch.Tensor  # [K, P, TILE_ROWS]
+    rows: TileRows
     kv_rows: torch.Tensor  # [K, number of chunks, C]
-    masks: list[torch.Tensor | None]  # per chunk [P, TILE_ROWS, C]; None where all is seen
+    masks: list[torch.Tensor | None]  # per chunk [P, M, C]; None where all is seen
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    shape: AttentionShape
+    num_kv_heads: int
     small_batches: list[SmallBatch]
     tile_batches: list[TileBatch]
 
@@ -58,8 +68,7 @@ class AttentionPlan:
 @dataclass(frozen=True, slots=True)
 class _Request:
     index: int  # in the batch
-    first_row: int  # of T
-    num_tokens: int
+    first_token: int  # of T
     start: int  # position of its first token
     seq_len: int
     first_position: int  # earliest position that any of its tokens sees
@@ -73,23 +82,21 @@ def plan_attention(
     seq_lens: Sequence[int],
     block_tables: torch.Tensor,
 ) -> AttentionPlan:
-    requests = []
+    tile_tokens = _tile_tokens(shape)
+    num_tokens = query_start_loc[-1]
+    small: list[_Request] = []
+    tile_batches: list[TileBatch] = []
     for index, seq_len in enumerate(seq_lens):
-        num_tokens = query_start_loc[index + 1] - query_start_loc[index]
-        start = seq_len - num_tokens
+        first_token = query_start_loc[index]
+        start = seq_len - (query_start_loc[index + 1] - first_token)
         first_position = 0 if shape.sliding_window is None else max(0, start - shape.sliding_window + 1)
         first_chunk = first_position // CHUNK_TOKENS
         num_chunks = (seq_len - 1) // CHUNK_TOKENS - first_chunk + 1
-        first_row = query_start_loc[index]
-        requests.append(_Request(index, first_row, num_tokens, start, seq_len, first_position, first_chunk, num_chunks))
-    rows_per_token = shape.num_heads // shape.num_kv_heads
-    small = []
-    tile_batches = []
-    for request in requests:
-        if request.num_tokens * rows_per_token <= TILE_ROWS and request.num_chunks <= _SMALL_BATCH_UNITS:
+        request = _Request(index, first_token, start, seq_len, first_position, first_chunk, num_chunks)
+        if start // tile_tokens == (seq_len - 1) // tile_tokens and num_chunks <= _SMALL_BATCH_UNITS:
             small.append(request)
         else:
-            tile_batches += _tile_batches(shape, request, block_tables[request.index])
+            tile_batches += _tile_batches(shape, request, num_tokens, block_tables[index])
     small.sort(key=lambda request: -request.num_chunks)
     small_batches = []
     while small:
@@ -97,79 +104,100 @@ def plan_attention(
         while num_taken < len(small) and num_units + small[num_taken].num_chunks <= _SMALL_BATCH_UNITS:
             num_units += small[num_taken].num_chunks
             num_taken += 1
-        small_batches.append(_small_batch(shape, small[:num_taken], block_tables))
+        small_batches.append(_small_batch(shape, small[:num_taken], num_tokens, block_tables))
         small = small[num_taken:]
-    return AttentionPlan(shape, small_batches, tile_batches)
+    return AttentionPlan(shape.num_kv_heads, small_batches, tile_batches)
 
 
-def _small_batch(shape: AttentionShape, requests: list[_Request], block_tables: torch.Tensor) -> SmallBatch:
+def _small_batch(
+    shape: AttentionShape, requests: list[_Request], num_tokens: int, block_tables: torch.Tensor
+) -> SmallBatch:
     facts = torch.tensor(
-        [(r.index, r.first_row, r.num_tokens, r.start, r.seq_len, r.first_position, r.first_chunk) for r in requests]
+        [(r.index, r.first_token, r.start, r.seq_len, r.first_position, r.first_chunk) for r in requests]
     )
-    indices, first_rows, num_tokens, starts, seq_lens, first_positions, first_chunks = facts.unsqueeze(-1).unbind(1)
-    group = shape.num_heads // shape.num_kv_heads
-    # A tile's spare rows repeat its last real one: same result, written to the same place.
-    rows = torch.arange(TILE_ROWS).minimum(num_tokens * group - 1)  # [R, TILE_ROWS]
-    row_positions = starts + rows // group
-    query_rows = _per_head_rows(first_rows + rows // group, rows % group, shape).transpose(0, 1)
+    indices, first_tokens, starts, seq_lens, first_positions, first_chunks = facts.unsqueeze(-1).unbind(1)
+    tiles = starts // _tile_tokens(shape)
+    rows, row_positions = _tile_rows(shape, tiles, starts, seq_lens, starts - first_tokens, num_tokens)
 
     step_sizes = [sum(request.num_chunks > step for request in requests) for step in range(requests[0].num_chunks)]
     unit_requests = torch.cat([torch.arange(size) for size in step_sizes])
-    steps = torch.repeat_interleave(torch.tensor(step_sizes))
-    chunks = first_chunks[unit_requests, 0] + steps
-    positions = chunks.unsqueeze(-1) * CHUNK_TOKENS + torch.arange(CHUNK_TOKENS)  # [U, C]
-    mask = _mask(row_positions[unit_requests], positions, shape.sliding_window).unsqueeze(1)
+    steps = torch.repeat_interleave(torch.tensor(step_sizes)).unsqueeze(-1)
+    positions = (first_chunks[unit_requests] + steps) * CHUNK_TOKENS + torch.arange(CHUNK_TOKENS)  # [U, C]
+    mask = _mask(row_positions[unit_requests], positions, shape.sliding_window)
     # Slots outside the request may hold anything, NaN included: read a slot of its own instead.
-    positions = positions.maximum(first_positions[unit_requests]).minimum(seq_lens[unit_requests] - 1)
-    blocks = block_tables[indices[unit_requests], positions // shape.block_size]
-    slots = blocks * shape.block_size + positions % shape.block_size
-    heads = torch.arange(shape.num_kv_heads).view(1, -1, 1)
-    kv_rows = slots.unsqueeze(1) * shape.num_kv_heads + heads
-    return SmallBatch(query_rows.contiguous(), unit_requests, kv_rows, mask, step_sizes)
+    own = positions.maximum(first_positions[unit_requests]).minimum(seq_lens[unit_requests] - 1)
+    blocks = block_tables[indices[unit_requests], own // shape.block_size]
+    return SmallBatch(rows, unit_requests, _kv_rows(shape, blocks, own).flatten(), mask, step_sizes)
 
 
-def _tile_batches(shape: AttentionShape, request: _Request, block_table: torch.Tensor) -> list[TileBatch]:
+def _tile_batches(
+    shape: AttentionShape, request: _Request, num_tokens: int, block_table: torch.Tensor
+) -> list[TileBatch]:
+    tile_tokens = _tile_tokens(shape)
     group = shape.num_heads // shape.num_kv_heads
-    num_rows = request.num_tokens * group
-    num_tiles = -(-num_rows // TILE_ROWS)
-    rows = torch.arange(num_tiles * TILE_ROWS).clamp_(max=num_rows - 1).view(num_tiles, TILE_ROWS)
-    row_positions = request.start + rows // group
-    query_rows = _per_head_rows(request.first_row + rows // group, rows % group, shape)
+    tiles = torch.arange(request.start // tile_tokens, (request.seq_len - 1) // tile_tokens + 1).unsqueeze(-1)
+    start, seq_len = torch.tensor(request.start), torch.tensor(request.seq_len)
+    rows, row_positions = _tile_rows(shape, tiles, start, seq_len, start - request.first_token, num_tokens)
 
-    positions = torch.arange(request.num_chunks * CHUNK_TOKENS) + request.first_chunk * CHUNK_TOKENS
+    first_slot = request.first_chunk * CHUNK_TOKENS
+    positions = torch.arange(first_slot, first_slot + request.num_chunks * CHUNK_TOKENS).view(-1, CHUNK_TOKENS)
     own = positions.clamp(request.first_position, request.seq_len - 1)
-    slots = block_table[own // shape.block_size] * shape.block_size + own % shape.block_size
-    heads = torch.arange(shape.num_kv_heads).view(-1, 1, 1)
-    kv_rows = slots.view(1, request.num_chunks, CHUNK_TOKENS) * shape.num_kv_heads + heads
-    positions = positions.view(request.num_chunks, CHUNK_TOKENS)
+    kv_rows = _kv_rows(shape, block_table[own // shape.block_size], own)
 
     window = shape.sliding_window
     batches = []
-    most_tiles = _LARGE_BATCH_SCORES // (request.num_chunks * TILE_ROWS * CHUNK_TOKENS)
+    most_tiles = _LARGE_BATCH_SCORES // (request.num_chunks * tile_tokens * group * CHUNK_TOKENS)
     step = min(_LARGE_BATCH_TILES, max(1, most_tiles))
-    for tile in range(0, num_tiles, step):
+    for tile in range(0, len(tiles), step):
         seen_by = row_positions[tile : tile + step]
         lowest, highest = int(seen_by[0, 0]), int(seen_by[-1, -1])
         first = 0 if window is None else max(0, lowest - window + 1) // CHUNK_TOKENS - request.first_chunk
         end = highest // CHUNK_TOKENS + 1 - request.first_chunk
         masks: list[torch.Tensor | None] = []
         for chunk in range(first, end):
-            chunk_start = (request.first_chunk + chunk) * CHUNK_TOKENS
+            chunk_start = first_slot + chunk * CHUNK_TOKENS
             is_seen = chunk_start + CHUNK_TOKENS - 1 <= lowest and (window is None or chunk_start > highest - window)
             masks.append(None if is_seen else _mask(seen_by, positions[chunk].expand(len(seen_by), -1), window))
-        batches.append(TileBatch(query_rows[:, tile : tile + step].contiguous(), kv_rows[:, first:end], masks))
+        part = TileRows(rows.read[:, tile : tile + step], rows.write[:, tile : tile + step])
+        batches.append(TileBatch(part, kv_rows[:, first:end], masks))
     return batches
 
 
-def _per_head_rows(tokens: torch.Tensor, heads_in_group: torch.Tensor, shape: AttentionShape) -> torch.Tensor:
-    """Rows [K, *tokens.shape] of query [T * N, D] for each token and its place in the group of heads."""
+def _tile_tokens(shape: AttentionShape) -> int:
+    return max(1, _TILE_ROWS * shape.num_kv_heads // shape.num_heads)
+
+
+def _tile_rows(
+    shape: AttentionShape,
+    tiles: torch.Tensor,
+    starts: torch.Tensor,
+    seq_lens: torch.Tensor,
+    offsets: torch.Tensor,
+    num_tokens: int,
+) -> tuple[TileRows, torch.Tensor]:
+    """Rows of `tiles` [P, 1], and their positions [P, M]. starts, seq_lens, offsets: [P, 1] or one for all.
+
+    A token at position p, of [start, seq_len), is token p - offset of the batch. Rows of other positions
+    take the place of the nearest token.
+    """
     group = shape.num_heads // shape.num_kv_heads
-    kv_heads = torch.arange(shape.num_kv_heads).view(-1, *[1] * tokens.ndim)
-    return (tokens * shape.num_kv_heads + kv_heads) * group + heads_in_group
+    row = torch.arange(_tile_tokens(shape) * group)
+    positions = tiles * _tile_tokens(shape) + row // group
+    own = positions.maximum(starts).minimum(seq_lens - 1)
+    kv_heads = torch.arange(shape.num_kv_heads).view(-1, 1, 1)
+    read = ((own - offsets) * shape.num_kv_heads + kv_heads) * group + row % group
+    write = torch.where(positions == own, read, num_tokens * shape.num_heads)
+    return TileRows(read, write), own
+
+
+def _kv_rows(shape: AttentionShape, blocks: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Rows [K, ..., C] of a cache seen as [num_slots * K, D], for `positions` [..., C] in `blocks`."""
+    slots = blocks * shape.block_size + positions % shape.block_size
+    return slots * shape.num_kv_heads + torch.arange(shape.num_kv_heads).view(-1, 1, 1)
 
 
 def _mask(row_positions: torch.Tensor, key_positions: torch.Tensor, window: int | None) -> torch.Tensor:
-    """0 where a row sees a key and -inf elsewhere: [P, TILE_ROWS], [P, C] -> float32 [P, TILE_ROWS, C]."""
+    """0 where a row sees a key and -inf elsewhere: [P, M], [P, C] -> float32 [P, M, C]."""
     distance = row_positions.unsqueeze(-1) - key_positions.unsqueeze(-2)
     hidden = distance < 0
     if window is not None:

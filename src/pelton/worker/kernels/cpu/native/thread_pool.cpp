@@ -1,0 +1,88 @@
+#include "thread_pool.h"
+
+#include <pthread.h>
+#include <sched.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace pelton {
+
+namespace {
+
+// About 50 us: longer than the gaps between operations of a step, shorter than what a host notices.
+constexpr int kSpins = 2000;
+
+inline void relax() {
+#if defined(__x86_64__)
+    _mm_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+void pin(pthread_t thread, int cpu) {
+#if defined(__linux__)
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    CPU_SET(cpu, &set);
+    pthread_setaffinity_np(thread, sizeof(set), &set);  // a refusal costs speed only
+#else
+    (void)thread;
+    (void)cpu;
+#endif
+}
+
+}  // namespace
+
+ThreadPool::ThreadPool(int num_threads, const std::vector<int>& cpus) : num_threads_(num_threads) {
+    for (int thread = 1; thread < num_threads; ++thread) {
+        threads_.emplace_back([this, thread] { work(thread); });
+        if (thread < static_cast<int>(cpus.size())) pin(threads_.back().native_handle(), cpus[thread]);
+    }
+}
+
+ThreadPool::~ThreadPool() {
+    stop_.store(true);
+    generation_.fetch_add(1, std::memory_order_release);
+    generation_.notify_all();
+    for (auto& thread : threads_) thread.join();
+}
+
+void ThreadPool::run_job(const Job& job) {
+    job_ = job;
+    next_.store(0, std::memory_order_relaxed);
+    num_busy_.store(num_threads_ - 1, std::memory_order_relaxed);
+    generation_.fetch_add(1, std::memory_order_release);
+    generation_.notify_all();
+    take_tasks(0);
+    // The others finish what they took; they may also still be waking up.
+    for (int spins = 0; num_busy_.load(std::memory_order_acquire) != 0; ++spins) {
+        if (spins < kSpins) {
+            relax();
+        } else {
+            std::this_thread::yield();
+        }
+    }
+}
+
+void ThreadPool::take_tasks(int thread) {
+    for (int i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < job_.count;) {
+        job_.call(job_.context, i, thread);
+    }
+}
+
+void ThreadPool::work(int thread) {
+    uint32_t seen = 0;
+    for (;;) {
+        for (int spins = 0; spins < kSpins && generation_.load(std::memory_order_acquire) == seen; ++spins) relax();
+        generation_.wait(seen, std::memory_order_acquire);
+        seen = generation_.load(std::memory_order_acquire);
+        if (stop_.load()) return;
+        take_tasks(thread);
+        num_busy_.fetch_sub(1, std::memory_order_release);
+    }
+}
+
+}  // namespace pelton

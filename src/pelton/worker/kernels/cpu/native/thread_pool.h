@@ -1,0 +1,60 @@
+// A pool of pinned threads for one operation at a time. Idle threads spin briefly, then sleep.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <functional>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace pelton {
+
+class ThreadPool {
+public:
+    // The caller is thread 0; num_threads - 1 more are started. `cpus` are pinned to in order, if any.
+    ThreadPool(int num_threads, const std::vector<int>& cpus);
+    ~ThreadPool();
+    ThreadPool(const ThreadPool&) = delete;
+    ThreadPool& operator=(const ThreadPool&) = delete;
+
+    int num_threads() const { return num_threads_; }
+
+    // Calls task(i, thread) for every i in [0, count), each once, on whichever thread is free. Returns
+    // when all are done. Tasks must not throw, and results must not depend on who runs them.
+    template <typename Task>
+    void run(int count, const Task& task) {
+        if (count <= 0) return;
+        if (num_threads_ == 1 || count == 1) {
+            for (int i = 0; i < count; ++i) task(i, 0);
+            return;
+        }
+        const Job job = {[](const void* context, int i, int thread) {
+                             (*static_cast<const Task*>(context))(i, thread);
+                         },
+                         &task, count};
+        run_job(job);
+    }
+
+private:
+    struct Job {
+        void (*call)(const void* context, int i, int thread);
+        const void* context;
+        int count;
+    };
+
+    void run_job(const Job& job);
+    void work(int thread);
+    void take_tasks(int thread);
+
+    int num_threads_;
+    Job job_{};
+    alignas(64) std::atomic<int> next_{0};
+    alignas(64) std::atomic<int> num_busy_{0};
+    alignas(64) std::atomic<uint32_t> generation_{0};
+    std::atomic<bool> stop_{false};
+    std::vector<std::thread> threads_;
+};
+
+}  // namespace pelton
