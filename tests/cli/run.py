@@ -27,7 +27,7 @@ async def pelton(*arguments: str, stdin: str = "", **environment: str) -> Result
         stderr=asyncio.subprocess.PIPE,
         env=clean_environment() | environment,
     )
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(180):
         out, err = await process.communicate(stdin.encode())
     assert process.returncode is not None
     return Result(process.returncode, out.decode(), err.decode())
