@@ -55,8 +55,8 @@ def alone(default_model_path: Path, prompts: list[str], samplings: list[Sampling
         {"long_prefill_chunk": 64, "enable_prefix_caching": False},
         {"max_num_batched_tokens": 512, "enable_overlap": False},
         {"max_num_batched_tokens": 8192, "enable_prefix_caching": False},
-        # Some 5,300 tokens at most in 1,280 slots: preemption is forced.
-        {"num_kv_blocks": 81, "enable_prefix_caching": False},
+        # Some 4,000 tokens in 1,200 slots, and blocks so small that every request outgrows its last one.
+        {"num_kv_blocks": 301, "block_size": 4, "enable_prefix_caching": False},
     ],
     ids=["chunk-16", "chunk-64-no-cache", "chunk-512", "no-chunks-no-cache", "preempted"],
 )
