@@ -25,7 +25,7 @@ serve: setup ## pull MODEL and serve it on port 8000; ARGS="--max-num-seqs 16" a
 	@exec $(BIN)/pelton serve $(MODEL) --port 8000 $(ARGS)
 
 test: setup ## run every test; ARGS="tests/engine -k kv" narrows it down
-	@$(BIN)/pytest $(ARGS)
+	@$(BIN)/pytest --durations=10 --durations-min=5 $(ARGS)
 
 check: format lint types imports size settings ## format, lint, types, import contracts, size budgets, settings table
 
