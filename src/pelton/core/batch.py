@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from pelton.core.output import TokenLogprobs
 from pelton.core.sampling_params import SamplingParams
@@ -39,8 +40,7 @@ class RequestContext:
     seed: int
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledRequest:
+class ScheduledRequest(NamedTuple):
     """One request's share of a step: compute `token_ids` at positions [num_computed_tokens, + len).
 
     `samples` is true when these tokens reach the request's end, so that the step yields a new token.

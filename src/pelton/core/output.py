@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from pelton.core.errors import ErrorInfo
 from pelton.core.request import FinishReason
@@ -28,8 +29,7 @@ class Usage:
     num_cached_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class RequestOutput:
+class RequestOutput(NamedTuple):
     """A delta: what this step added to one sequence.
 
     `text` may lag behind `token_ids` while a character or a possible stop string is incomplete; the

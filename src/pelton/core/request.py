@@ -59,6 +59,8 @@ class Request:
     num_lost_tokens: int = 0  # computed tokens given up by the last preemption
     num_prompt_logprobs: int = 0  # prompt positions whose logprobs the client has
     block_tables: list[list[int]] = field(default_factory=list)  # one per KV group
+    # As the last batch carried them; None once they have changed.
+    scheduled_block_tables: tuple[tuple[int, ...], ...] | None = None
     block_hashes: list[bytes] = field(default_factory=list)  # chain over full blocks of known tokens
     max_num_tokens: int = 0  # prompt + output at most; resolved from max_tokens and the context at admission
 

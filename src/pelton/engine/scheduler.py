@@ -96,8 +96,10 @@ class Scheduler:
         many_tokens: list[Request] = []
         for request in self.running:
             num_wanted = self._num_wanted(request)
-            if num_wanted:
-                (one_token if num_wanted == 1 else many_tokens).append(request)
+            if num_wanted == 1:
+                one_token.append(request)
+            elif num_wanted:
+                many_tokens.append(request)
         num_preemptions = self.counters.num_preemptions
         for request in one_token + many_tokens:
             if step.num_budget_tokens == 0:
@@ -212,8 +214,8 @@ class Scheduler:
     ) -> None:
         start = request.num_computed_tokens
         end = start + num_tokens
-        token_ids = request.known_token_ids(start, min(end, request.num_known_tokens))
-        token_ids += [PENDING_TOKEN_ID] * (num_tokens - len(token_ids))
+        if request.scheduled_block_tables is None:
+            request.scheduled_block_tables = tuple(map(tuple, request.block_tables))
         samples = end == request.num_tokens
         request.num_computed_tokens = end
         request.num_pending_tokens += samples
@@ -224,14 +226,21 @@ class Scheduler:
         step.scheduled.append(
             ScheduledRequest(
                 request.request_id,
-                tuple(token_ids),
+                self._token_ids(request, start, end),
                 start,
-                tuple(map(tuple, request.block_tables)),
+                request.scheduled_block_tables,
                 request.sampling,
                 samples,
                 context=context,
             )
         )
+
+    def _token_ids(self, request: Request, start: int, end: int) -> tuple[int, ...]:
+        num_known = request.num_known_tokens
+        if start >= num_known:
+            return (PENDING_TOKEN_ID,) * (end - start)
+        known = request.known_token_ids(start, min(end, num_known))
+        return (*known, *(PENDING_TOKEN_ID,) * (end - start - len(known)))
 
     # -- and its result ---------------------------------------------------------------------------
 

@@ -43,6 +43,7 @@ class KVManager:
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
         self._identity = identity
+        self._has_windows = any(group.sliding_window is not None for group in groups)
         self._roots: dict[str, bytes] = {}
         self._no_match = PrefixMatch(tuple(() for _ in groups), 0)
 
@@ -149,6 +150,7 @@ class KVManager:
         for ids in match.block_ids:
             self.pool.share(block_id for block_id in ids if block_id != NULL_BLOCK_ID)
         request.block_tables = [list(ids) for ids in match.block_ids]
+        request.scheduled_block_tables = None
         request.num_computed_tokens = match.num_tokens
         request.num_kv_tokens = match.num_tokens
 
@@ -159,6 +161,10 @@ class KVManager:
         """
         start = request.num_computed_tokens
         end = start + num_new_tokens
+        if self._stays_in_own_block(request, start, end):
+            request.num_kv_tokens = end
+            return []
+        request.scheduled_block_tables = None
         self._leave_window(request, start)
         missing = [-(-end // self.block_size) - len(table) for table in request.block_tables]
         shared = self._shared_blocks_to_write(request, start)
@@ -176,6 +182,17 @@ class KVManager:
                 table.append(taken.pop())
         request.num_kv_tokens = end
         return kv_ops
+
+    def _stays_in_own_block(self, request: Request, start: int, end: int) -> bool:
+        """The usual decode: a slot in the last block, which nobody shares."""
+        index, offset = divmod(start, self.block_size)
+        if not offset or end > (index + 1) * self.block_size or self._has_windows:
+            return False
+        blocks = self.pool.blocks
+        for table in request.block_tables:  # noqa: SIM110  runs for every request of every step
+            if blocks[table[index]].ref_count != 1:
+                return False
+        return True
 
     def _shared_blocks_to_write(self, request: Request, start: int) -> list[tuple[list[int], int]]:
         """Only the block that `start` falls into can be shared and written: later ones are new."""
