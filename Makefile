@@ -17,7 +17,7 @@ help:
 
 setup: $(STAMP) ## make .venv with everything that serving, tests and checks need
 
-$(STAMP): pyproject.toml scripts/setup.sh
+$(STAMP): pyproject.toml scripts/setup.sh CMakeLists.txt $(wildcard src/pelton/worker/kernels/cpu/native/*)
 	@bash scripts/setup.sh .venv
 	@touch $@
 

@@ -3,9 +3,10 @@
     python benchmarks/step_overhead.py --model MODEL [--requests 32] [--tokens 400] [--step-ms 20]
 
 The production server and engine processes run as `pelton serve` runs them, with the model's own
-tokenizer; only the executor is replaced by one that sleeps for a step and answers with random tokens
-of the model's vocabulary. So all CPU time of the two processes while every request decodes is
-overhead, and it is divided by the number of steps. Clients run in a third process (this one).
+tokenizer; only the executor is replaced: it multiplies matrices for as long as a step takes, on its own
+thread, and answers with random tokens of the model's vocabulary. All other CPU time of the two processes
+while every request decodes, read from the kernel's scheduler per thread, is overhead; it is divided by the
+number of steps. Clients run in a third process (this one).
 """
 
 from __future__ import annotations
@@ -13,16 +14,17 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import random
 import re
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import aiohttp
+import numpy as np
 
 from pelton.core.batch import ScheduledBatch, StepResult
 from pelton.core.events import EngineInfo
@@ -36,25 +38,34 @@ from pelton.engine.policies.fcfs import FCFSPolicy
 from pelton.engine.process import ProcessTransport, run_engine_process
 from pelton.engine.scheduler import Scheduler
 
-TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+EXECUTOR_THREAD = "executor"
 
 
-class SleepingExecutor:
-    """Every step takes `step_s` and samples words at random."""
+def name_this_thread(name: str) -> None:
+    """So that its time can be told from the others' in /proc."""
+    Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text(name)
+
+
+class BusyExecutor:
+    """Every step takes `step_s` of one core, as kernels would, and samples among a few thousand words, as texts do."""
 
     def __init__(self, step_s: float, vocab_size: int) -> None:
         self._step_s = step_s
         self._rng = random.Random(1)
         self._vocab_size = vocab_size
-        self._thread = ThreadPoolExecutor(1)
+        self._thread = ThreadPoolExecutor(1, EXECUTOR_THREAD)
+        self._matrix = np.ones((256, 256), np.float32)
 
     def submit(self, batch: ScheduledBatch) -> Future[StepResult]:
         return self._thread.submit(self._execute, batch)
 
     def _execute(self, batch: ScheduledBatch) -> StepResult:
-        time.sleep(self._step_s)
+        end_s = time.monotonic() + self._step_s
+        name_this_thread(EXECUTOR_THREAD)
+        while time.monotonic() < end_s:
+            np.matmul(self._matrix, self._matrix)
         sampled = tuple(
-            (self._rng.randrange(1000, self._vocab_size),) if scheduled.samples else () for scheduled in batch.requests
+            (self._rng.randrange(1000, 4000),) if scheduled.samples else () for scheduled in batch.requests
         )
         return StepResult(batch.step_id, sampled, elapsed_s=self._step_s)
 
@@ -89,7 +100,7 @@ def build_engine(settings: bytes) -> Engine:
         max_num_seqs=info.max_num_seqs,
         max_num_batched_tokens=info.max_num_batched_tokens,
     )
-    return Engine(scheduler, SleepingExecutor(options["step_s"], info.vocab_size), tokenizer, clock, info)
+    return Engine(scheduler, BusyExecutor(options["step_s"], info.vocab_size), tokenizer, clock, info)
 
 
 def run_server(model: str, step_s: float, port: int) -> int:
@@ -107,8 +118,12 @@ def run_server(model: str, step_s: float, port: int) -> int:
 
 
 def cpu_s(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / TICKS_PER_S
+    """CPU seconds of all threads but the executor's, which stands for the kernels."""
+    total_ns = 0
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        if not (task / "comm").read_text().startswith(EXECUTOR_THREAD):
+            total_ns += int((task / "schedstat").read_text().split()[0])
+    return total_ns / 1e9
 
 
 def engine_pid(server_pid: int) -> int:

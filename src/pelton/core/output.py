@@ -37,7 +37,7 @@ class RequestOutput(NamedTuple):
     """
 
     request_id: str  # the submission's
-    index: int = 0  # which of n
+    index: int = 0  # type: ignore[assignment]  # which of n; hides tuple.index
     token_ids: tuple[int, ...] = ()
     text: str = ""
     finish_reason: FinishReason | None = None

@@ -42,6 +42,22 @@ class Generation:
         self._observe(batch)
         return batch
 
+    def write_through(self, write: Callable[[Batch], None]) -> None:
+        """Hand deltas to `write` as they arrive, without waking whoever waits in `read`; the deltas that
+        end a sequence still go to `read`. Only a single prompt's can be handed over."""
+        if self._merged is not None:
+            return
+
+        def sink(outputs: list[RequestOutput]) -> bool:
+            if any(output.finish_reason is not None for output in outputs):
+                return False
+            batch = [(0, outputs)]
+            self._observe(batch)
+            write(batch)
+            return True
+
+        self.streams[0].sink = sink
+
     def cancel(self) -> None:
         self.is_cancelled = True
         self.close()

@@ -2,7 +2,7 @@
 
 Both wait for the engine's first word before they send a status, so that an early failure has one, and
 both watch the connection, so that a client that goes away frees its blocks within one step. The hot
-path is raw bytes: one wake-up and one write per step, however many sequences the request has.
+path is raw bytes, written as they arrive from the engine: no task wakes up for them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Protocol
 
 import msgspec
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from pelton.core.errors import PeltonError
 from pelton.serving.errors import ClientDisconnectedError, ErrorResponse, error_body
@@ -61,6 +61,7 @@ class EventStream(Response):
         self._send_started_s: float | None = None
         self._stall_check: asyncio.TimerHandle | None = None
         self._is_stalled = False
+        self._unsent = b""
 
     async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
         generation = self._generation
@@ -73,6 +74,7 @@ class EventStream(Response):
             if batch is None:
                 raise ClientDisconnectedError
             await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+            generation.write_through(lambda batch: self._write_through(batch, send))
             await self._stream(batch, send)
         except asyncio.CancelledError:
             if self._is_stalled:
@@ -89,23 +91,37 @@ class EventStream(Response):
         data = encoder.first()
         try:
             while batch is not None:
-                data += encoder.encode(batch)
+                data += self._take_unsent() + encoder.encode(batch)
                 if encoder.is_finished:
                     break
                 if data:
                     self._send_started_s = time.monotonic()
-                    await send({"type": "http.response.body", "body": data, "more_body": True})
+                    await send(_body(data))
                     self._send_started_s = None
                     data = b""
                 batch = await generation.read()
+            data += self._take_unsent()
             if generation.is_cancelled:
                 raise ClientDisconnectedError
             data += encoder.last()
         except PeltonError as error:
             # The status is gone already, so the error comes in band; no end mark follows, so that
             # nobody takes the text for complete.
-            data += sse_event(ErrorResponse(error=error_body(error)))
-        await send({"type": "http.response.body", "body": data, "more_body": False})
+            data += self._take_unsent() + sse_event(ErrorResponse(error=error_body(error)))
+        await send(_body(data, more=False))
+
+    def _write_through(self, batch: Batch, send: Send) -> None:
+        data = self._unsent + self._encoder.encode(batch)
+        if not data or _try_send(send, data):
+            self._unsent = b""
+            self._send_started_s = None
+        else:  # the client reads too slowly; its text is kept until it catches up or is given up
+            self._unsent = data
+            self._send_started_s = self._send_started_s or time.monotonic()
+
+    def _take_unsent(self) -> bytes:
+        data, self._unsent = self._unsent, b""
+        return data
 
     def _arm_stall_check(self, task: asyncio.Task[None]) -> None:
         self._stall_check = asyncio.get_running_loop().call_later(STALL_CHECK_S, self._check_stall, task)
@@ -117,6 +133,22 @@ class EventStream(Response):
             task.cancel()
         else:
             self._arm_stall_check(task)
+
+
+def _body(data: bytes, *, more: bool = True) -> Message:
+    return {"type": "http.response.body", "body": data, "more_body": more}
+
+
+def _try_send(send: Send, data: bytes) -> bool:
+    """Send without a task. False, and nothing sent, where the server would wait for the client first:
+    uvicorn's `send` waits before it writes, never after."""
+    sending = send(_body(data)).__await__()
+    try:
+        next(sending)
+    except StopIteration:
+        return True
+    sending.close()
+    return False
 
 
 class CollectedAnswer(Response):

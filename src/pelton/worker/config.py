@@ -17,10 +17,12 @@ class WorkerConfig:
     )
     kv_cache_dtype: str = setting(
         "auto",
-        "type of keys and values; auto: that of the activations",
+        "type of keys and values; auto: bfloat16 with native kernels, else that of the activations",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
-    kernel_backend: str = setting("auto", "kernels to run", choices=("auto", "reference"))
+    kernel_backend: str = setting(
+        "auto", "kernels to run; auto: the fastest for the dtype", choices=("auto", "native", "reference")
+    )
     threads: int | None = setting(None, "compute threads; default: the cores this process may use")
 
     def __post_init__(self) -> None:

@@ -7,7 +7,6 @@ weights are loaded.
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -51,9 +50,10 @@ def build_executor(
     spec = files.spec
     wanted_model_len(spec, engine_config)
     dtype = _resolve_dtype(worker_config.dtype, torch.float32)
-    kv_dtype = _resolve_dtype(worker_config.kv_cache_dtype, dtype)
     num_threads = _set_threads(worker_config.threads)
-    model = _load(files, model_config, dtype, make_kernels(worker_config.kernel_backend))
+    kernels = make_kernels(worker_config.kernel_backend, dtype, num_threads)
+    kv_dtype = _resolve_dtype(worker_config.kv_cache_dtype, kernels.kv_dtype or dtype)
+    model = _load(files, model_config, dtype, kernels)
     plan = plan_kv_cache(spec, engine_config, kv_dtype.itemsize, num_available_memory_bytes())
     kv = _allocate_kv(spec, plan, engine_config.block_size, kv_dtype)
     runner = ModelRunner(model, kv, block_size=engine_config.block_size, eos_token_ids=eos_token_ids)
@@ -97,8 +97,7 @@ def _load(files: ModelFiles, config: ModelConfig, dtype: torch.dtype, kernels: K
     """Checked by size first: Linux grants memory that it does not have, and kills the process later."""
     if config.load_format == "dummy":
         return make_dummy_model(files.spec, dtype, kernels)
-    sizes = (math.prod(files.tensor(name).shape) for name in files.tensor_names())
-    num_bytes = sum(sizes) * dtype.itemsize
+    num_bytes = sum(kernels.num_weight_bytes(files.tensor(name), dtype) for name in files.tensor_names())
     num_free = num_available_memory_bytes()
     if num_bytes > num_free:
         raise ConfigError(

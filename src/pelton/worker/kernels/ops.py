@@ -44,6 +44,11 @@ class AttentionShape:
 
 class Kernels(Protocol):
     name: str
+    kv_dtype: torch.dtype | None  # of the cache, where the user leaves it open; None: as the activations
+
+    def num_weight_bytes(self, tensor: WeightTensor, dtype: torch.dtype) -> int:
+        """Memory that `tensor` takes once it is loaded for products in `dtype`, at most."""
+        ...
 
     def make_linear_loader(self, dtype: torch.dtype) -> LinearLoader:
         """Loader of weights for products in `dtype`."""
@@ -67,22 +72,23 @@ class Kernels(Protocol):
         """(rms_norm(x + residual), x + residual). May reuse the memory of either input."""
         ...
 
-    def rotary(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """Rotate x [T, N or K, D] by halves (NeoX order): pairs (j, j + r/2) of the first r dimensions.
-
-        cos and sin are float32 [T, r/2]; dimensions from r on stay as they are.
-        """
-        ...
-
-    def write_kv(
+    def rotate_and_store(
         self,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
         key_cache: torch.Tensor,
         value_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
-    ) -> None:
-        """Store keys and values [T, K, D] at slots [T] of caches [num_blocks, block_size, K, D]."""
+    ) -> torch.Tensor:
+        """Rotary embedding of query [T, N, D] and key [T, K, D], then key and value into the cache.
+
+        Halves are rotated (NeoX order): pairs (j, j + r/2) of the first r dimensions; cos and sin are
+        float32 [T, r/2]; dimensions from r on stay as they are. Keys and values [T, K, D] go to slots [T]
+        of caches [num_blocks, block_size, K, D]. Returns the rotated query; may reuse the inputs' memory.
+        """
         ...
 
     def plan_attention(
@@ -125,20 +131,31 @@ class Kernels(Protocol):
         ...
 
 
-def _reference() -> Kernels:
+def _reference(num_threads: int) -> Kernels:
     from pelton.worker.kernels.reference import ReferenceKernels
 
+    del num_threads  # torch has its own setting
     return ReferenceKernels()
 
 
+def _native(num_threads: int) -> Kernels:
+    from pelton.worker.kernels.cpu.backend import NativeKernels
+
+    return NativeKernels(num_threads)
+
+
 # Name -> maker, imported on demand: a backend may need a compiled module or a GPU.
-BACKENDS: dict[str, Callable[[], Kernels]] = {"reference": _reference}
+BACKENDS: dict[str, Callable[[int], Kernels]] = {"native": _native, "reference": _reference}
 
 
-def make_kernels(backend: str = "auto") -> Kernels:
-    """Raises `ConfigError` for an unknown name. "auto" is the fastest backend that runs here."""
+def make_kernels(backend: str = "auto", dtype: torch.dtype = torch.float32, num_threads: int = 1) -> Kernels:
+    """Raises `ConfigError` for an unknown name.
+
+    "auto" is the fastest backend for activations of `dtype`: native for float32, which is what it
+    computes in, else the reference.
+    """
     if backend == "auto":
-        backend = "reference"
+        backend = "native" if dtype is torch.float32 else "reference"
     if backend not in BACKENDS:
         raise ConfigError(f"kernel backend {backend!r} is unknown; known are auto, {', '.join(BACKENDS)}")
-    return BACKENDS[backend]()
+    return BACKENDS[backend](num_threads)

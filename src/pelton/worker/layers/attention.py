@@ -56,9 +56,9 @@ class Attention:
         query, key, value = heads.split([self._num_heads, self._num_kv_heads, self._num_kv_heads], dim=1)
         if self._query_norm is not None and self._key_norm is not None:
             query, key = self._query_norm(query), self._key_norm(key)
-        query = kernels.rotary(query, context.cos, context.sin)
-        key = kernels.rotary(key, context.cos, context.sin)
-        kernels.write_kv(key, value, context.key_cache, context.value_cache, context.slot_mapping)
+        query = kernels.rotate_and_store(
+            query, key, value, context.cos, context.sin, context.key_cache, context.value_cache, context.slot_mapping
+        )
         attended = kernels.paged_attention(
             query, context.key_cache, context.value_cache, context.plan, self._scale, self._softcap
         )

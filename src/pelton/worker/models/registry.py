@@ -66,4 +66,4 @@ def _make_model(spec: ModelSpec, source: WeightSource, dtype: torch.dtype, kerne
             f"architecture {spec.architecture!r} is not supported; supported are {', '.join(ARCHITECTURES)}"
         )
     with torch.inference_mode():
-        return ARCHITECTURES[spec.architecture](ModelParts(spec, source, kernels or make_kernels(), dtype))
+        return ARCHITECTURES[spec.architecture](ModelParts(spec, source, kernels or make_kernels("reference"), dtype))

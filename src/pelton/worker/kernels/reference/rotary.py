@@ -4,6 +4,22 @@ from __future__ import annotations
 
 import torch
 
+from pelton.worker.kernels.reference.write_kv import write_kv
+
+
+def rotate_and_store(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> torch.Tensor:
+    write_kv(rotary(key, cos, sin), value, key_cache, value_cache, slot_mapping)
+    return rotary(query, cos, sin)
+
 
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     half = cos.shape[-1]

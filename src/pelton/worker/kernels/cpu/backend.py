@@ -1,0 +1,201 @@
+"""The native backend: `pelton_cpu`, C++ kernels over packed weights. Activations and results are float32.
+
+Weights stay in their 4 to 8 bits, repacked without loss; activations are quantized to 8 bits, per row and
+group of 32, as they enter a product. What has no native kernel falls back on the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from pelton.weights.tensors import WeightTensor
+from pelton.worker.kernels.cpu import pelton_cpu
+from pelton.worker.kernels.ops import AttentionShape
+from pelton.worker.kernels.reference import ReferenceKernels
+
+_FORMATS = frozenset(pelton_cpu.FORMATS)
+_GROUP = 32
+_KV_TYPES = (torch.float32, torch.bfloat16)
+
+
+def is_packable(tensor: WeightTensor) -> bool:
+    """Whether there is a native kernel for a matrix of this format and width."""
+    return tensor.format in _FORMATS and tensor.shape[-1] % _GROUP == 0
+
+
+class NativeLoader:
+    """Implements `ops.LinearLoader`."""
+
+    def __init__(self, kernels: NativeKernels, dtype: torch.dtype) -> None:
+        self._kernels = kernels
+        self._dense = ReferenceKernels.make_linear_loader(dtype)
+        self._dtype = dtype
+
+    def load(self, tensors: Sequence[WeightTensor]) -> Any:
+        in_features = tensors[0].shape[1]
+        if self._dtype is not torch.float32 or not all(map(is_packable, tensors)):
+            return self._dense.load(tensors)
+        weight = pelton_cpu.LinearWeight(in_features)
+        for tensor in tensors:
+            weight.add(
+                self._kernels.runtime, tensor.format, tensor.shape[0], tensor.data.ctypes.data, tensor.data.nbytes
+            )
+        return weight
+
+
+class NativeKernels(ReferenceKernels):
+    """Implements `ops.Kernels`. One operation at a time."""
+
+    kv_dtype: torch.dtype | None = torch.bfloat16
+
+    def __init__(self, num_threads: int, isa: str | None = None, cpus: Sequence[int] = ()) -> None:
+        self.runtime = pelton_cpu.Runtime(isa, num_threads, list(cpus))
+        self.name = f"native ({self.runtime.isa})"
+
+    def make_linear_loader(self, dtype: torch.dtype) -> NativeLoader:  # type: ignore[override]
+        return NativeLoader(self, dtype)
+
+    def num_weight_bytes(self, tensor: WeightTensor, dtype: torch.dtype) -> int:
+        if dtype is not torch.float32 or not is_packable(tensor):
+            return super().num_weight_bytes(tensor, dtype)
+        return tensor.data.nbytes * 3 // 2  # K formats get a float32 for each scale
+
+    def linear(self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if not isinstance(weight, pelton_cpu.LinearWeight):
+            return super().linear(x, weight, bias)
+        x = x.contiguous()
+        out = torch.empty(len(x), weight.num_outputs)
+        self.runtime.linear(weight, x.data_ptr(), len(x), 0 if bias is None else bias.data_ptr(), out.data_ptr())
+        return out
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        if x.dtype is not torch.float32:
+            return super().rms_norm(x, weight, eps)
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        size = x.shape[-1]
+        self.runtime.rms_norm(x.data_ptr(), 0, weight.data_ptr(), x.numel() // size, size, eps, out.data_ptr())
+        return out
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if x.dtype is not torch.float32:
+            return super().add_rms_norm(x, residual, weight, eps)
+        out = torch.empty_like(x)
+        num_rows, size = x.shape
+        self.runtime.rms_norm(x.data_ptr(), residual.data_ptr(), weight.data_ptr(), num_rows, size, eps, out.data_ptr())
+        return out, residual
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return self._gated(gate_up, False) if gate_up.dtype is torch.float32 else super().silu_mul(gate_up)
+
+    def gelu_tanh_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return self._gated(gate_up, True) if gate_up.dtype is torch.float32 else super().gelu_tanh_mul(gate_up)
+
+    def _gated(self, gate_up: torch.Tensor, gelu: bool) -> torch.Tensor:
+        num_rows, double = gate_up.shape
+        out = torch.empty(num_rows, double // 2)
+        self.runtime.gated(gelu, gate_up.data_ptr(), num_rows, double // 2, out.data_ptr())
+        return out
+
+    def plan_attention(  # type: ignore[override]
+        self,
+        shape: AttentionShape,
+        query_start_loc: Sequence[int],
+        seq_lens: Sequence[int],
+        block_tables: torch.Tensor,
+    ) -> NativePlan:
+        return NativePlan(shape, query_start_loc, seq_lens, block_tables)
+
+    def rotate_and_store(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> torch.Tensor:
+        if query.dtype is not torch.float32 or key_cache.dtype not in _KV_TYPES:
+            return super().rotate_and_store(query, key, value, cos, sin, key_cache, value_cache, slot_mapping)
+        num_tokens, num_heads, head_dim = query.shape
+        self.runtime.rotate_and_store(
+            (num_heads, key.shape[1], head_dim, key_cache.dtype is torch.bfloat16),
+            (num_tokens, slot_mapping.data_ptr(), cos.data_ptr(), sin.data_ptr(), cos.shape[1]),
+            (query.data_ptr(), query.stride(0), key.data_ptr(), key.stride(0), value.data_ptr(), value.stride(0)),
+            key_cache.data_ptr(),
+            value_cache.data_ptr(),
+        )
+        return query
+
+    def paged_attention(  # type: ignore[override]
+        self,
+        query: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        plan: NativePlan,
+        scale: float,
+        softcap: float | None = None,
+    ) -> torch.Tensor:
+        num_tokens, num_heads, head_dim = query.shape
+        if query.dtype is not torch.float32 or key_cache.dtype not in _KV_TYPES:
+            return super().paged_attention(query, key_cache, value_cache, plan.reference(), scale, softcap)
+        out = torch.empty(num_tokens, num_heads * head_dim)
+        self.runtime.attend(
+            plan.native(key_cache.dtype),
+            scale,
+            softcap or 0.0,
+            query.data_ptr(),
+            query.stride(0),
+            key_cache.data_ptr(),
+            value_cache.data_ptr(),
+            out.data_ptr(),
+        )
+        return out
+
+
+class NativePlan:
+    """A step's requests, handed over once for all layers of a KV group."""
+
+    def __init__(
+        self,
+        shape: AttentionShape,
+        query_start_loc: Sequence[int],
+        seq_lens: Sequence[int],
+        block_tables: torch.Tensor,
+    ) -> None:
+        self._args = (shape, query_start_loc, seq_lens, block_tables)
+        self._native: Any = None
+        self._reference: Any = None
+
+    def native(self, kv_dtype: torch.dtype) -> Any:
+        if self._native is None:
+            shape, starts, seq_lens, block_tables = self._args
+            block_tables = block_tables.contiguous()
+            requests = [
+                (start, end - start, seq_len, row)
+                for row, (start, end, seq_len) in enumerate(zip(starts, starts[1:], seq_lens, strict=False))
+            ]
+            self._native = pelton_cpu.AttentionPlan(
+                shape.num_heads,
+                shape.num_kv_heads,
+                shape.head_dim,
+                shape.block_size,
+                shape.sliding_window or 0,
+                kv_dtype is torch.bfloat16,
+                requests,
+                block_tables.data_ptr(),
+                *block_tables.shape,
+            )
+        return self._native
+
+    def reference(self) -> Any:
+        if self._reference is None:
+            self._reference = ReferenceKernels.plan_attention(*self._args)
+        return self._reference

@@ -1,0 +1,61 @@
+// What an instruction set implements. One source file each; one of them is chosen at run time.
+//
+// Every function works on one row, panel or head and reads nothing but its arguments, in an order that
+// depends on nothing else: that is law 3. Legend as in ops.py.
+#pragma once
+
+#include <cstdint>
+
+#include "attention.h"
+#include "packed_matrix.h"
+
+namespace pelton {
+
+struct KernelTable {
+    const char* name;
+
+    // Float activations [I] to 8 bits: values [I], scales [I / 32], sums [I / 32, 2] of each half group.
+    void (*quantize_row)(const float* x, int num_inputs, int8_t* values, float* scales, int32_t* sums);
+
+    // Columns of panel `panel` of out [S, ld_out] = rows times panel, plus bias [O] where given.
+    // `scratch`: linear_scratch_bytes(num_inputs), aligned to 64.
+    void (*linear_panel)(const PackedMatrix& matrix, int panel, const QuantizedRows& rows, const float* bias,
+                         float* out, int64_t ld_out, uint8_t* scratch);
+
+    // out [H] = rms_norm(x + residual) * weight; residual becomes x + residual. residual may be null.
+    void (*rms_norm_row)(const float* x, float* residual, const float* weight, int size, float eps, float* out);
+
+    // gate_up [2F] -> out [F].
+    void (*silu_mul_row)(const float* gate_up, int size, float* out);
+    void (*gelu_tanh_mul_row)(const float* gate_up, int size, float* out);
+
+    // Rotate one head [D] in place by halves; cos and sin [half].
+    void (*rotate_head)(float* head, const float* cos, const float* sin, int half);
+
+    // One head [D] into a cache of kv_type.
+    void (*store_kv)(const float* from, int size, KVType kv_type, void* to);
+
+    // Tokens [first_token, + num_tokens) of a request, all query heads of `kv_head`.
+    // `scratch`: attention_scratch_floats(shape), aligned to 64.
+    void (*attend_head)(const AttentionShape& shape, const AttentionRequest& request, const void* keys,
+                        const void* values, int kv_head, int first_token, int num_tokens, float* scratch);
+
+    // Index of the largest; the lowest of equals; -1 where any value is NaN.
+    int64_t (*argmax_row)(const float* x, int64_t size);
+};
+
+// Weights as bytes [groups][8 k4][2 halves][64 lanes], then scales and minima [groups][...][32] float32.
+inline size_t linear_scratch_bytes(int num_inputs) {
+    return static_cast<size_t>(num_inputs / kGroup) * (1024 + 4 * kPanel * 4);
+}
+
+const KernelTable& portable_kernels();
+#if defined(__x86_64__)
+const KernelTable& avx2_kernels();    // AVX2, FMA, F16C
+const KernelTable& avx512_kernels();  // AVX-512 F, BW, VL, DQ, VNNI, BF16
+#endif
+
+// The fastest table that this processor runs, or the one named. Null where that does not run here.
+const KernelTable* find_kernels(const char* name);
+
+}  // namespace pelton

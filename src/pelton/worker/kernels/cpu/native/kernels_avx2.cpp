@@ -1,0 +1,12 @@
+// AVX2 with FMA: the plain kernels, vectorized by the compiler.
+#define PELTON_ISA avx2
+#include "kernels_generic.h"
+
+namespace pelton {
+
+const KernelTable& avx2_kernels() {
+    static const KernelTable table = avx2::make_table("avx2");
+    return table;
+}
+
+}  // namespace pelton

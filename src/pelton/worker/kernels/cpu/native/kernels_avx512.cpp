@@ -1,0 +1,135 @@
+// AVX-512 with VNNI and BF16 (Zen 4 and 5, Sapphire Rapids and later).
+
+#include <immintrin.h>
+
+#include <cmath>
+
+#include "attention_avx512.h"
+#include "kernel_table.h"
+#include "linear_avx512.h"
+
+namespace pelton {
+
+namespace avx512 {
+
+__mmask16 tail(int index, int size) {
+    return size - index >= 16 ? 0xffff : static_cast<__mmask16>((1u << (size - index)) - 1);
+}
+
+void rms_norm_row(const float* x, float* residual, const float* weight, int size, float eps, float* out) {
+    __m512 squares = _mm512_setzero_ps();
+    for (int i = 0; i < size; i += 16) {
+        const __mmask16 mask = tail(i, size);
+        __m512 value = _mm512_maskz_loadu_ps(mask, x + i);
+        if (residual != nullptr) {
+            value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, residual + i));
+            _mm512_mask_storeu_ps(residual + i, mask, value);
+        }
+        squares = _mm512_fmadd_ps(value, value, squares);
+    }
+    const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(_mm512_reduce_add_ps(squares) / static_cast<float>(size) + eps));
+    const float* from = residual != nullptr ? residual : x;
+    for (int i = 0; i < size; i += 16) {
+        const __mmask16 mask = tail(i, size);
+        const __m512 value = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, from + i), scale);
+        _mm512_mask_storeu_ps(out + i, mask, _mm512_mul_ps(value, _mm512_maskz_loadu_ps(mask, weight + i)));
+    }
+}
+
+// 1 / (1 + exp(-x)), without overflow: exp only of what is negative.
+__m512 sigmoid(__m512 x) {
+    const __m512 e = exp_negative(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_abs_ps(x)));
+    const __m512 one = _mm512_set1_ps(1.0f);
+    const __mmask16 negative = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ);
+    return _mm512_div_ps(_mm512_mask_mov_ps(one, negative, e), _mm512_add_ps(one, e));
+}
+
+void silu_mul_row(const float* gate_up, int size, float* out) {
+    for (int i = 0; i < size; i += 16) {
+        const __mmask16 mask = tail(i, size);
+        const __m512 gate = _mm512_maskz_loadu_ps(mask, gate_up + i);
+        const __m512 up = _mm512_maskz_loadu_ps(mask, gate_up + size + i);
+        _mm512_mask_storeu_ps(out + i, mask, _mm512_mul_ps(_mm512_mul_ps(gate, sigmoid(gate)), up));
+    }
+}
+
+void gelu_tanh_mul_row(const float* gate_up, int size, float* out) {
+    for (int i = 0; i < size; i += 16) {
+        const __mmask16 mask = tail(i, size);
+        const __m512 x = _mm512_maskz_loadu_ps(mask, gate_up + i);
+        const __m512 up = _mm512_maskz_loadu_ps(mask, gate_up + size + i);
+        __m512 inner = _mm512_fmadd_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(0.044715f), _mm512_set1_ps(1.0f));
+        inner = _mm512_mul_ps(_mm512_mul_ps(inner, x), _mm512_set1_ps(0.7978845608f));
+        const __m512 half = _mm512_mul_ps(x, _mm512_set1_ps(0.5f));
+        const __m512 gelu = _mm512_fmadd_ps(half, tanh_of(inner), half);
+        _mm512_mask_storeu_ps(out + i, mask, _mm512_mul_ps(gelu, up));
+    }
+}
+
+void rotate_head(float* head, const float* cos, const float* sin, int half) {
+    for (int i = 0; i < half; i += 16) {
+        const __mmask16 mask = tail(i, half);
+        const __m512 a = _mm512_maskz_loadu_ps(mask, head + i), b = _mm512_maskz_loadu_ps(mask, head + half + i);
+        const __m512 c = _mm512_maskz_loadu_ps(mask, cos + i), s = _mm512_maskz_loadu_ps(mask, sin + i);
+        _mm512_mask_storeu_ps(head + i, mask, _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s)));
+        _mm512_mask_storeu_ps(head + half + i, mask, _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s)));
+    }
+}
+
+void store_kv(const float* from, int size, KVType kv_type, void* to) {
+    for (int i = 0; i < size; i += 16) {
+        const __mmask16 mask = tail(i, size);
+        const __m512 value = _mm512_maskz_loadu_ps(mask, from + i);
+        if (kv_type == KVType::F32) {
+            _mm512_mask_storeu_ps(static_cast<float*>(to) + i, mask, value);
+        } else {
+            _mm256_mask_storeu_epi16(static_cast<uint16_t*>(to) + i, mask,
+                                     reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value)));
+        }
+    }
+}
+
+void attend_head(const AttentionShape& shape, const AttentionRequest& request, const void* keys, const void* values,
+                 int kv_head, int first_token, int num_tokens, float* scratch) {
+    if (shape.kv_type == KVType::F32) {
+        HeadTile<F32>(shape, request, keys, values, kv_head, first_token, num_tokens, scratch).run();
+    } else {
+        HeadTile<BF16>(shape, request, keys, values, kv_head, first_token, num_tokens, scratch).run();
+    }
+}
+
+int64_t argmax_row(const float* x, int64_t size) {
+    const float lowest = -std::numeric_limits<float>::infinity();
+    __m512 best = _mm512_set1_ps(lowest);
+    __mmask16 unordered = 0;
+    int64_t i = 0;
+    for (; i + 16 <= size; i += 16) {
+        const __m512 value = _mm512_loadu_ps(x + i);
+        unordered |= _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+        best = _mm512_max_ps(best, value);
+    }
+    float largest = _mm512_reduce_max_ps(best);
+    for (int64_t j = i; j < size; ++j) {
+        if (std::isnan(x[j])) return -1;
+        largest = std::max(largest, x[j]);
+    }
+    if (unordered) return -1;
+    const __m512 wanted = _mm512_set1_ps(largest);
+    for (int64_t j = 0; j + 16 <= size; j += 16) {
+        const __mmask16 equal = _mm512_cmp_ps_mask(_mm512_loadu_ps(x + j), wanted, _CMP_EQ_OQ);
+        if (equal) return j + __builtin_ctz(equal);
+    }
+    while (i < size && x[i] != largest) ++i;
+    return i;
+}
+
+}  // namespace avx512
+
+const KernelTable& avx512_kernels() {
+    using namespace avx512;
+    static const KernelTable table = {"avx512",     quantize_row, linear_panel, rms_norm_row, silu_mul_row,
+                                      gelu_tanh_mul_row, rotate_head,  store_kv,     attend_head,  argmax_row};
+    return table;
+}
+
+}  // namespace pelton
