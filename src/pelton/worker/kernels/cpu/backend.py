@@ -18,6 +18,7 @@ from pelton.worker.kernels.reference import ReferenceKernels
 
 _FORMATS = frozenset(pelton_cpu.FORMATS)
 _GROUP = 32
+_LARGE_VALUES = 1 << 20
 _KV_TYPES = (torch.float32, torch.bfloat16)
 
 
@@ -54,6 +55,7 @@ class NativeKernels(ReferenceKernels):
     def __init__(self, num_threads: int, isa: str | None = None, cpus: Sequence[int] = ()) -> None:
         self.runtime = pelton_cpu.Runtime(isa, num_threads, list(cpus))
         self.name = f"native ({self.runtime.isa})"
+        self._large: dict[int, torch.Tensor] = {}
 
     def make_linear_loader(self, dtype: torch.dtype) -> NativeLoader:  # type: ignore[override]
         return NativeLoader(self, dtype)
@@ -67,9 +69,20 @@ class NativeKernels(ReferenceKernels):
         if not isinstance(weight, pelton_cpu.LinearWeight):
             return super().linear(x, weight, bias)
         x = x.contiguous()
-        out = torch.empty(len(x), weight.num_outputs)
+        out = self._make_output(len(x), weight.num_outputs)
         self.runtime.linear(weight, x.data_ptr(), len(x), 0 if bias is None else bias.data_ptr(), out.data_ptr())
         return out
+
+    def _make_output(self, num_rows: int, num_columns: int) -> torch.Tensor:
+        """Large results (logits, above all) share one memory per width: fresh pages each step would cost
+        more than filling them. None of them is needed once the next of its width is made."""
+        num_values = num_rows * num_columns
+        if num_values < _LARGE_VALUES:
+            return torch.empty(num_rows, num_columns)
+        memory = self._large.get(num_columns)
+        if memory is None or len(memory) < num_values:
+            memory = self._large[num_columns] = torch.empty(num_values)
+        return memory[:num_values].view(num_rows, num_columns)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         if x.dtype is not torch.float32:

@@ -40,19 +40,36 @@ inline __m512 tanh_of(__m512 x) {
     return _mm512_or_ps(t, _mm512_and_ps(x, _mm512_set1_ps(-0.0f)));
 }
 
-// A "word" is what one 32-bit lane multiplies: a float32, or two bfloat16.
+// A "word" is what one 32-bit lane multiplies: a float32, or two bfloat16. Element is what the tile's
+// queries and probabilities are made of, Cached what the cache holds.
 struct F32 {
     using Element = float;
+    using Cached = float;
     static constexpr int kPerWord = 1;
+    static __m512i load_words(const uint8_t* row, int word, __mmask16 mask) {
+        return _mm512_maskz_loadu_epi32(mask, row + 4 * word);
+    }
     static __m512 multiply_add(__m512 sum, __m512i a, __m512i b) {
         return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
     }
     static void store(Element* to, __m512 values) { _mm512_storeu_ps(to, values); }
 };
 
+// bfloat16 in the cache, float32 products: for processors whose bfloat16 products are the slower ones.
+struct WideBF16 : F32 {
+    using Cached = uint16_t;
+    static __m512i load_words(const uint8_t* row, int word, __mmask16 mask) {
+        return _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, row + 2 * word)), 16);
+    }
+};
+
 struct BF16 {
     using Element = uint16_t;
+    using Cached = uint16_t;
     static constexpr int kPerWord = 2;
+    static __m512i load_words(const uint8_t* row, int word, __mmask16 mask) {
+        return _mm512_maskz_loadu_epi32(mask, row + 4 * word);
+    }
     static __m512 multiply_add(__m512 sum, __m512i a, __m512i b) {
         return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
     }
@@ -61,12 +78,13 @@ struct BF16 {
     }
 };
 
-// 16 rows of 16 words, `stride` bytes apart, to their transpose: to[j * kTilePositions + i].
-inline void transpose_16x16(const uint8_t* const rows[16], int offset_bytes, __mmask16 columns, uint32_t* to,
-                            int num_columns) {
+// Words [first, first + num_columns) of 16 rows (null: zeros) to their transpose, to[j * kTilePositions + i].
+template <class Type>
+inline void transpose_16x16(const uint8_t* const rows[16], int first, uint32_t* to, int num_columns) {
+    const auto columns = static_cast<__mmask16>((1u << num_columns) - 1);
     __m512i r[16], t[16];
     for (int i = 0; i < 16; ++i) {
-        r[i] = rows[i] != nullptr ? _mm512_maskz_loadu_epi32(columns, rows[i] + offset_bytes) : _mm512_setzero_si512();
+        r[i] = rows[i] != nullptr ? Type::load_words(rows[i], first, columns) : _mm512_setzero_si512();
     }
     for (int i = 0; i < 8; ++i) {
         t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
@@ -176,8 +194,8 @@ private:
 
     // Element rows of positions [from, to) as keys by column and values by pair; the rest of the tile is 0.
     void load_tile(int from, int to, int start) {
-        const int64_t token_bytes = static_cast<int64_t>(shape_.num_kv_heads) * shape_.head_dim * sizeof(Element);
-        const int64_t head_bytes = static_cast<int64_t>(kv_head_) * shape_.head_dim * sizeof(Element);
+        const int64_t head_bytes = shape_.head_dim * static_cast<int64_t>(sizeof(typename Type::Cached));
+        const int64_t token_bytes = shape_.num_kv_heads * head_bytes;
         int64_t offsets[kTilePositions];
         for (int i = 0; i < kTilePositions; ++i) {
             const int position = start + i;
@@ -186,7 +204,7 @@ private:
                 continue;
             }
             const int64_t block = request_.block_table[position / shape_.block_size];
-            offsets[i] = (block * shape_.block_size + position % shape_.block_size) * token_bytes + head_bytes;
+            offsets[i] = (block * shape_.block_size + position % shape_.block_size) * token_bytes + kv_head_ * head_bytes;
         }
         for (int i = 0; i < kTilePositions; i += 16) {
             const uint8_t* rows[16];
@@ -197,8 +215,7 @@ private:
                     load_odd_keys(rows, word, i);
                     continue;
                 }
-                transpose_16x16(rows, word * 4, static_cast<__mmask16>((1u << count) - 1),
-                                s_.keys + word * kTilePositions + i, count);
+                transpose_16x16<Type>(rows, word, s_.keys + word * kTilePositions + i, count);
             }
         }
         for (int i = 0; i < kTilePositions; i += kPerWord) load_values(offsets, i);
@@ -209,7 +226,7 @@ private:
         for (int word = first_word; word < num_words_; ++word) {
             for (int j = 0; j < 16; ++j) {
                 uint32_t value = 0;
-                const int64_t bytes = std::min<int64_t>(4, shape_.head_dim * static_cast<int64_t>(sizeof(Element)) - 4 * word);
+                const int bytes = std::min(4, 2 * shape_.head_dim - 4 * word);
                 if (rows[j] != nullptr) std::memcpy(&value, rows[j] + 4 * word, bytes);
                 s_.keys[word * kTilePositions + column + j] = value;
             }
@@ -223,7 +240,7 @@ private:
             if constexpr (kPerWord == 1) {
                 const __m512i row = offsets[position] < 0
                                         ? _mm512_setzero_si512()
-                                        : _mm512_maskz_loadu_epi32(mask, values_ + offsets[position] + 4 * d);
+                                        : Type::load_words(values_ + offsets[position], d, mask);
                 _mm512_storeu_si512(to + d, row);
             } else {
                 const __m512i even = load_halves(offsets[position], d, mask);
@@ -263,14 +280,23 @@ private:
     int64_t query_stride() const { return dim16_; }
 
     void score_rows() {
-        int row = 0;
-        for (; row + 6 <= num_rows_; row += 6) score_tile<6>(row);
-        switch (num_rows_ - row) {
-            case 5: return score_tile<5>(row);
-            case 4: return score_tile<4>(row);
-            case 3: return score_tile<3>(row);
-            case 2: return score_tile<2>(row);
-            case 1: return score_tile<1>(row);
+        for_each_tile([this]<int kRows>(int row) { score_tile<kRows>(row); });
+    }
+
+    // Tiles of nearly equal height, 6 rows at most: 7 rows are 4 + 3, not 6 + 1.
+    template <class Tile>
+    void for_each_tile(const Tile& tile) {
+        const int num_tiles = (num_rows_ + 5) / 6;
+        for (int i = 0; i < num_tiles; ++i) {
+            const int row = num_rows_ * i / num_tiles;
+            switch (num_rows_ * (i + 1) / num_tiles - row) {
+                case 6: tile.template operator()<6>(row); break;
+                case 5: tile.template operator()<5>(row); break;
+                case 4: tile.template operator()<4>(row); break;
+                case 3: tile.template operator()<3>(row); break;
+                case 2: tile.template operator()<2>(row); break;
+                case 1: tile.template operator()<1>(row); break;
+            }
         }
     }
 
@@ -361,15 +387,7 @@ private:
 
     void add_values() {
         for (int d = 0; d < dim16_; d += 64) {
-            int row = 0;
-            for (; row + 6 <= num_rows_; row += 6) add_tile<6>(row, d);
-            switch (num_rows_ - row) {
-                case 5: add_tile<5>(row, d); break;
-                case 4: add_tile<4>(row, d); break;
-                case 3: add_tile<3>(row, d); break;
-                case 2: add_tile<2>(row, d); break;
-                case 1: add_tile<1>(row, d); break;
-            }
+            for_each_tile([this, d]<int kRows>(int row) { add_tile<kRows>(row, d); });
         }
     }
 

@@ -156,15 +156,17 @@ inline void multiply_tile(Source source, const QuantizedRows& rows, int first_ro
                 dot[r][0] = dot[r][1] = _mm512_set1_epi32(-traits.zero_point * own);
             }
             for (int pair = sub * pairs_per_sub; pair < (sub + 1) * pairs_per_sub; ++pair) {
-                for (int half = 0; half < 2; ++half) {
-                    __m512i first, second;
-                    source.load_pair(pair, half, first, second);
-                    for (int r = 0; r < kRows; ++r) {
-                        const auto* x = reinterpret_cast<const int32_t*>(
-                            values + static_cast<size_t>(r) * rows.num_inputs + group * kGroup + 8 * pair);
-                        dot[r][half] = _mm512_dpbusd_epi32(dot[r][half], first, _mm512_set1_epi32(x[0]));
-                        dot[r][half] = _mm512_dpbusd_epi32(dot[r][half], second, _mm512_set1_epi32(x[1]));
-                    }
+                __m512i first[2], second[2];
+                source.load_pair(pair, 0, first[0], second[0]);
+                source.load_pair(pair, 1, first[1], second[1]);
+                for (int r = 0; r < kRows; ++r) {
+                    const auto* x = reinterpret_cast<const int32_t*>(
+                        values + static_cast<size_t>(r) * rows.num_inputs + group * kGroup + 8 * pair);
+                    const __m512i x0 = _mm512_set1_epi32(x[0]), x1 = _mm512_set1_epi32(x[1]);
+                    dot[r][0] = _mm512_dpbusd_epi32(dot[r][0], first[0], x0);
+                    dot[r][1] = _mm512_dpbusd_epi32(dot[r][1], first[1], x0);
+                    dot[r][0] = _mm512_dpbusd_epi32(dot[r][0], second[0], x1);
+                    dot[r][1] = _mm512_dpbusd_epi32(dot[r][1], second[1], x1);
                 }
             }
             for (int r = 0; r < kRows; ++r) {
