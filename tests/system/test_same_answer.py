@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,43 +39,55 @@ def samplings() -> list[SamplingParams]:
 
 
 @pytest.fixture(scope="module")
-def alone(default_model_path: Path, prompts: list[str], samplings: list[SamplingParams]) -> list[list[int]]:
-    """Each request by itself, its prompt in one piece, nothing cached."""
-    with LLM(
-        str(default_model_path), max_model_len=512, enable_prefix_caching=False, max_num_batched_tokens=512
-    ) as llm:
-        return [
-            llm.generate(prompt, sampling)[0].sequences[0].token_ids
-            for prompt, sampling in zip(prompts, samplings, strict=True)
-        ]
+def alone(
+    default_model_path: Path, prompts: list[str], samplings: list[SamplingParams]
+) -> Callable[[str], list[list[int]]]:
+    """By kernel backend: each request by itself, its prompt in one piece, nothing cached."""
+
+    @cache
+    def generate(backend: str) -> list[list[int]]:
+        settings = {"max_model_len": 512, "max_num_batched_tokens": 512, "enable_prefix_caching": False}
+        with LLM(str(default_model_path), kernel_backend=backend, **settings) as llm:
+            return [
+                llm.generate(prompt, sampling)[0].sequences[0].token_ids
+                for prompt, sampling in zip(prompts, samplings, strict=True)
+            ]
+
+    return generate
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"long_prefill_chunk": 16},
-        {"long_prefill_chunk": 64, "enable_prefix_caching": False},
-        {"max_num_batched_tokens": 512, "enable_overlap": False},
-        {"max_num_batched_tokens": 8192, "enable_prefix_caching": False},
-        # Some 4,000 tokens in 1,200 slots, and blocks so small that every request outgrows its last one.
-        {"num_kv_blocks": 301, "block_size": 4, "enable_prefix_caching": False},
-    ],
-    ids=["chunk-16", "chunk-64-no-cache", "chunk-512", "no-chunks-no-cache", "preempted"],
-)
+SETTINGS: dict[str, dict[str, Any]] = {
+    "chunk-16": {"long_prefill_chunk": 16},
+    "chunk-64-no-cache": {"long_prefill_chunk": 64, "enable_prefix_caching": False},
+    "chunk-512": {"max_num_batched_tokens": 512, "enable_overlap": False},
+    "no-chunks-no-cache": {"max_num_batched_tokens": 8192, "enable_prefix_caching": False},
+    # Some 4,000 tokens in 1,200 slots, and blocks so small that every request outgrows its last one.
+    "preempted": {"num_kv_blocks": 301, "block_size": 4, "enable_prefix_caching": False},
+    "one-thread": {"threads": 1},
+}
+
+
+# The reference kernels are slow: they run what loads the machine most.
+CASES = [("native", name) for name in SETTINGS] + [("reference", "chunk-16"), ("reference", "no-chunks-no-cache")]
+
+
+@pytest.mark.parametrize(("backend", "name"), CASES)
 def test_together_as_alone(
     default_model_path: Path,
+    backend: str,
     prompts: list[str],
     samplings: list[SamplingParams],
-    alone: list[list[int]],
-    settings: dict[str, Any],
+    alone: Callable[[str], list[list[int]]],
+    name: str,
 ) -> None:
-    with LLM(str(default_model_path), max_model_len=512, max_num_seqs=64, **settings) as llm:
+    settings = {"max_model_len": 512, "max_num_seqs": 64, "kernel_backend": backend} | SETTINGS[name]
+    with LLM(str(default_model_path), **settings) as llm:
         together = [answer.sequences[0].token_ids for answer in llm.generate(prompts, samplings)]
         assert llm.stats.num_blocks_used == 0
-        if "num_kv_blocks" in settings:
+        if name == "preempted":
             assert llm.stats.num_preemptions_total > 0
-        assert together == alone
+        assert together == alone(backend)
         if settings.get("enable_prefix_caching", True):
             again = llm.generate(prompts, samplings)
-            assert [answer.sequences[0].token_ids for answer in again] == alone
+            assert [answer.sequences[0].token_ids for answer in again] == alone(backend)
             assert sum(answer.num_cached_tokens for answer in again) > 0

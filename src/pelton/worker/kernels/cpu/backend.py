@@ -69,15 +69,17 @@ class NativeKernels(ReferenceKernels):
         if not isinstance(weight, pelton_cpu.LinearWeight):
             return super().linear(x, weight, bias)
         x = x.contiguous()
-        out = self._make_output(len(x), weight.num_outputs)
+        out = self._make_output(len(x), weight)
         self.runtime.linear(weight, x.data_ptr(), len(x), 0 if bias is None else bias.data_ptr(), out.data_ptr())
         return out
 
-    def _make_output(self, num_rows: int, num_columns: int) -> torch.Tensor:
-        """Large results (logits, above all) share one memory per width: fresh pages each step would cost
-        more than filling them. None of them is needed once the next of its width is made."""
+    def _make_output(self, num_rows: int, weight: Any) -> torch.Tensor:
+        """Large results far wider than their inputs (logits, gates) share one memory per width: fresh pages
+        each step would cost more than filling them, and these are consumed before the next of their width.
+        What the residual stream may hold on to is not that wide."""
+        num_columns = weight.num_outputs
         num_values = num_rows * num_columns
-        if num_values < _LARGE_VALUES:
+        if num_values < _LARGE_VALUES or num_columns < 4 * weight.num_inputs:
             return torch.empty(num_rows, num_columns)
         memory = self._large.get(num_columns)
         if memory is None or len(memory) < num_values:
