@@ -61,8 +61,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "chunk-64-no-cache": {"long_prefill_chunk": 64, "enable_prefix_caching": False},
     "chunk-512": {"max_num_batched_tokens": 512, "enable_overlap": False},
     "no-chunks-no-cache": {"max_num_batched_tokens": 8192, "enable_prefix_caching": False},
-    # Some 4,000 tokens in 1,200 slots, and blocks so small that every request outgrows its last one.
-    "preempted": {"num_kv_blocks": 301, "block_size": 4, "enable_prefix_caching": False},
+    # 520 slots, a few requests at a time, and blocks so small that each outgrows its last one several times.
+    "preempted": {"num_kv_blocks": 131, "block_size": 4, "enable_prefix_caching": False},
     "one-thread": {"threads": 1},
 }
 
