@@ -64,9 +64,7 @@ class BusyExecutor:
         name_this_thread(EXECUTOR_THREAD)
         while time.monotonic() < end_s:
             np.matmul(self._matrix, self._matrix)
-        sampled = tuple(
-            (self._rng.randrange(1000, 4000),) if scheduled.samples else () for scheduled in batch.requests
-        )
+        sampled = tuple((self._rng.randrange(1000, 4000),) if scheduled.samples else () for scheduled in batch.requests)
         return StepResult(batch.step_id, sampled, elapsed_s=self._step_s)
 
     def close(self) -> None:
@@ -88,6 +86,7 @@ def build_engine(settings: bytes) -> Engine:
         dtype="none",
         vocab_size=150_000,
         device="none",
+        kernels="none",
         num_threads=1,
         enable_prefix_caching=True,
     )

@@ -163,6 +163,7 @@ def make_info(**changes: Any) -> EngineInfo:
         "dtype": "float32",
         "vocab_size": VOCAB_SIZE,
         "device": "cpu",
+        "kernels": "none",
         "num_threads": 1,
         "enable_prefix_caching": True,
     }

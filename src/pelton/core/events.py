@@ -65,6 +65,7 @@ class EngineInfo:
     dtype: str
     vocab_size: int
     device: str
+    kernels: str
     num_threads: int
     enable_prefix_caching: bool
     load_s: float = 0.0

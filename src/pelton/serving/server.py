@@ -86,7 +86,7 @@ async def _serve(app: ASGIApp, client: EngineClient, config: ServerConfig, liste
         await asyncio.wait((starting, stopping, serving), return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             starting.result()
-            _log.info("ready")
+            _log_ready(client)
             await asyncio.wait((stopping, serving), return_when=asyncio.FIRST_COMPLETED)
         else:
             starting.cancel()
@@ -99,6 +99,21 @@ async def _serve(app: ASGIApp, client: EngineClient, config: ServerConfig, liste
         await serving
     _log.info("stopped")
     return 0
+
+
+def _log_ready(client: EngineClient) -> None:
+    info = client.info
+    assert info is not None
+    _log.info(
+        "ready",
+        kernels=info.kernels,
+        threads=info.num_threads,
+        dtype=info.dtype,
+        max_model_len=info.max_model_len,
+        kv_cache_tokens=(info.num_blocks - 1) * info.block_size,
+        max_num_seqs=info.max_num_seqs,
+        load_s=round(info.load_s, 2),
+    )
 
 
 def _stop_on_signals() -> asyncio.Event:

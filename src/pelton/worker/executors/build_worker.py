@@ -67,6 +67,7 @@ def build_executor(
         dtype=str(dtype).removeprefix("torch."),
         vocab_size=spec.vocab_size,
         device="cpu",
+        kernels=kernels.name,
         num_threads=num_threads,
         enable_prefix_caching=engine_config.enable_prefix_caching,
         load_s=time.perf_counter() - start_s,
