@@ -52,6 +52,18 @@ def test_unknown_backend_is_refused() -> None:
         make_kernels("abacus")
 
 
+def test_auto_is_native_for_float32_only() -> None:
+    assert make_kernels().name.startswith("native")
+    assert make_kernels(dtype=torch.bfloat16).name == "reference"
+
+
+def test_num_weight_bytes_bounds_what_is_held(kernels: Kernels) -> None:
+    """Of dense weights; packed ones are in test_native_linear.py."""
+    tensor = f32_tensor(torch.randn(50, 64))
+    assert kernels.num_weight_bytes(tensor, torch.float32) == 50 * 64 * 4
+    assert kernels.num_weight_bytes(tensor, torch.bfloat16) == 50 * 64 * 2
+
+
 @pytest.mark.usefixtures("matrix_library")
 @pytest.mark.parametrize(("out_features", "in_features"), [(1152, 896), (7, 5), (50, 4864)])
 @pytest.mark.parametrize("num_rows", [0, 1, 2, 9, 130, 1030])
@@ -139,40 +151,82 @@ def test_rms_norm(kernels: Kernels, shape: tuple[int, ...]) -> None:
     assert_near(new_residual, total)
 
 
-@pytest.mark.parametrize("head_dim", [8, 40, 64])
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rotary_dim", [8, 6])
-def test_rotary(kernels: Kernels, head_dim: int, rotary_dim: int) -> None:
-    x = torch.randn(5, 3, head_dim)
-    angles = torch.rand(5, rotary_dim // 2) * 100
-    result = kernels.rotary(x, angles.cos(), angles.sin())
-    for token in range(5):
-        for pair in range(rotary_dim // 2):
-            turn = complex(math.cos(angles[token, pair]), math.sin(angles[token, pair]))
-            for head in range(3):
-                first, second = x[token, head, pair].item(), x[token, head, pair + rotary_dim // 2].item()
-                turned = complex(first, second) * turn
-                assert result[token, head, pair].item() == pytest.approx(turned.real, abs=1e-5)
-                assert result[token, head, pair + rotary_dim // 2].item() == pytest.approx(turned.imag, abs=1e-5)
-    assert torch.equal(result[..., rotary_dim:], x[..., rotary_dim:])
-
-
-def test_rotary_of_a_strided_view(kernels: Kernels) -> None:
-    heads = torch.randn(6, 9, 16)
-    angles = torch.rand(6, 8)
-    view = heads[:, 2:5]
-    expected = kernels.rotary(view.contiguous(), angles.cos(), angles.sin())
-    assert torch.equal(kernels.rotary(view, angles.cos(), angles.sin()), expected)
-
-
-@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16])
-def test_write_kv(kernels: Kernels, cache_dtype: torch.dtype) -> None:
-    keys, values = torch.randn(3, 2, 8), torch.randn(3, 2, 8)
-    key_cache, value_cache = torch.zeros(2, 6, 4, 2, 8, dtype=cache_dtype)
-    kernels.write_kv(keys, values, key_cache, value_cache, torch.tensor([21, 4, 7]))
+@pytest.mark.parametrize("head_dim", [8, 40, 64])
+def test_rotate_and_store(kernels: Kernels, head_dim: int, rotary_dim: int, cache_dtype: torch.dtype) -> None:
+    heads = torch.randn(3, 7, head_dim)  # views of one projection, as in a model: 3 query heads, 2, 2
+    angles = torch.rand(3, rotary_dim // 2) * 100
+    caches = torch.zeros(2, 6, 4, 2, head_dim, dtype=cache_dtype)
+    expected = heads.double()
+    turns = torch.polar(torch.ones(1, dtype=torch.float64), angles.double())[:, None]
+    pairs = torch.complex(expected[:, :5, : rotary_dim // 2], expected[:, :5, rotary_dim // 2 : rotary_dim]) * turns
+    turned = torch.cat([pairs.real, pairs.imag, expected[:, :5, rotary_dim:]], dim=-1)
+    query, key, value = heads.clone().split([3, 2, 2], dim=1)
+    slots = torch.tensor([21, 4, 7])
+    rotated = kernels.rotate_and_store(query, key, value, angles.cos(), angles.sin(), caches[0], caches[1], slots)
+    assert_near(rotated, turned[:, :3])
+    assert torch.equal(rotated[..., rotary_dim:], heads[:, :3, rotary_dim:])
     for row, (block, offset) in enumerate([(5, 1), (1, 0), (1, 3)]):
-        assert torch.equal(key_cache[block, offset], keys[row].to(cache_dtype))
-        assert torch.equal(value_cache[block, offset], values[row].to(cache_dtype))
-    assert key_cache.count_nonzero() == keys.count_nonzero()
+        tolerance = 2e-6 if cache_dtype is torch.float32 else 0.005
+        assert_near(caches[0, block, offset], turned[row, 3:], tolerance)
+        assert torch.equal(caches[1, block, offset], heads[row, 5:].to(cache_dtype))
+    assert caches.count_nonzero() == 3 * 4 * head_dim
+
+
+def test_rotate_and_store_in_bfloat16(kernels: Kernels) -> None:
+    heads, angles = torch.randn(3, 7, 16), torch.rand(3, 8) * 100
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        caches = torch.zeros(2, 2, 4, 2, 16, dtype=dtype)
+        query, key, value = heads.bfloat16().to(dtype).split([3, 2, 2], dim=1)
+        slots = torch.tensor([0, 7, 3])
+        rotated = kernels.rotate_and_store(query, key, value, angles.cos(), angles.sin(), caches[0], caches[1], slots)
+        assert rotated.dtype is dtype
+        results.append((rotated, caches))
+    assert_near(results[1][0], results[0][0].double(), 0.01)
+    assert_near(results[1][1], results[0][1].double(), 0.01)
+
+
+def test_inputs_need_not_be_contiguous(kernels: Kernels) -> None:
+    wide, weight = torch.randn(6, 80), torch.randn(40)
+    sliced, whole = wide[:, 20:60], wide[:, 20:60].contiguous()
+    assert torch.equal(kernels.rms_norm(sliced, weight, 0.1), kernels.rms_norm(whole, weight, 0.1))
+    for op in (kernels.silu_mul, kernels.gelu_tanh_mul):
+        assert torch.equal(op(sliced), op(whole))
+    expected = kernels.add_rms_norm(whole.clone(), whole.clone(), weight, 0.1)
+    for actual, wanted in zip(
+        kernels.add_rms_norm(wide.clone()[:, 20:60], wide.clone()[:, 20:60], weight, 0.1), expected, strict=True
+    ):
+        assert torch.equal(actual, wanted)
+    case = AttentionCase([(3, 20)], (4, 2, 16), None)
+    expected_attention = case.run(kernels, scale=0.3)
+    case.query = case.query.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(case.run(kernels, scale=0.3), expected_attention)
+
+
+def test_slots_and_blocks_that_do_not_exist_are_refused(kernels: Kernels) -> None:
+    """A step that is wrong fails; it must not take the process along."""
+    heads, angles = torch.randn(1, 3, 8), torch.rand(1, 4)
+    caches = torch.zeros(2, 3, 4, 1, 8)
+    for slot in (12, 10**9, -(10**6)):
+        query, key, value = heads.clone().split(1, dim=1)
+        with pytest.raises((IndexError, RuntimeError)):
+            kernels.rotate_and_store(
+                query, key, value, angles.cos(), angles.sin(), caches[0], caches[1], torch.tensor([slot])
+            )
+    shape = AttentionShape(1, 1, 8, 4, None)
+    for table, seq_len in (([3], 4), ([10**9], 1), ([-(10**6)], 1), ([1], 5)):
+        tables = torch.tensor([table])
+        with pytest.raises((IndexError, RuntimeError)):
+            _plan_and_attend(kernels, shape, seq_len, tables, caches)
+
+
+def _plan_and_attend(
+    kernels: Kernels, shape: AttentionShape, seq_len: int, tables: torch.Tensor, caches: torch.Tensor
+) -> None:
+    plan = kernels.plan_attention(shape, [0, 1], [seq_len], tables)
+    kernels.paged_attention(torch.randn(1, 1, 8), caches[0], caches[1], plan, 1.0)
 
 
 def silu(x: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 from pelton.core.errors import UnsupportedModelError
 from pelton.core.model_spec import RopeSpec
 from pelton.weights.tensors import WeightTensor
-from pelton.worker.kernels.ops import make_kernels
+from pelton.worker.kernels.ops import BACKENDS, make_kernels
 from pelton.worker.layers.embedding import TokenEmbedding
 from pelton.worker.layers.rotary import RotaryTable, inverse_frequencies
 
@@ -42,10 +42,11 @@ def test_unknown_scaling_is_refused() -> None:
         inverse_frequencies(RopeSpec(theta=500.0, rotary_dim=8, scaling_kind="spiral"))
 
 
-def test_embedding_scale_is_rounded_to_the_dtype() -> None:
+@pytest.mark.parametrize("backend", list(BACKENDS))
+def test_embedding_scale_is_rounded_to_the_dtype(backend: str) -> None:
     """Gemma multiplies by sqrt(hidden size) in its own dtype: 33.94 is 34 in bfloat16."""
     values = np.ones((2, 4), dtype=np.float32)
     table = WeightTensor("w", (2, 4), "F32", values.reshape(-1).view(np.uint8))
     for dtype, expected in ((torch.bfloat16, 34.0), (torch.float32, np.float32(1152**0.5))):
-        embedding = TokenEmbedding(make_kernels(), table, dtype, 1152**0.5)
+        embedding = TokenEmbedding(make_kernels(backend), table, dtype, 1152**0.5)
         assert embedding(torch.tensor([1])).tolist() == [[expected] * 4]

@@ -100,8 +100,10 @@ class NativeKernels(ReferenceKernels):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if x.dtype is not torch.float32:
             return super().add_rms_norm(x, residual, weight, eps)
+        x, residual = x.contiguous(), residual.contiguous()
         out = torch.empty_like(x)
-        num_rows, size = x.shape
+        size = x.shape[-1]
+        num_rows = x.numel() // size
         self.runtime.rms_norm(x.data_ptr(), residual.data_ptr(), weight.data_ptr(), num_rows, size, eps, out.data_ptr())
         return out, residual
 
@@ -112,6 +114,7 @@ class NativeKernels(ReferenceKernels):
         return self._gated(gate_up, True) if gate_up.dtype is torch.float32 else super().gelu_tanh_mul(gate_up)
 
     def _gated(self, gate_up: torch.Tensor, gelu: bool) -> torch.Tensor:
+        gate_up = gate_up.contiguous()
         num_rows, double = gate_up.shape
         out = torch.empty(num_rows, double // 2)
         self.runtime.gated(gelu, gate_up.data_ptr(), num_rows, double // 2, out.data_ptr())
@@ -139,6 +142,7 @@ class NativeKernels(ReferenceKernels):
     ) -> torch.Tensor:
         if query.dtype is not torch.float32 or key_cache.dtype not in _KV_TYPES:
             return super().rotate_and_store(query, key, value, cos, sin, key_cache, value_cache, slot_mapping)
+        query, key, value = map(_with_whole_rows, (query, key, value))
         num_tokens, num_heads, head_dim = query.shape
         self.runtime.rotate_and_store(
             (num_heads, key.shape[1], head_dim, key_cache.dtype is torch.bfloat16),
@@ -146,6 +150,7 @@ class NativeKernels(ReferenceKernels):
             (query.data_ptr(), query.stride(0), key.data_ptr(), key.stride(0), value.data_ptr(), value.stride(0)),
             key_cache.data_ptr(),
             value_cache.data_ptr(),
+            key_cache.shape[0] * key_cache.shape[1],
         )
         return query
 
@@ -161,9 +166,12 @@ class NativeKernels(ReferenceKernels):
         num_tokens, num_heads, head_dim = query.shape
         if query.dtype is not torch.float32 or key_cache.dtype not in _KV_TYPES:
             return super().paged_attention(query, key_cache, value_cache, plan.reference(), scale, softcap)
+        query = _with_whole_rows(query)
         out = torch.empty(num_tokens, num_heads * head_dim)
         self.runtime.attend(
             plan.native(key_cache.dtype),
+            num_tokens,
+            key_cache.shape[0],
             scale,
             softcap or 0.0,
             query.data_ptr(),
@@ -173,6 +181,11 @@ class NativeKernels(ReferenceKernels):
             out.data_ptr(),
         )
         return out
+
+
+def _with_whole_rows(x: torch.Tensor) -> torch.Tensor:
+    """[T, heads, D] whose tokens may lie apart, but each in one piece."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
 
 class NativePlan:

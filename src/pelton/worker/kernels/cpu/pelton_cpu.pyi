@@ -45,10 +45,13 @@ class Runtime:
         rows: tuple[int, int, int, int, int, int],
         key_cache: int,
         value_cache: int,
+        num_slots: int,
     ) -> None: ...
     def attend(
         self,
         plan: AttentionPlan,
+        num_tokens: int,
+        num_blocks: int,
         scale: float,
         softcap: float,
         query: int,

@@ -7,6 +7,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "runtime.h"
@@ -59,10 +60,30 @@ struct AttentionPlan {
     std::vector<int64_t> block_tables;  // owned: tensors of a step come and go
     std::vector<RequestTuple> requests;
     int64_t num_columns;
+    int64_t num_tokens = 0;  // query rows that the requests need
+    int64_t num_blocks = 0;  // blocks that a cache must have for these tables
 };
 
-void attend(Runtime& runtime, const AttentionPlan& plan, float scale, float softcap, Address query, int64_t ld_query,
-            Address keys, Address values, Address out) {
+// Whatever a step was made of, nothing outside its tensors is touched.
+void check_plan(AttentionPlan& plan, int64_t num_rows) {
+    for (const auto& [first_row, num_tokens, seq_len, table_row] : plan.requests) {
+        if (first_row < 0 || num_tokens < 1 || num_tokens > seq_len || table_row < 0 || table_row >= num_rows ||
+            seq_len > plan.num_columns * plan.shape.block_size) {
+            throw std::out_of_range("a request does not fit its block table");
+        }
+        plan.num_tokens = std::max(plan.num_tokens, first_row + num_tokens);
+        const int64_t* table = plan.block_tables.data() + table_row * plan.num_columns;
+        for (int64_t column = 0; column <= (seq_len - 1) / plan.shape.block_size; ++column) {
+            if (table[column] < 0) throw std::out_of_range("a block table has a negative block");
+            plan.num_blocks = std::max(plan.num_blocks, table[column] + 1);
+        }
+    }
+}
+
+void attend(Runtime& runtime, const AttentionPlan& plan, int64_t num_tokens, int64_t num_blocks, float scale, float softcap,
+            Address query, int64_t ld_query, Address keys, Address values, Address out) {
+    if (num_tokens < plan.num_tokens) throw std::out_of_range("a request has more tokens than the step");
+    if (num_blocks < plan.num_blocks) throw std::out_of_range("a block table has a block that does not exist");
     AttentionShape shape = plan.shape;
     shape.scale = scale;
     shape.softcap = softcap;
@@ -81,10 +102,15 @@ void attend(Runtime& runtime, const AttentionPlan& plan, float scale, float soft
 void rotate_and_store(Runtime& runtime, std::tuple<int, int, int, bool> heads,
                       std::tuple<int, Address, Address, Address, int> tokens,
                       std::tuple<Address, int64_t, Address, int64_t, Address, int64_t> rows, Address key_cache,
-                      Address value_cache) {
+                      Address value_cache, int64_t num_slots) {
     const auto [num_heads, num_kv_heads, head_dim, bf16] = heads;
     const auto [num_tokens, slots, cos, sin, half] = tokens;
     const auto [queries, ld_queries, keys, ld_keys, values, ld_values] = rows;
+    for (int token = 0; token < num_tokens; ++token) {
+        const int64_t slot = at<const int64_t>(slots)[token];
+        if (slot < 0 || slot >= num_slots) throw std::out_of_range("a slot does not exist");
+    }
+    if (half < 0 || 2 * half > head_dim) throw std::invalid_argument("more dimensions are rotated than there are");
     const AttentionShape shape = {num_heads, num_kv_heads, head_dim, 0, 0, 1.0f, 0.0f,
                                   bf16 ? KVType::BF16 : KVType::F32};
     runtime.rotate_and_store(shape,
@@ -121,12 +147,13 @@ NB_MODULE(pelton_cpu, m) {
                             int sliding_window, bool bf16, std::vector<RequestTuple> requests, Address block_tables,
                             int64_t num_rows, int64_t num_columns) {
             const auto* tables = at<const int64_t>(block_tables);
-            new (self) AttentionPlan{
-                {num_heads, num_kv_heads, head_dim, block_size, sliding_window, 1.0f, 0.0f,
-                 bf16 ? KVType::BF16 : KVType::F32},
-                std::vector<int64_t>(tables, tables + num_rows * num_columns),
-                std::move(requests),
-                num_columns};
+            AttentionPlan plan{{num_heads, num_kv_heads, head_dim, block_size, sliding_window, 1.0f, 0.0f,
+                                bf16 ? KVType::BF16 : KVType::F32},
+                               std::vector<int64_t>(tables, tables + num_rows * num_columns),
+                               std::move(requests),
+                               num_columns};
+            check_plan(plan, num_rows);
+            new (self) AttentionPlan(std::move(plan));
         });
 
     nb::class_<Runtime>(m, "Runtime")
