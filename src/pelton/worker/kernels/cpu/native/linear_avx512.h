@@ -14,6 +14,7 @@
 namespace pelton::avx512 {
 
 constexpr int kTileRows = 6;
+constexpr int kGroupsAhead = 4;
 
 struct GroupScales {
     __m512 scale[2][2];  // [subgroup][half]
@@ -36,7 +37,12 @@ struct PackedSource {
     const uint8_t* group;
 
     explicit PackedSource(const uint8_t* panel) : group(panel) {}
-    void next() { group += kTraits.group_bytes(); }
+    void next() {
+        group += kTraits.group_bytes();
+        // The hardware's own prefetch stops at pages; without this a matrix streams at two thirds of the rate.
+        const auto* ahead = reinterpret_cast<const char*>(group + kGroupsAhead * kTraits.group_bytes());
+        for (int line = 0; line < kTraits.group_bytes(); line += 64) _mm_prefetch(ahead + line, _MM_HINT_T0);
+    }
 
     void load_pair(int pair, int half, __m512i& first, __m512i& second) const {
         if constexpr (kTraits.bits == 8) {

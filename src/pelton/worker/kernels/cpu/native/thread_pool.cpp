@@ -3,6 +3,8 @@
 #include <pthread.h>
 #include <sched.h>
 
+#include <chrono>
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -11,8 +13,10 @@ namespace pelton {
 
 namespace {
 
-// About 50 us: longer than the gaps between operations of a step, shorter than what a host notices.
-constexpr int kSpins = 2000;
+// Longer than the gaps between operations of a step, shorter than what a host notices: to sleep and wake
+// again costs some 60 us.
+constexpr auto kSpinTime = std::chrono::microseconds(200);
+constexpr int kSpinsPerLook = 32;
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -20,6 +24,19 @@ inline void relax() {
 #elif defined(__aarch64__)
     asm volatile("yield");
 #endif
+}
+
+// Spins until `is_done`, or for kSpinTime; returns what `is_done` last said.
+template <typename Condition>
+bool spin(const Condition& is_done) {
+    const auto end = std::chrono::steady_clock::now() + kSpinTime;
+    do {
+        for (int i = 0; i < kSpinsPerLook; ++i) {
+            if (is_done()) return true;
+            relax();
+        }
+    } while (std::chrono::steady_clock::now() < end);
+    return is_done();
 }
 
 void pin(pthread_t thread, int cpu) {
@@ -58,13 +75,8 @@ void ThreadPool::run_job(const Job& job) {
     generation_.notify_all();
     take_tasks(0);
     // The others finish what they took; they may also still be waking up.
-    for (int spins = 0; num_busy_.load(std::memory_order_acquire) != 0; ++spins) {
-        if (spins < kSpins) {
-            relax();
-        } else {
-            std::this_thread::yield();
-        }
-    }
+    const auto all_done = [this] { return num_busy_.load(std::memory_order_acquire) == 0; };
+    while (!spin(all_done)) std::this_thread::yield();
 }
 
 void ThreadPool::take_tasks(int thread) {
@@ -76,7 +88,7 @@ void ThreadPool::take_tasks(int thread) {
 void ThreadPool::work(int thread) {
     uint32_t seen = 0;
     for (;;) {
-        for (int spins = 0; spins < kSpins && generation_.load(std::memory_order_acquire) == seen; ++spins) relax();
+        spin([&] { return generation_.load(std::memory_order_acquire) != seen; });
         generation_.wait(seen, std::memory_order_acquire);
         seen = generation_.load(std::memory_order_acquire);
         if (stop_.load()) return;

@@ -1,0 +1,61 @@
+"""What the tests of the native kernels share: instruction sets, and random packed matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+import torch
+
+from pelton.weights.dequantize import dequantize
+from pelton.weights.gguf.formats import FORMATS
+from pelton.weights.tensors import WeightTensor
+from pelton.worker.kernels.cpu import pelton_cpu
+from pelton.worker.kernels.cpu.backend import NativeKernels
+
+# Where the float16 scales and minima of a block lie; every other byte may be anything.
+_HALVES = {
+    "Q4_0": (0,),
+    "Q4_1": (0, 2),
+    "Q5_0": (0,),
+    "Q5_1": (0, 2),
+    "Q8_0": (0,),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
+}
+PACKED_FORMATS = list(_HALVES)
+
+
+def _runs(isa: str) -> bool:
+    try:
+        pelton_cpu.Runtime(isa, 1, [])
+    except ValueError:
+        return False
+    return True
+
+
+ISAS = [isa for isa in ("avx512", "avx2", "portable") if _runs(isa)]
+
+
+@cache
+def native(isa: str, num_threads: int = 1) -> NativeKernels:
+    return NativeKernels(num_threads, isa)
+
+
+def random_packed(format_name: str, num_outputs: int, num_inputs: int, seed: int = 0) -> WeightTensor:
+    """Every code, sub-scale and sub-minimum equally likely; scales of either sign."""
+    rng = np.random.default_rng(seed)
+    layout = FORMATS[format_name]
+    num_blocks = num_outputs * num_inputs // layout.block_size
+    blocks = rng.integers(0, 256, (num_blocks, layout.block_bytes), dtype=np.uint8)
+    for offset in _HALVES[format_name]:
+        halves = (rng.uniform(0.001, 0.02, num_blocks) * rng.choice([-1, 1], num_blocks)).astype(np.float16)
+        blocks[:, offset : offset + 2] = halves.view(np.uint8).reshape(-1, 2)
+    return WeightTensor("w", (num_outputs, num_inputs), format_name, blocks.reshape(-1))
+
+
+def decoded(tensors: Sequence[WeightTensor]) -> torch.Tensor:
+    """float64 [all outputs, inputs]."""
+    return torch.cat([torch.from_numpy(dequantize(tensor)) for tensor in tensors]).double()
