@@ -17,7 +17,8 @@ from pelton.worker.kernels.ops import AttentionShape
 from pelton.worker.kernels.reference import ReferenceKernels
 
 _FORMATS = frozenset(pelton_cpu.FORMATS)
-_GROUP = 32
+_GROUP = 32  # inputs
+_PANEL = 32  # outputs
 _LARGE_VALUES = 1 << 20
 _KV_TYPES = (torch.float32, torch.bfloat16)
 
@@ -63,11 +64,15 @@ class NativeKernels(ReferenceKernels):
     def num_weight_bytes(self, tensor: WeightTensor, dtype: torch.dtype) -> int:
         if dtype is not torch.float32 or not is_packable(tensor):
             return super().num_weight_bytes(tensor, dtype)
-        return tensor.data.nbytes * 3 // 2  # K formats get a float32 for each scale
+        num_outputs = tensor.shape[0]
+        padded = -(-num_outputs // _PANEL) * _PANEL
+        return tensor.data.nbytes // num_outputs * padded * 3 // 2  # K formats get a float32 for each scale
 
     def linear(self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None = None) -> torch.Tensor:
         if not isinstance(weight, pelton_cpu.LinearWeight):
             return super().linear(x, weight, bias)
+        if x.shape[1] != weight.num_inputs:
+            raise ValueError(f"x has {x.shape[1]} columns, but the weight takes {weight.num_inputs}")
         x = x.contiguous()
         out = self._make_output(len(x), weight)
         self.runtime.linear(weight, x.data_ptr(), len(x), 0 if bias is None else bias.data_ptr(), out.data_ptr())

@@ -9,6 +9,7 @@
 
 #include "float16.h"
 #include "kernel_table.h"
+#include "quantized_group.h"
 
 namespace pelton::PELTON_ISA {
 
@@ -26,16 +27,20 @@ inline float fold(const float (&strands)[kLanes]) {
 
 inline void quantize_row(const float* x, int num_inputs, int8_t* values, float* scales, int32_t* sums) {
     for (int group = 0; group < num_inputs / kGroup; ++group, x += kGroup, values += kGroup) {
-        float largest = 0.0f;
-        for (int i = 0; i < kGroup; ++i) largest = std::max(largest, std::fabs(x[i]));
-        const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
+        uint32_t largest = 0;
+        for (int i = 0; i < kGroup; ++i) largest = std::max(largest, float_to_bits(x[i]) & 0x7fffffff);
+        const GroupScale group_scale = scale_of_group(largest);
+        if (group_scale.inverse == 0.0f) {
+            set_empty_group(group_scale, group, values, scales, sums);
+            continue;
+        }
         int32_t sum[2] = {0, 0};
         for (int i = 0; i < kGroup; ++i) {
-            const int q = static_cast<int>(std::nearbyint(x[i] * inverse));
+            const int q = static_cast<int>(std::nearbyint(x[i] * group_scale.inverse));
             values[i] = static_cast<int8_t>(q);
             sum[i / 16] += q;
         }
-        scales[group] = largest / 127.0f;
+        scales[group] = group_scale.scale;
         sums[2 * group] = sum[0];
         sums[2 * group + 1] = sum[1];
     }

@@ -10,6 +10,7 @@
 #include <algorithm>
 
 #include "kernel_table.h"
+#include "quantized_group.h"
 
 namespace pelton::avx512 {
 
@@ -252,14 +253,19 @@ inline void linear_panel(const PackedMatrix& matrix, int panel, const QuantizedR
 inline void quantize_row(const float* x, int num_inputs, int8_t* values, float* scales, int32_t* sums) {
     for (int group = 0; group < num_inputs / kGroup; ++group, x += kGroup, values += kGroup) {
         const __m512 first = _mm512_loadu_ps(x), second = _mm512_loadu_ps(x + 16);
-        const float largest = std::max(_mm512_reduce_max_ps(_mm512_abs_ps(first)),
-                                       _mm512_reduce_max_ps(_mm512_abs_ps(second)));
-        const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
+        const __m512i sizes = _mm512_max_epu32(_mm512_castps_si512(_mm512_abs_ps(first)),
+                                               _mm512_castps_si512(_mm512_abs_ps(second)));
+        const GroupScale group_scale = scale_of_group(_mm512_reduce_max_epu32(sizes));
+        if (group_scale.inverse == 0.0f) {
+            set_empty_group(group_scale, group, values, scales, sums);
+            continue;
+        }
+        const float inverse = group_scale.inverse;
         const __m512i q0 = _mm512_cvtps_epi32(_mm512_mul_ps(first, _mm512_set1_ps(inverse)));
         const __m512i q1 = _mm512_cvtps_epi32(_mm512_mul_ps(second, _mm512_set1_ps(inverse)));
         _mm_storeu_si128(reinterpret_cast<__m128i*>(values), _mm512_cvtsepi32_epi8(q0));
         _mm_storeu_si128(reinterpret_cast<__m128i*>(values + 16), _mm512_cvtsepi32_epi8(q1));
-        scales[group] = largest / 127.0f;
+        scales[group] = group_scale.scale;
         sums[2 * group] = _mm512_reduce_add_epi32(q0);
         sums[2 * group + 1] = _mm512_reduce_add_epi32(q1);
     }

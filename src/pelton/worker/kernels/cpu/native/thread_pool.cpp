@@ -70,13 +70,23 @@ ThreadPool::~ThreadPool() {
 void ThreadPool::run_job(const Job& job) {
     job_ = job;
     next_.store(0, std::memory_order_relaxed);
-    num_busy_.store(num_threads_ - 1, std::memory_order_relaxed);
+    state_.store(kOpen, std::memory_order_release);
     generation_.fetch_add(1, std::memory_order_release);
     generation_.notify_all();
     take_tasks(0);
-    // The others finish what they took; they may also still be waking up.
-    const auto all_done = [this] { return num_busy_.load(std::memory_order_acquire) == 0; };
-    while (!spin(all_done)) std::this_thread::yield();
+    // Nobody joins any more. Only those who did are waited for: a thread that the system keeps waiting
+    // for a core costs the job nothing.
+    state_.fetch_and(~kOpen, std::memory_order_acq_rel);
+    const auto all_left = [this] { return state_.load(std::memory_order_acquire) == 0; };
+    while (!spin(all_left)) std::this_thread::yield();
+}
+
+bool ThreadPool::try_join() {
+    uint32_t state = state_.load(std::memory_order_relaxed);
+    while (state & kOpen) {
+        if (state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel)) return true;
+    }
+    return false;
 }
 
 void ThreadPool::take_tasks(int thread) {
@@ -92,8 +102,10 @@ void ThreadPool::work(int thread) {
         generation_.wait(seen, std::memory_order_acquire);
         seen = generation_.load(std::memory_order_acquire);
         if (stop_.load()) return;
-        take_tasks(thread);
-        num_busy_.fetch_sub(1, std::memory_order_release);
+        if (try_join()) {
+            take_tasks(thread);
+            state_.fetch_sub(1, std::memory_order_release);
+        }
     }
 }
 

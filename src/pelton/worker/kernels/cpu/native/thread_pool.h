@@ -44,14 +44,18 @@ private:
         int count;
     };
 
+    // state_: whether the job may be joined, and how many threads have joined and not left.
+    static constexpr uint32_t kOpen = 1u << 31;
+
     void run_job(const Job& job);
+    bool try_join();
     void work(int thread);
     void take_tasks(int thread);
 
     int num_threads_;
     Job job_{};
     alignas(64) std::atomic<int> next_{0};
-    alignas(64) std::atomic<int> num_busy_{0};
+    alignas(64) std::atomic<uint32_t> state_{0};
     alignas(64) std::atomic<uint32_t> generation_{0};
     std::atomic<bool> stop_{false};
     std::vector<std::thread> threads_;
