@@ -224,7 +224,8 @@ def test_what_cannot_be_packed_is_decoded(kernels: NativeKernels, dtype: torch.d
     packed = random_packed("Q4_K", 5, 256)
     dense = torch.randn(4, 256)
     other = WeightTensor("w", (4, 256), "F32", dense.numpy().reshape(-1).view(np.uint8))
-    assert is_packable(packed) and not is_packable(other)
+    assert is_packable(packed)
+    assert not is_packable(other)
     x = torch.randn(3, 256).to(dtype)
     result = kernels.linear(x, kernels.make_linear_loader(dtype).load([packed, other]))
     expected = x.double() @ torch.cat([decoded([packed]), dense.double()]).T
