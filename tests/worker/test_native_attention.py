@@ -1,0 +1,205 @@
+"""Paged attention of the native kernels: every instruction set and cache type, law 3 bit for bit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+from pelton.worker.kernels.cpu.backend import NativeKernels
+from pelton.worker.kernels.ops import AttentionShape
+from tests.worker.native import ISAS, native
+
+pytestmark = pytest.mark.torch
+
+# Of the largest result. The kernels for bfloat16 caches may round queries and probabilities as well.
+TOLERANCES = {torch.float32: 5e-6, torch.bfloat16: 1e-2}
+KV_DTYPES = list(TOLERANCES)
+# Query tokens and KV length of each request.
+MIXTURE = [(1, 200), (40, 40), (33, 150), (1, 1), (2, 130), (1, 64), (1, 65), (70, 128)]
+
+
+@pytest.fixture(params=ISAS)
+def kernels(request: pytest.FixtureRequest) -> NativeKernels:
+    torch.manual_seed(0)
+    return native(request.param)
+
+
+class Requests:
+    """Requests over shuffled blocks. Slots that none of them may read hold NaN."""
+
+    def __init__(
+        self,
+        work: Sequence[tuple[int, int]],
+        heads: tuple[int, int, int],
+        dtype: torch.dtype,
+        *,
+        window: int | None = None,
+        block_size: int = 16,
+    ) -> None:
+        self.work = work
+        num_heads, num_kv_heads, head_dim = heads
+        self.shape = AttentionShape(num_heads, num_kv_heads, head_dim, block_size, window)
+        width = max(-(-seq_len // block_size) for _, seq_len in work)
+        num_blocks = 1 + width * len(work)
+        self.queries = [torch.randn(num_tokens, num_heads, head_dim) for num_tokens, _ in work]
+        self.caches = torch.full((2, num_blocks, block_size, num_kv_heads, head_dim), math.nan, dtype=dtype)
+        ids = (torch.randperm(num_blocks - 1) + 1).view(len(work), width)
+        self.tables = torch.zeros_like(ids)
+        self.slots: list[torch.Tensor] = []
+        for row, (num_tokens, seq_len) in enumerate(work):
+            first = 0 if window is None else max(0, seq_len - num_tokens - window + 1)
+            positions = torch.arange(seq_len)
+            self.slots.append(ids[row, positions // block_size] * block_size + positions % block_size)
+            used = slice(first // block_size, (seq_len - 1) // block_size + 1)
+            self.tables[row, used] = ids[row, used]
+            own = self.slots[row][first:]
+            self.caches.flatten(1, 2)[:, own] = torch.randn(2, len(own), num_kv_heads, head_dim).to(dtype)
+
+    def run(self, kernels: NativeKernels, parts: Sequence[tuple[int, int, int]], **options: Any) -> list[torch.Tensor]:
+        """One call for parts (request, first token, end); one result each."""
+        query = torch.cat([self.queries[row][first:end] for row, first, end in parts])
+        starts, seq_lens = [0], []
+        for row, first, end in parts:
+            starts.append(starts[-1] + end - first)
+            num_tokens, seq_len = self.work[row]
+            seq_lens.append(seq_len - num_tokens + end)
+        plan = kernels.plan_attention(self.shape, starts, seq_lens, self.tables[[row for row, _, _ in parts]])
+        result = kernels.paged_attention(query, *self.caches, plan, **{"scale": 0.3, **options})
+        return list(result.split([end - first for _, first, end in parts]))
+
+    def run_all(self, kernels: NativeKernels, **options: Any) -> list[torch.Tensor]:
+        return self.run(kernels, [(row, 0, n) for row, (n, _) in enumerate(self.work)], **options)
+
+    def expected(self, row: int, scale: float = 0.3, softcap: float | None = None) -> torch.Tensor:
+        num_tokens, seq_len = self.work[row]
+        shape = self.shape
+        first = 0 if shape.sliding_window is None else max(0, seq_len - num_tokens - shape.sliding_window + 1)
+        keys, values = self.caches.flatten(1, 2)[:, self.slots[row][first:]].double()  # [L, K, D]
+        query = self.queries[row].double().view(num_tokens, shape.num_kv_heads, -1, shape.head_dim)
+        scores = torch.einsum("tkgd,lkd->tkgl", query, keys) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        distance = torch.arange(seq_len - num_tokens, seq_len)[:, None] - torch.arange(first, seq_len)
+        hidden = distance < 0
+        if shape.sliding_window is not None:
+            hidden |= distance >= shape.sliding_window
+        scores = scores.masked_fill(hidden[:, None, None], -math.inf)
+        return torch.einsum("tkgl,lkd->tkgd", scores.softmax(-1), values).flatten(1)
+
+    def check(self, results: Sequence[torch.Tensor], **options: Any) -> None:
+        tolerance = TOLERANCES[self.caches.dtype]
+        for row, result in enumerate(results):
+            expected = self.expected(row, **options)
+            assert result.shape == expected.shape
+            assert (result.double() - expected).abs().max() <= tolerance * expected.abs().max(), self.work[row]
+
+
+@pytest.mark.parametrize("dtype", KV_DTYPES)
+@pytest.mark.parametrize("head_dim", [1, 2, 17, 33, 40, 63, 64, 80, 128, 256])
+def test_head_sizes(kernels: NativeKernels, head_dim: int, dtype: torch.dtype) -> None:
+    requests = Requests(MIXTURE, (4, 2, head_dim), dtype)
+    scale = head_dim**-0.5
+    requests.check(requests.run_all(kernels, scale=scale), scale=scale)
+
+
+@pytest.mark.parametrize("dtype", KV_DTYPES)
+@pytest.mark.parametrize("block_size", [1, 5, 16, 300])
+@pytest.mark.parametrize("heads", [(3, 3, 16), (4, 2, 24), (14, 2, 64), (18, 2, 8), (5, 1, 33)])
+def test_groups_and_blocks(
+    kernels: NativeKernels, heads: tuple[int, int, int], block_size: int, dtype: torch.dtype
+) -> None:
+    requests = Requests(MIXTURE, heads, dtype, block_size=block_size)
+    requests.check(requests.run_all(kernels))
+
+
+@pytest.mark.parametrize("dtype", KV_DTYPES)
+@pytest.mark.parametrize("window", [1, 2, 20, 64, 100, 1000])
+def test_sliding_windows(kernels: NativeKernels, window: int, dtype: torch.dtype) -> None:
+    requests = Requests([*MIXTURE, (50, 333)], (4, 2, 40), dtype, window=window)
+    requests.check(requests.run_all(kernels))
+
+
+@pytest.mark.parametrize("dtype", KV_DTYPES)
+@pytest.mark.parametrize("softcap", [0.5, 5.0, 50.0])
+def test_softcaps(kernels: NativeKernels, softcap: float, dtype: torch.dtype) -> None:
+    requests = Requests(MIXTURE, (4, 2, 24), dtype, window=90)
+    requests.check(requests.run_all(kernels, scale=1.0, softcap=softcap), scale=1.0, softcap=softcap)
+
+
+@pytest.mark.parametrize("dtype", KV_DTYPES)
+def test_scores_may_be_large(kernels: NativeKernels, dtype: torch.dtype) -> None:
+    """Maxima that rise tile after tile, and exponents out of the range of float32."""
+    requests = Requests([(3, 200), (20, 300)], (2, 1, 16), torch.float32)
+    requests.caches[0] *= torch.linspace(1, 30, 300).repeat(2)[: requests.caches.shape[1]].view(-1, 1, 1, 1)
+    requests.caches = requests.caches.to(dtype)
+    requests.queries = [query.bfloat16().float() for query in requests.queries]  # exact in either product
+    results = requests.run_all(kernels, scale=2.0)
+    for row, result in enumerate(results):
+        assert result.isfinite().all()
+        assert (result - requests.expected(row, 2.0)).abs().max() < (1e-3 if dtype is torch.float32 else 0.05)
+
+
+@pytest.mark.parametrize("dtype", KV_DTYPES)
+def test_long_contexts(kernels: NativeKernels, dtype: torch.dtype) -> None:
+    requests = Requests([(1, 600), (37, 600), (1, 3000)], (2, 1, 32), dtype)
+    requests.check(requests.run_all(kernels))
+
+
+@pytest.mark.parametrize(
+    ("heads", "window", "softcap"),
+    [((4, 2, 40), None, None), ((14, 2, 64), 70, None), ((3, 3, 33), None, 5.0), ((4, 1, 256), 33, None)],
+)
+@pytest.mark.parametrize("dtype", KV_DTYPES)
+def test_a_tokens_result_depends_on_nothing_else(
+    kernels: NativeKernels, dtype: torch.dtype, heads: tuple[int, int, int], window: int | None, softcap: float | None
+) -> None:
+    """Law 3: chunks of any size, any company, any number of threads, bit for bit."""
+    work = [(150, 150), (90, 170), (1, 99)]
+    requests = Requests(work, heads, dtype, window=window, block_size=7)
+    expected = requests.run_all(kernels, softcap=softcap)
+    for chunk in (1, 3, 16, 77):
+        for row, (num_tokens, _) in enumerate(work):
+            bounds = [*range(0, num_tokens, chunk), num_tokens]
+            pieces = [requests.run(kernels, [(row, *pair)], softcap=softcap)[0] for pair in pairwise(bounds)]
+            assert torch.equal(torch.cat(pieces), expected[row]), chunk
+    # Pieces of all of them in one call, out of order.
+    parts = [(1, 40, 73), (0, 149, 150), (2, 0, 1), (0, 3, 20), (1, 0, 40)]
+    for num_threads in (1, 2, 3):
+        results = requests.run(native(kernels.runtime.isa, num_threads), parts, softcap=softcap)
+        for (row, first, end), result in zip(parts, results, strict=True):
+            assert torch.equal(result, expected[row][first:end]), num_threads
+
+
+@pytest.mark.parametrize("dtype", KV_DTYPES)
+def test_queries_may_lie_apart(kernels: NativeKernels, dtype: torch.dtype) -> None:
+    """As in a model: views of one projection of queries, keys and values."""
+    requests = Requests([(9, 20), (1, 5)], (4, 2, 24), dtype)
+    expected = requests.run_all(kernels)
+    projection = torch.full((10, 8, 24), math.nan)
+    projection[:, :4] = torch.cat(requests.queries)
+    plan = kernels.plan_attention(requests.shape, [0, 9, 10], [20, 5], requests.tables)
+    result = kernels.paged_attention(projection[:, :4], *requests.caches, plan, 0.3)
+    assert torch.equal(result, torch.cat(expected))
+
+
+def test_a_batch_without_requests(kernels: NativeKernels) -> None:
+    plan = kernels.plan_attention(AttentionShape(4, 2, 8, 16, None), [0], [], torch.zeros(0, 0, dtype=torch.int64))
+    cache = torch.zeros(2, 16, 2, 8)
+    assert kernels.paged_attention(torch.zeros(0, 4, 8), cache, cache, plan, 1.0).shape == (0, 32)
+
+
+def test_other_dtypes_fall_back(kernels: NativeKernels) -> None:
+    requests = Requests(MIXTURE, (4, 2, 16), torch.float16)
+    results = requests.run_all(kernels)
+    for row, result in enumerate(results):
+        assert (result.double() - requests.expected(row)).abs().max() < 1e-4
+    narrow = Requests([(5, 9)], (4, 2, 16), torch.bfloat16)
+    narrow.queries = [query.bfloat16() for query in narrow.queries]
+    (result,) = narrow.run_all(kernels)
+    assert result.dtype is torch.bfloat16
+    assert (result.double() - narrow.expected(0)).abs().max() < 0.05
