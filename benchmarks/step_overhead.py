@@ -113,7 +113,7 @@ def run_server(model: str, step_s: float, port: int) -> int:
     client = EngineClient(ProcessTransport([sys.executable, __file__, "--role", "engine"], settings))
     config = ServerConfig(port=port, log_level="warning")
     card = ModelCard(names=("none",), root=model, max_model_len=8192, created=0)
-    return serve(create_app(client, load_tokenizer(Path(model)), card, config), client, config)
+    return serve(lambda: create_app(client, load_tokenizer(Path(model)), card, config), client, config)
 
 
 def cpu_s(pid: int) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -27,6 +27,9 @@ from pelton.engine.thread import ThreadTransport
 from pelton.serving.config import ServerConfig
 from pelton.weights.config import ModelConfig
 from pelton.worker.config import WorkerConfig
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,17 +111,23 @@ def build_thread_client(config: PeltonConfig) -> EngineClient:
 
 def serve(config: PeltonConfig) -> int:
     """Run the HTTP server until it is told to stop; returns the exit code. The model must be on disk."""
-    from pelton.serving.app import create_app
-    from pelton.serving.context import ModelCard
     from pelton.serving.server import run_server
     from pelton.weights.catalog import resolve_model
+
+    path = resolve_model(config.model)
+    client = build_process_client(replace(config, model=replace(config.model, model=str(path))))
+    return run_server(partial(build_app, config, path, client), client, config.server)
+
+
+def build_app(config: PeltonConfig, path: Path, client: EngineClient) -> FastAPI:
+    """The HTTP application over `client`, for the model at `path`."""
+    from pelton.serving.app import create_app
+    from pelton.serving.context import ModelCard
     from pelton.weights.model_files import open_model
     from pelton.weights.tokenizer import load_tokenizer
 
-    path = resolve_model(config.model)
     files = open_model(path)
-    client = build_process_client(replace(config, model=replace(config.model, model=str(path))))
-    app = create_app(
+    return create_app(
         client,
         load_tokenizer(path, config.model.tokenizer),
         ModelCard(
@@ -131,7 +140,6 @@ def serve(config: PeltonConfig) -> int:
         chat_template=read_chat_template(config.server.chat_template) or files.chat_template,
         generation_defaults=files.generation_defaults,
     )
-    return run_server(app, client, config.server)
 
 
 def read_chat_template(path: str | None) -> str | None:

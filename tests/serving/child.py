@@ -28,7 +28,7 @@ def main() -> int:
     model = ModelCard(names=("scripted",), root="scripted", max_model_len=2048, created=1)
     app = create_app(client, ByteTokenizer(), model, config, chat_template=TEMPLATE)  # type: ignore[arg-type]
     try:
-        return run_server(app, client, config)
+        return run_server(lambda: app, client, config)
     except PeltonError as error:
         print(error, file=sys.stderr)
         return 1

@@ -146,7 +146,7 @@ class PagedModel:
             logits = self.model.compute_logits(self.model.forward(batch, self.kv))
         for (request, num_tokens), rows in zip(pairs, logits.split([n for _, n in pairs]), strict=True):
             request.num_computed_tokens += num_tokens
-            request.logits.append(rows)
+            request.logits.append(rows.clone())  # a backend may write the next step's over them
 
     def run(self, request: PagedRequest, chunk: int) -> torch.Tensor:
         """All logits [tokens, V] of `request`, computed alone, `chunk` tokens at a time."""

@@ -232,9 +232,7 @@ class Engine:
     def _fail(self, submission_id: str, error: PeltonError, reason: FinishReason = FinishReason.ERROR) -> None:
         info = ErrorInfo.of(error)
         for request in list(self._submissions.get(submission_id, ())):
-            if request.fork_of is None:
-                for sibling in self._forks.pop(request.request_id, ()):
-                    self.scheduler.add(sibling)
+            self._forks.pop(request.request_id, None)
             self._outputs.append(error_output(request, info, reason))
             self._end(request, reason, error.code)
 

@@ -78,14 +78,14 @@ class Scheduler:
 
     def remove(self, request: Request) -> None:
         """The request has ended, for whatever reason; its blocks are free at once."""
-        if request.status is RequestStatus.RUNNING:
-            self.running.remove(request)
-            self.kv.free(request)
-            self._ended_ids.append(request.request_id)
-        elif request.status is not RequestStatus.FINISHED:
-            self.policy.remove(request)
+        if self.requests.pop(request.request_id, None) is not None:  # else it was never added
+            if request.status is RequestStatus.RUNNING:
+                self.running.remove(request)
+                self.kv.free(request)
+                self._ended_ids.append(request.request_id)
+            else:
+                self.policy.remove(request)
         request.status = RequestStatus.FINISHED
-        self.requests.pop(request.request_id, None)
 
     # -- a step -----------------------------------------------------------------------------------
 

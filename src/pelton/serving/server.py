@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import structlog
 import uvicorn
@@ -31,15 +31,16 @@ class AddressError(PeltonError):
     code = "address_unavailable"
 
 
-def run_server(app: ASGIApp, client: EngineClient, config: ServerConfig) -> int:
+def run_server(make_app: Callable[[], ASGIApp], client: EngineClient, config: ServerConfig) -> int:
     """Start the engine, serve, and drain on SIGTERM or SIGINT; returns the exit code.
 
-    `/live` answers while the engine starts. A second signal ends the process at once. Raises
-    `AddressError`, or the typed error that kept the engine from starting.
+    `make_app` runs while the engine starts, and `/live` answers as soon as it is done. A second signal ends
+    the process at once. Raises `AddressError`, what `make_app` raises, or the typed error that kept the
+    engine from starting.
     """
     configure_logs(config.log_level)
     with listen(config.host, config.port) as listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_serve(app, client, config, listener))
+        return runner.run(_serve(make_app, client, config, listener))
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -63,22 +64,17 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def _serve(app: ASGIApp, client: EngineClient, config: ServerConfig, listener: socket.socket) -> int:
-    server = _Server(
-        uvicorn.Config(
-            app,
-            http="httptools",
-            ws="none",
-            lifespan="on",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=FLUSH_TIMEOUT_S,
-        )
-    )
+async def _serve(
+    make_app: Callable[[], ASGIApp], client: EngineClient, config: ServerConfig, listener: socket.socket
+) -> int:
+    starting = asyncio.create_task(client.start())
+    try:
+        server = _Server(_uvicorn_config(await asyncio.to_thread(make_app)))
+    except BaseException:
+        await _give_up(starting)
+        raise
     stop = _stop_on_signals()
     serving = asyncio.create_task(server.serve([listener]))
-    starting = asyncio.create_task(client.start())
     host, port = listener.getsockname()[:2]
     _log.info("listening", url=f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
     try:
@@ -89,9 +85,7 @@ async def _serve(app: ASGIApp, client: EngineClient, config: ServerConfig, liste
             _log_ready(client)
             await asyncio.wait((stopping, serving), return_when=asyncio.FIRST_COMPLETED)
         else:
-            starting.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await starting
+            await _give_up(starting)
         _log.info("draining", num_requests=client.num_requests)
     finally:
         await client.close(drain_timeout_s=config.drain_timeout_s)
@@ -99,6 +93,25 @@ async def _serve(app: ASGIApp, client: EngineClient, config: ServerConfig, liste
         await serving
     _log.info("stopped")
     return 0
+
+
+def _uvicorn_config(app: ASGIApp) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http="httptools",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=FLUSH_TIMEOUT_S,
+    )
+
+
+async def _give_up(starting: asyncio.Task[None]) -> None:
+    starting.cancel()
+    with contextlib.suppress(asyncio.CancelledError, PeltonError):
+        await starting
 
 
 def _log_ready(client: EngineClient) -> None:

@@ -1,0 +1,144 @@
+"""Whole models on native kernels: close to the reference backend, and law 3 bit for bit."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+
+from pelton.weights.model_files import open_model
+from pelton.weights.tokenizer import load_tokenizer
+from pelton.worker.kernels.cpu import pelton_cpu
+from pelton.worker.kernels.cpu.backend import NativeKernels
+from pelton.worker.kv_storage import KVStorage
+from pelton.worker.models.registry import Model, load_model
+from tests.weights.make_models import TINY_CONFIGS, VOCABULARY, random_tensors, write_gguf
+from tests.worker.native import ISAS, native
+from tests.worker.test_models_real import TEXTS
+from tests.worker.tiny_models import PagedModel
+
+pytestmark = pytest.mark.torch
+
+LENGTH = 150  # past the windows of the tiny models, and past two tiles of attention
+QUANTIZED = gguf.GGMLQuantizationType
+# Architecture and format of the matrices.
+ROWS = [
+    ("llama", QUANTIZED.Q8_0),
+    ("llama", QUANTIZED.Q4_0),
+    ("qwen2", QUANTIZED.Q5_1),
+    ("gemma2", QUANTIZED.Q5_0),
+    ("gemma3", QUANTIZED.Q8_0),
+    ("gemma3", QUANTIZED.Q4_1),
+]
+
+
+def prompt(seed: int = 0, length: int = LENGTH) -> list[int]:
+    return random.Random(seed).choices(range(VOCABULARY), k=length)
+
+
+@pytest.fixture(scope="module", params=ROWS, ids=lambda row: f"{row[0]}-{row[1].name}")
+def tiny_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    architecture, quantized = request.param
+    config = TINY_CONFIGS[architecture]
+    tensors = random_tensors(config)
+    for name, tensor in tensors.items():
+        if tensor.ndim == 2 and "embed" not in name:
+            tensor *= tensor.shape[1] ** -0.5
+        elif tensor.ndim == 1:
+            tensor *= 0.3
+            if name.endswith("norm.weight") and not architecture.startswith("gemma"):
+                tensor += 1.0
+    return write_gguf(tmp_path_factory.mktemp("tiny") / "model.gguf", config, tensors, quantized=quantized)
+
+
+def paged(model: Model, kv_dtype: torch.dtype, seed: int = 0) -> PagedModel:
+    runner = PagedModel(model, num_blocks=1000, seed=seed)
+    runner.kv = KVStorage(model.spec, 1000, runner.block_size, kv_dtype, torch.device("cpu"))
+    runner.kv._data.fill_(float("nan"))
+    return runner
+
+
+def all_logits(model: Model, kv_dtype: torch.dtype, token_ids: list[int], chunk: int = 1000) -> torch.Tensor:
+    runner = paged(model, kv_dtype)
+    return runner.run(runner.add(token_ids), chunk)
+
+
+def mean_kl(expected: torch.Tensor, actual: torch.Tensor) -> float:
+    """Of each position's distribution over the next token, in nats."""
+    p, q = expected.double().log_softmax(-1), actual.double().log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_logits_are_close_to_the_reference(tiny_path: Path, isa: str) -> None:
+    files = open_model(tiny_path)
+    expected = all_logits(load_model(files, torch.float32), torch.float32, prompt())
+    for kv_dtype in (torch.float32, torch.bfloat16):
+        logits = all_logits(load_model(files, torch.float32, native(isa)), kv_dtype, prompt())
+        assert logits.dtype is torch.float32
+        error = (logits - expected).square().mean().sqrt() / expected.std()
+        assert 0 < error < 0.03  # 0.005 to 0.014 when written
+        assert mean_kl(expected, logits) < 2e-3  # 4e-4 at most
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.bfloat16])
+def test_chunks_and_company_give_the_same_bits(tiny_path: Path, isa: str, kv_dtype: torch.dtype) -> None:
+    files = open_model(tiny_path)
+    model = load_model(files, torch.float32, native(isa))
+    prompts = [prompt(seed, length) for seed, length in enumerate([LENGTH, 1, 17, 64, 65, 128])]
+    expected = [all_logits(model, kv_dtype, tokens) for tokens in prompts]
+    for chunk in (1, 3, 16, 77):
+        assert torch.equal(all_logits(model, kv_dtype, prompts[0], chunk), expected[0]), chunk
+    threaded = load_model(files, torch.float32, native(isa, 2))
+    assert torch.equal(all_logits(threaded, kv_dtype, prompts[0]), expected[0])
+    assert_mixtures_equal(paged(threaded, kv_dtype, seed=3), prompts, expected)
+
+
+def assert_mixtures_equal(runner: PagedModel, prompts: list[list[int]], expected: list[torch.Tensor]) -> None:
+    """Prefills, chunks and decodes in every mixture, each as if it were alone."""
+    chooser = random.Random(1)
+    requests = [runner.add(tokens) for tokens in prompts]
+    while active := [r for r in requests if r.num_computed_tokens < len(r.token_ids)]:
+        chosen = chooser.sample(active, chooser.randint(1, len(active)))
+        runner.step([(request, chooser.choice([1, 1, 2, 7, 40, 150])) for request in chosen])
+    for request, logits in zip(requests, expected, strict=True):
+        assert torch.equal(torch.cat(request.logits), logits)
+
+
+def test_matrices_stay_packed(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every product of the model is a native one: none falls back unnoticed."""
+    kernels = native(ISAS[0])
+    seen: list[Any] = []
+    original = NativeKernels.linear
+
+    def linear(self: NativeKernels, x: torch.Tensor, weight: Any, bias: torch.Tensor | None = None) -> torch.Tensor:
+        seen.append(weight)
+        return original(self, x, weight, bias)
+
+    monkeypatch.setattr(NativeKernels, "linear", linear)
+    files = open_model(tiny_path)
+    all_logits(load_model(files, torch.float32, kernels), torch.bfloat16, prompt(0, 5))
+    assert len(seen) == 4 * files.spec.num_layers + 1
+    assert all(isinstance(weight, pelton_cpu.LinearWeight) for weight in seen)
+
+
+@pytest.mark.model
+def test_the_real_model_is_close_to_the_reference(default_model_path: Path) -> None:
+    files, tokenizer = open_model(default_model_path), load_tokenizer(default_model_path)
+    prompts = [tokenizer.encode(text) for text in TEXTS]
+    prompts.append(tokenizer.encode("\n".join(TEXTS * 6))[:300])
+    reference = load_model(files, torch.float32)
+    expected = [all_logits(reference, torch.float32, tokens) for tokens in prompts]
+    del reference
+    model = load_model(files, torch.float32, NativeKernels(2))
+    results = [all_logits(model, torch.bfloat16, tokens) for tokens in prompts]
+    agreement = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in zip(results, expected, strict=True)])
+    divergence = mean_kl(torch.cat(expected), torch.cat(results))
+    assert agreement.float().mean() >= 0.97  # 0.995 when written
+    assert divergence < 4e-3  # 8.4e-4
+    assert_mixtures_equal(paged(model, torch.bfloat16, seed=1), prompts, results)
