@@ -59,6 +59,7 @@ class ProcessTransport:
         self._watch: asyncio.Task[None] | None = None
         self._on_update: Callable[[EngineUpdate], None] = lambda _: None
         self._ready: asyncio.Future[EngineInfo] | None = None
+        self._is_up = False
 
     @property
     def pid(self) -> int | None:
@@ -86,8 +87,19 @@ class ProcessTransport:
         )
         assert self._process.stdin is not None
         self._process.stdin.write(msgspec.json.encode(args) + b"\n")
+        self._is_up = False
         self._watch = event_loop.create_task(self._watch_process(self._process, ready, on_exit))
-        return await ready
+        info = await ready
+        await self._wait_connected(self._commands, self._process)
+        self._is_up = True
+        return info
+
+    async def _wait_connected(self, commands: zmq.Socket[bytes], process: asyncio.subprocess.Process) -> None:
+        """Until the child's end of the command pipe is attached: what is sent before that is refused."""
+        while not commands.getsockopt(zmq.EVENTS) & zmq.POLLOUT:
+            if process.returncode is not None:
+                raise EngineDeadError("the engine process ended as soon as it was ready")
+            await asyncio.sleep(0.001)
 
     async def _watch_process(
         self,
@@ -100,7 +112,7 @@ class ProcessTransport:
         reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         if not ready.done():
             ready.set_exception(EngineDeadError(f"the engine process ended before it was ready ({reason})"))
-        elif not ready.cancelled() and ready.exception() is None:
+        elif self._is_up:
             on_exit(reason)
 
     def _read_updates(self) -> None:
@@ -120,7 +132,7 @@ class ProcessTransport:
 
     def send(self, command: Command) -> None:
         if self._commands is not None:
-            with contextlib.suppress(zmq.Again):  # nobody there: its end is about to be noticed
+            with contextlib.suppress(zmq.Again):  # nobody there any more: its end is about to be noticed
                 self._commands.send(encode(command), zmq.NOBLOCK)
 
     async def stop(self) -> None:
@@ -149,7 +161,7 @@ class ProcessTransport:
 def run_engine_process(build: Callable[[bytes], Engine]) -> int:
     """The child's main: `build` makes the engine from the settings. Returns the exit code."""
     args = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineProcessArgs)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(args.commands_address,), daemon=True).start()
     context = zmq.Context[zmq.Socket[bytes]](io_threads=1)
     updates = context.socket(zmq.PUSH)
     updates.set_hwm(0)
@@ -175,8 +187,10 @@ def _read_commands(commands: zmq.Socket[bytes], loop: EngineLoop) -> None:
         loop.put(decode_command(commands.recv()))
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(address: str) -> None:
     # Unbuffered: a lock held on the buffer would break the interpreter's shutdown.
     while os.read(sys.stdin.fileno(), 4096):
         pass
+    # A parent that was killed could not tidy up; one that could has done so already.
+    shutil.rmtree(os.path.dirname(address.removeprefix("ipc://")), ignore_errors=True)
     os._exit(0)
