@@ -60,7 +60,8 @@ def started(request: pytest.FixtureRequest) -> ClientFactory:
 
 
 async def collect(stream: RequestStream) -> list[RequestOutput]:
-    return [output async for outputs in stream for output in outputs]
+    async with asyncio.timeout(60):
+        return [output async for outputs in stream for output in outputs]
 
 
 async def settle(client: EngineClient, *, num_running: int = 0) -> None:
@@ -83,6 +84,18 @@ async def test_streams_agree_with_the_engine_alone(started: ClientFactory) -> No
             assert [token_id for output in own for token_id in output.token_ids] == alone[submission.request_id, index]
             assert own[-1].usage is not None
             assert own[-1].usage.num_output_tokens == 8
+
+
+async def test_the_first_command_is_never_lost() -> None:
+    """Sent the moment the engine says it is ready, while its pipe is still being attached."""
+    clients = [process_client() for _ in range(8)]
+
+    async def start_and_ask(client: EngineClient) -> int:
+        await client.start()
+        return len(await collect(client.submit(make_submission([1, 2]))))
+
+    assert await asyncio.gather(*map(start_and_ask, clients)) == [8] * 8
+    await asyncio.gather(*(client.close() for client in clients))
 
 
 async def test_events_and_stats_reach_listeners(started: ClientFactory) -> None:

@@ -96,7 +96,7 @@ class ProcessTransport:
 
     async def _wait_connected(self, commands: zmq.Socket[bytes], process: asyncio.subprocess.Process) -> None:
         """Until the child's end of the command pipe is attached: what is sent before that is refused."""
-        while not commands.getsockopt(zmq.EVENTS) & zmq.POLLOUT:
+        while not int(commands.getsockopt(zmq.EVENTS)) & zmq.POLLOUT:
             if process.returncode is not None:
                 raise EngineDeadError("the engine process ended as soon as it was ready")
             await asyncio.sleep(0.001)
@@ -190,7 +190,7 @@ def _read_commands(commands: zmq.Socket[bytes], loop: EngineLoop) -> None:
 def _end_with_parent(address: str) -> None:
     # Unbuffered: a lock held on the buffer would break the interpreter's shutdown.
     while os.read(sys.stdin.fileno(), 4096):
-        pass
+        await self._wait_connected(self._commands, self._process)
     # A parent that was killed could not tidy up; one that could has done so already.
     shutil.rmtree(os.path.dirname(address.removeprefix("ipc://")), ignore_errors=True)
     os._exit(0)
