@@ -190,7 +190,7 @@ def _read_commands(commands: zmq.Socket[bytes], loop: EngineLoop) -> None:
 def _end_with_parent(address: str) -> None:
     # Unbuffered: a lock held on the buffer would break the interpreter's shutdown.
     while os.read(sys.stdin.fileno(), 4096):
-        await self._wait_connected(self._commands, self._process)
+        pass
     # A parent that was killed could not tidy up; one that could has done so already.
     shutil.rmtree(os.path.dirname(address.removeprefix("ipc://")), ignore_errors=True)
     os._exit(0)
