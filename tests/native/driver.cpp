@@ -1,0 +1,226 @@
+// Runs every native kernel over odd shapes, in buffers of the exact size, for the sanitizers to watch.
+// Built and run by scripts/check_native_sanitizers.sh. That the numbers are right is tested from Python;
+// here only that they are the same with any number of threads.
+
+#include <sys/mman.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <new>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "float16.h"
+#include "runtime.h"
+
+namespace pelton {
+
+// bf16_attention.cpp: the products of bfloat16 pairs, which only some processors choose.
+bool check_bf16_attention();
+
+namespace {
+
+// Memory that ends where a page that nobody may touch begins: sanitizers do not see masked vector accesses.
+template <typename T>
+struct AtEdge {
+    using value_type = T;
+    AtEdge() = default;
+    template <typename U>
+    AtEdge(const AtEdge<U>&) {}
+
+    static constexpr size_t kPage = 4096;
+    static size_t pages(size_t count) { return (count * sizeof(T) + kPage - 1) / kPage * kPage; }
+
+    T* allocate(size_t count) {
+        void* memory = mmap(nullptr, pages(count) + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (memory == MAP_FAILED) throw std::bad_alloc();
+        auto* edge = static_cast<uint8_t*>(memory) + pages(count);
+        if (mprotect(edge, kPage, PROT_NONE) != 0) throw std::bad_alloc();
+        return reinterpret_cast<T*>(edge - count * sizeof(T));
+    }
+    void deallocate(T* data, size_t count) {
+        munmap(reinterpret_cast<uint8_t*>(data) + count * sizeof(T) - pages(count), pages(count) + kPage);
+    }
+    template <typename U>
+    bool operator==(const AtEdge<U>&) const { return true; }
+};
+
+template <typename T>
+using Exact = std::vector<T, AtEdge<T>>;
+
+std::mt19937 generator(0);
+
+[[noreturn]] void fail(const std::string& what) {
+    std::fprintf(stderr, "%s\n", what.c_str());
+    std::exit(1);
+}
+
+Exact<float> random_floats(size_t count) {
+    std::normal_distribution<float> normal;
+    Exact<float> values(count);
+    for (auto& value : values) value = normal(generator);
+    return values;
+}
+
+Exact<uint8_t> random_bytes(size_t count) {
+    Exact<uint8_t> values(count);
+    for (auto& value : values) value = static_cast<uint8_t>(generator());
+    return values;
+}
+
+template <typename T>
+bool same_bits(const Exact<T>& a, const Exact<T>& b) {
+    return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
+}
+
+// Random bytes as weights: scales may be infinite or NaN, as those of a damaged file.
+void add_random_part(LinearWeight& weight, Format format, int num_outputs, ThreadPool& pool) {
+    const FormatTraits traits = traits_of(format);
+    const int num_blocks = num_outputs * (weight.num_inputs / traits.file_block_values);
+    const auto source = random_bytes(static_cast<size_t>(num_blocks) * traits.file_block_bytes);
+    PackedMatrix matrix = make_packed_matrix(format, num_outputs, weight.num_inputs);
+    repack(matrix, source.data(), 0, num_outputs, pool);
+    weight.num_outputs += num_outputs;
+    weight.parts.push_back(std::move(matrix));
+}
+
+void check_linear(std::vector<Runtime*> runtimes) {
+    for (int index = 0; index < kNumFormats; ++index) {
+        const Format format = static_cast<Format>(index);
+        for (int num_inputs : {32, 64, 256, 512}) {
+            if (num_inputs % traits_of(format).file_block_values != 0) continue;
+            for (int num_outputs : {1, 31, 33, 100}) {
+                LinearWeight weight(num_inputs);
+                add_random_part(weight, format, num_outputs, runtimes.back()->pool());
+                add_random_part(weight, Format::Q8_0, 5, runtimes.back()->pool());
+                for (int num_rows : {0, 1, 5, 6, 7, 40}) {
+                    auto x = random_floats(static_cast<size_t>(num_rows) * num_inputs);
+                    if (num_rows > 4) {
+                        x[0] = std::numeric_limits<float>::quiet_NaN();
+                        x[num_inputs + 3] = std::numeric_limits<float>::infinity();
+                        for (int i = 0; i < num_inputs; ++i) {
+                            x[2 * num_inputs + i] *= 1e-40f;
+                            x[3 * num_inputs + i] *= 1e30f;
+                        }
+                    }
+                    const auto bias = random_floats(weight.num_outputs);
+                    Exact<float> first;
+                    for (Runtime* runtime : runtimes) {
+                        Exact<float> out(static_cast<size_t>(num_rows) * weight.num_outputs);
+                        runtime->linear(weight, x.data(), num_rows, num_rows % 2 ? bias.data() : nullptr, out.data());
+                        if (runtime == runtimes.front()) first = out;
+                        if (!same_bits(first, out)) fail("linear depends on the threads");
+                    }
+                }
+            }
+        }
+    }
+}
+
+void check_rows(std::vector<Runtime*> runtimes) {
+    for (int size : {1, 2, 15, 16, 17, 31, 33, 64, 100, 300}) {
+        for (int num_rows : {0, 1, 3}) {
+            const size_t count = static_cast<size_t>(num_rows) * size;
+            const auto x = random_floats(count), weight = random_floats(size), gate_up = random_floats(2 * count);
+            const auto residual = random_floats(count);
+            Exact<float> first;
+            for (Runtime* runtime : runtimes) {
+                Exact<float> out(5 * count), total = residual;
+                runtime->rms_norm(x.data(), nullptr, weight.data(), num_rows, size, 1e-6f, out.data());
+                runtime->rms_norm(x.data(), total.data(), weight.data(), num_rows, size, 1e-6f, out.data() + count);
+                std::copy(total.begin(), total.end(), out.begin() + 2 * count);
+                runtime->gated(false, gate_up.data(), num_rows, size, out.data() + 3 * count);
+                runtime->gated(true, gate_up.data(), num_rows, size, out.data() + 4 * count);
+                Exact<int64_t> best(num_rows);
+                runtime->argmax(x.data(), num_rows, size, best.data());
+                for (int64_t index : best) {
+                    if (index < 0 || index >= size) fail("argmax is out of its row");
+                }
+                if (runtime == runtimes.front()) first = out;
+                if (!same_bits(first, out)) fail("a row depends on the threads");
+            }
+        }
+    }
+}
+
+void check_attention(std::vector<Runtime*> runtimes, KVType kv_type, AttentionShape shape) {
+    shape.kv_type = kv_type;
+    const int num_tokens[] = {1, 40, 33, 2}, seq_lens[] = {129, 40, 100, 65};
+    const int dim = shape.head_dim, width = (129 + shape.block_size - 1) / shape.block_size;
+    const int64_t num_blocks = 4 * width;
+    const size_t row = static_cast<size_t>(shape.num_kv_heads) * dim;
+    const size_t cache_bytes = num_blocks * shape.block_size * row * (kv_type == KVType::F32 ? 4 : 2);
+    Exact<int64_t> tables(num_blocks);
+    for (int64_t i = 0; i < num_blocks; ++i) tables[i] = num_blocks - 1 - i;
+
+    // Every slot is written, by way of rotate_and_store.
+    const int num_slots = static_cast<int>(num_blocks * shape.block_size), half = dim / 2;
+    Exact<int64_t> slots(num_slots);
+    for (int i = 0; i < num_slots; ++i) slots[i] = num_slots - 1 - i;
+    const auto angles = random_floats(static_cast<size_t>(num_slots) * half);
+    const int heads = shape.num_heads + 2 * shape.num_kv_heads;
+    const auto projection = random_floats(static_cast<size_t>(num_slots) * heads * dim);
+    Exact<float> first;
+    for (Runtime* runtime : runtimes) {
+        Exact<uint8_t> keys(cache_bytes), values(cache_bytes);
+        auto states = projection;
+        const int64_t ld = static_cast<int64_t>(heads) * dim;
+        float* key = states.data() + static_cast<int64_t>(shape.num_heads) * dim;
+        runtime->rotate_and_store(shape, {num_slots, slots.data(), angles.data(), angles.data(), half},
+                                  {states.data(), ld, key, ld, key + row, ld}, keys.data(), values.data());
+        int64_t total = 0;
+        for (int n : num_tokens) total += n;
+        Exact<float> out(total * shape.num_heads * dim);
+        std::vector<AttentionRequest> requests;
+        int64_t token = 0;
+        for (int i = 0; i < 4; ++i) {
+            requests.push_back({states.data() + token * ld, ld, out.data() + token * shape.num_heads * dim,
+                                num_tokens[i], seq_lens[i], tables.data() + i * width});
+            token += num_tokens[i];
+        }
+        runtime->attend(shape, requests, keys.data(), values.data());
+        if (runtime == runtimes.front()) first = out;
+        if (!same_bits(first, out)) fail("attention depends on the threads");
+        for (float value : out) {
+            if (!std::isfinite(value)) fail("attention is not finite");
+        }
+    }
+}
+
+void check(const char* isa) {
+    const KernelTable* kernels = find_kernels(isa);
+    if (kernels == nullptr) {
+        std::printf("%s does not run here\n", isa);
+        return;
+    }
+    Runtime one(*kernels, 1, {}), three(*kernels, 3, {0});
+    const std::vector<Runtime*> runtimes = {&one, &three};
+    check_linear(runtimes);
+    check_rows(runtimes);
+    for (KVType kv_type : {KVType::F32, KVType::BF16}) {
+        for (int dim : {1, 2, 15, 33, 40, 64, 80, 256}) {
+            check_attention(runtimes, kv_type, {4, 2, dim, 16, 0, 0.3f, 0.0f, kv_type});
+            check_attention(runtimes, kv_type, {3, 3, dim, 1, 20, 0.3f, 5.0f, kv_type});
+        }
+        check_attention(runtimes, kv_type, {14, 2, 64, 300, 64, 0.3f, 0.0f, kv_type});
+        check_attention(runtimes, kv_type, {9, 1, 24, 5, 1, 0.3f, 0.0f, kv_type});
+    }
+    std::printf("%s: clean\n", isa);
+}
+
+}  // namespace
+
+}  // namespace pelton
+
+int main() {
+    for (const char* isa : {"portable", "avx2", "avx512"}) pelton::check(isa);
+    if (pelton::find_kernels("avx512") != nullptr && !pelton::check_bf16_attention()) {
+        std::fprintf(stderr, "products of bfloat16 pairs are off\n");
+        return 1;
+    }
+    return 0;
+}
