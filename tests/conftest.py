@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 
+# As the engine process does (cli/engine_process.py), before anything loads torch: idle OpenMP threads must
+# not take the cores from those of the next test.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 
 @pytest.fixture(scope="session")
 def default_model_path() -> Path:
