@@ -26,8 +26,8 @@ check() { # name, sanitizer flags
         [ "$(basename "$source")" = module.cpp ] && continue # Python's view
         objects+=("$work/$name-$(basename "$source").o")
         # shellcheck disable=SC2046
-        "$cxx" -std=c++20 -O1 -g -Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized -ffp-contract=off -fno-omit-frame-pointer "$@" $(flags_of "$source") \
-            -I "$native" -c "$source" -o "${objects[-1]}"
+        "$cxx" -std=c++20 -O1 -g -Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized -ffp-contract=off \
+            -fno-omit-frame-pointer "$@" $(flags_of "$source") -I "$native" -c "$source" -o "${objects[-1]}"
     done
     "$cxx" "$@" -pthread "${objects[@]}" -o "$work/$name"
     "$work/$name"
