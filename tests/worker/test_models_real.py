@@ -14,6 +14,8 @@ import transformers
 
 from pelton.core.model_spec import ModelSpec
 from pelton.weights.dequantize import dequantize
+from pelton.weights.catalog import resolve_model
+from pelton.weights.config import ModelConfig
 from pelton.weights.model_files import open_model
 from pelton.weights.tensors import ModelFiles
 from pelton.weights.tokenizer import load_tokenizer
@@ -35,9 +37,8 @@ def model_path(request: pytest.FixtureRequest) -> Path:
     if request.param == "default":
         path: Path = request.getfixturevalue("default_model_path")
         return path
-    if "PELTON_TEST_GEMMA" not in os.environ:
-        pytest.skip("PELTON_TEST_GEMMA names no Gemma 3 file")
-    return Path(os.environ["PELTON_TEST_GEMMA"])
+    given = os.environ.get("PELTON_TEST_GEMMA")
+    return Path(given) if given else resolve_model(ModelConfig(model="gemma-3-270m"))
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +137,8 @@ def test_chunks_and_company_give_the_same_bits(model: Model, prompts: list[list[
 _MEMORY_PROBE = """
 import sys, torch
 from pathlib import Path
+from pelton.weights.catalog import resolve_model
+from pelton.weights.config import ModelConfig
 from pelton.weights.model_files import open_model
 from pelton.worker.models.registry import load_model
 
