@@ -13,9 +13,9 @@ import torch
 import transformers
 
 from pelton.core.model_spec import ModelSpec
-from pelton.weights.dequantize import dequantize
 from pelton.weights.catalog import resolve_model
 from pelton.weights.config import ModelConfig
+from pelton.weights.dequantize import dequantize
 from pelton.weights.model_files import open_model
 from pelton.weights.tensors import ModelFiles
 from pelton.weights.tokenizer import load_tokenizer
