@@ -55,7 +55,10 @@ class Kernels(Protocol):
         ...
 
     def linear(self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """x [S, I] times weight [O, I] transposed, plus bias [O]. Returns [S, O] in x's dtype."""
+        """x [S, I] times weight [O, I] transposed, plus bias [O]. Returns [S, O] in x's dtype.
+
+        A result far wider than its input (logits, gates) may be overwritten by the next call of its width.
+        """
         ...
 
     def embedding(self, token_ids: torch.Tensor, table: WeightTensor, dtype: torch.dtype) -> torch.Tensor:
