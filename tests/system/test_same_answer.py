@@ -75,7 +75,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 # The reference kernels are slow: fewer streams, and the settings that differ most.
-CASES = [("native", name) for name in SETTINGS] + [("reference", "chunk-16"), ("reference", "no-chunks-no-cache")]
+CASES = [("native", name) for name in SETTINGS]
+CASES += [("reference", name) for name in ("chunk-16", "no-chunks-no-cache", "preempted")]
 NUM_REFERENCE_STREAMS = 16
 
 

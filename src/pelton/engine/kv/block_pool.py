@@ -97,15 +97,6 @@ class BlockPool:
         """How many of these would leave the available ones if they were shared."""
         return sum(1 for block_id in block_ids if self.blocks[block_id].ref_count == 0)
 
-    def clear_cached(self) -> int:
-        """Forget all cached blocks; returns how many."""
-        count = len(self._cached)
-        for block_id in self._cached:
-            self._forget(block_id)
-            self._free.append(block_id)
-        self._cached.clear()
-        return count
-
     def _forget(self, block_id: int) -> None:
         block = self.blocks[block_id]
         if block.key is not None:
