@@ -217,7 +217,7 @@ void check(const char* isa) {
 }  // namespace pelton
 
 int main() {
-    for (const char* isa : {"portable", "avx2", "avx512"}) pelton::check(isa);
+    for (const char* isa : {"portable", "avx2", "avx512", "amx"}) pelton::check(isa);
     if (pelton::find_kernels("avx512") != nullptr && !pelton::check_bf16_attention()) {
         std::fprintf(stderr, "products of bfloat16 pairs are off\n");
         return 1;

@@ -36,12 +36,17 @@ def _runs(isa: str) -> bool:
     return True
 
 
-ISAS = [isa for isa in ("avx512", "avx2", "portable") if _runs(isa)]
+ISAS = [isa for isa in ("amx", "avx512", "avx2", "portable") if _runs(isa)]
 
 
 @cache
 def native(isa: str, num_threads: int = 1) -> NativeKernels:
     return NativeKernels(num_threads, isa)
+
+
+def uses_tiles(kernels: NativeKernels) -> bool:
+    """Products of bfloat16; elsewhere activations have 8 bits."""
+    return kernels.runtime.isa == "amx"
 
 
 def random_packed(format_name: str, num_outputs: int, num_inputs: int, seed: int = 0) -> WeightTensor:

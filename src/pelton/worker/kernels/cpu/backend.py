@@ -150,7 +150,7 @@ class NativeKernels(ReferenceKernels):
         query, key, value = map(_with_whole_rows, (query, key, value))
         num_tokens, num_heads, head_dim = query.shape
         self.runtime.rotate_and_store(
-            (num_heads, key.shape[1], head_dim, key_cache.dtype is torch.bfloat16),
+            (num_heads, key.shape[1], head_dim, key_cache.shape[1], key_cache.dtype is torch.bfloat16),
             (num_tokens, slot_mapping.data_ptr(), cos.data_ptr(), sin.data_ptr(), cos.shape[1]),
             (query.data_ptr(), query.stride(0), key.data_ptr(), key.stride(0), value.data_ptr(), value.stride(0)),
             key_cache.data_ptr(),

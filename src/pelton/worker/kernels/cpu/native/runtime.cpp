@@ -11,6 +11,10 @@ constexpr size_t kAlign = 64;
 // Quantized activations that one pass over a panel reads again and again: they should stay in L2.
 constexpr int kChunkBytes = 512 * 1024;
 
+// The same for tiles: a chunk of rows times a range of groups.
+constexpr int kTileChunkRows = 512;
+constexpr int kTileChunkGroups = 32;
+
 constexpr size_t aligned(size_t num_bytes) { return (num_bytes + kAlign - 1) / kAlign * kAlign; }
 
 }  // namespace
@@ -34,10 +38,19 @@ size_t LinearWeight::num_bytes() const {
 }
 
 void Runtime::linear(const LinearWeight& weight, const float* x, int num_rows, const float* bias, float* out) {
+    if (kernels_.tiles != nullptr) {
+        multiply_tiles(weight, x, num_rows, bias, out);
+    } else {
+        multiply_quantized(weight, x, num_rows, bias, out);
+    }
+}
+
+void Runtime::multiply_quantized(const LinearWeight& weight, const float* x, int num_rows, const float* bias,
+                                 float* out) {
     const int num_inputs = weight.num_inputs, num_groups = num_inputs / kGroup;
     const size_t value_bytes = aligned(static_cast<size_t>(num_rows) * num_inputs);
     const size_t scale_bytes = aligned(static_cast<size_t>(num_rows) * num_groups * sizeof(float));
-    auto* memory = static_cast<uint8_t*>(quantized_.reserve(value_bytes + 3 * scale_bytes + kAlign));
+    auto* memory = static_cast<uint8_t*>(activations_.reserve(value_bytes + 3 * scale_bytes + kAlign));
     auto* values = reinterpret_cast<int8_t*>(memory);
     auto* scales = reinterpret_cast<float*>(memory + value_bytes);
     auto* sums = reinterpret_cast<int32_t*>(memory + value_bytes + scale_bytes);
@@ -73,6 +86,35 @@ void Runtime::linear(const LinearWeight& weight, const float* x, int num_rows, c
     });
 }
 
+void Runtime::multiply_tiles(const LinearWeight& weight, const float* x, int num_rows, const float* bias, float* out) {
+    const int num_inputs = weight.num_inputs, num_groups = num_inputs / kGroup;
+    const int num_blocks = (num_rows + kTileHeight - 1) / kTileHeight;
+    const int64_t block_values = static_cast<int64_t>(kTileHeight) * num_inputs;
+    // Blocks are read in pairs; what lies past the last row is never part of a result.
+    auto* values = static_cast<uint16_t*>(activations_.reserve((num_blocks + 1) * block_values * sizeof(uint16_t)));
+    pool_.run(num_blocks, [&](int block, int) {
+        const int row = block * kTileHeight;
+        kernels_.tiles->pack_rows(x + static_cast<int64_t>(row) * num_inputs, std::min(kTileHeight, num_rows - row),
+                                  num_inputs, values + block * block_values);
+    });
+    const int groups_at_once = num_rows <= 2 * kTileHeight ? num_groups : kTileChunkGroups;
+    const size_t scratch_bytes = tile_scratch_bytes(std::min(num_rows, kTileChunkRows));
+    auto* scratch = static_cast<uint8_t*>(scratch_.reserve(scratch_bytes * pool_.num_threads()));
+    for (int row = 0; row < num_rows; row += kTileChunkRows) {
+        const TiledRows rows = {std::min(kTileChunkRows, num_rows - row), num_inputs,
+                                values + static_cast<int64_t>(row / kTileHeight) * block_values};
+        for (int group = 0; group < num_groups; group += groups_at_once) {
+            const GroupRange groups = {group, std::min(group + groups_at_once, num_groups)};
+            run_panels(weight, [&](const PackedMatrix& part, PanelRange panels, int column, int thread) {
+                const LinearResult result = {bias != nullptr ? bias + column : nullptr,
+                                             out + static_cast<int64_t>(row) * weight.num_outputs + column,
+                                             weight.num_outputs};
+                kernels_.tiles->linear_panels(part, panels, groups, rows, result, scratch + thread * scratch_bytes);
+            });
+        }
+    }
+}
+
 void Runtime::rms_norm(const float* x, float* residual, const float* weight, int num_rows, int size, float eps,
                        float* out) {
     pool_.run(num_rows, [&](int row, int) {
@@ -103,9 +145,17 @@ void Runtime::rotate_and_store(const AttentionShape& shape, const Tokens& tokens
             float* key = rows.keys + token * rows.ld_keys + static_cast<int64_t>(head) * dim;
             const float* value = rows.values + token * rows.ld_values + static_cast<int64_t>(head) * dim;
             kernels_.rotate_head(key, cos, sin, tokens.half);
-            const int64_t at = (tokens.slots[token] * shape.num_kv_heads + head) * dim * element_bytes;
+            const int64_t slot = tokens.slots[token];
+            const int64_t at = (slot * shape.num_kv_heads + head) * dim * element_bytes;
             kernels_.store_kv(key, dim, shape.kv_type, static_cast<uint8_t*>(key_cache) + at);
-            kernels_.store_kv(value, dim, shape.kv_type, static_cast<uint8_t*>(value_cache) + at);
+            if (!uses_tiles(shape)) {
+                kernels_.store_kv(value, dim, shape.kv_type, static_cast<uint8_t*>(value_cache) + at);
+                continue;
+            }
+            const int64_t block = slot / shape.block_size, offset = slot % shape.block_size;
+            kernels_.tiles->store_values(value, dim, shape.block_size,
+                                         static_cast<uint16_t*>(value_cache) +
+                                             (block * shape.num_kv_heads + head) * dim * shape.block_size + offset);
         }
     });
 }
@@ -132,14 +182,18 @@ void Runtime::attend(const AttentionShape& shape, std::span<const AttentionReque
         };
         return cost(a) > cost(b);
     });
-    const size_t scratch_bytes = aligned(attention_scratch_floats(shape) * sizeof(float));
+    const bool tiles = uses_tiles(shape);
+    const auto attend_head = tiles ? kernels_.tiles->attend_head : kernels_.attend_head;
+    const int64_t scratch_floats =
+        tiles ? kernels_.tiles->attention_scratch_floats(shape) : attention_scratch_floats(shape);
+    const size_t scratch_bytes = aligned(scratch_floats * sizeof(float));
     auto* scratch = static_cast<uint8_t*>(scratch_.reserve(scratch_bytes * pool_.num_threads()));
     pool_.run(static_cast<int>(tasks.size()), [&](int index, int thread) {
         const Task& task = tasks[index];
         const AttentionRequest& request = requests[task.request];
-        kernels_.attend_head(shape, request, key_cache, value_cache, task.kv_head, task.first_token,
-                             std::min(kTileTokens, request.num_tokens - task.first_token),
-                             reinterpret_cast<float*>(scratch + thread * scratch_bytes));
+        attend_head(shape, request, key_cache, value_cache, task.kv_head, task.first_token,
+                    std::min(kTileTokens, request.num_tokens - task.first_token),
+                    reinterpret_cast<float*>(scratch + thread * scratch_bytes));
     });
 }
 
