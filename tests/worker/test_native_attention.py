@@ -40,7 +40,9 @@ class Requests:
         *,
         window: int | None = None,
         block_size: int = 16,
+        num_shared: int = 0,
     ) -> None:
+        """The first `num_shared` positions, whole blocks, are the same for all."""
         self.work = work
         num_heads, num_kv_heads, head_dim = heads
         self.shape = AttentionShape(num_heads, num_kv_heads, head_dim, block_size, window)
@@ -49,6 +51,7 @@ class Requests:
         self.queries = [torch.randn(num_tokens, num_heads, head_dim) for num_tokens, _ in work]
         self.caches = torch.full((2, num_blocks, block_size, num_kv_heads, head_dim), math.nan, dtype=dtype)
         ids = (torch.randperm(num_blocks - 1) + 1).view(len(work), width)
+        ids[:, : num_shared // block_size] = ids[0, : num_shared // block_size]
         self.tables = torch.zeros_like(ids)
         self.slots: list[torch.Tensor] = []
         self.written: list[torch.Tensor] = []
@@ -58,7 +61,7 @@ class Requests:
             self.slots.append(ids[row, positions // block_size] * block_size + positions % block_size)
             used = slice(first // block_size, (seq_len - 1) // block_size + 1)
             self.tables[row, used] = ids[row, used]
-            own = self.slots[row][first:]
+            own = self.slots[row][max(first, num_shared if row else 0) :]
             self.caches.flatten(1, 2)[:, own] = torch.randn(2, len(own), num_kv_heads, head_dim).to(dtype)
             self.written.append(own)
 
@@ -177,7 +180,7 @@ def test_a_tokens_result_depends_on_nothing_else(
     softcap: float | None,
 ) -> None:
     """Law 3: chunks of any size, any company, any number of threads, bit for bit."""
-    work = [(150, 150), (90, 170), (1, 99)]
+    work = [(150, 150), (90, 370), (1, 299)]
     requests = Requests(work, heads, dtype, window=window, block_size=block_size)
     expected = requests.run_all(kernels, softcap=softcap)
     for chunk in (1, 3, 16, 77):
@@ -191,6 +194,20 @@ def test_a_tokens_result_depends_on_nothing_else(
         results = requests.run(native(kernels.runtime.isa, num_threads), parts, softcap=softcap)
         for (row, first, end), result in zip(parts, results, strict=True):
             assert torch.equal(result, expected[row][first:end]), num_threads
+
+
+@pytest.mark.parametrize("block_size", [16, 48])
+@pytest.mark.parametrize("heads", [(14, 2, 64), (4, 1, 32), (16, 1, 32), (3, 3, 96)])
+def test_a_shared_prefix_changes_nothing(kernels: NativeKernels, heads: tuple[int, int, int], block_size: int) -> None:
+    """Decodes over blocks in common, far more of them than are read together, among others."""
+    work = [(20, 560), *[(1 + row % 2, 540 + 3 * row) for row in range(40)], (1, 528), (1, 300)]
+    requests = Requests(work, heads, torch.bfloat16, block_size=block_size, num_shared=528)
+    results = requests.run_all(kernels)
+    requests.check(results)
+    for num_threads in (1, 3):
+        threaded = native(kernels.runtime.isa, num_threads)
+        for row, (num_tokens, _) in enumerate(work):
+            assert torch.equal(requests.run(threaded, [(row, 0, num_tokens)])[0], results[row])
 
 
 @pytest.mark.parametrize("dtype", KV_DTYPES)

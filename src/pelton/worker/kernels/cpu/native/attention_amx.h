@@ -1,6 +1,6 @@
-// Attention of one key-value head over a run of one request's tokens, with bfloat16 tiles.
+// Attention of one key-value head with bfloat16 tiles.
 //
-// A query head of a token is a column: scores are keys [16, D] times queries [D, 16], so that softmax runs
+// A query head of a token is a column (attention.h): scores are keys [16, D] times queries [D, 16], so that softmax runs
 // down the columns without a sum across a register, and results are values [D, 16 keys] times
 // probabilities [16 keys, 16]. Keys lie in the cache as everywhere; values lie transposed, in each block
 // [K][D][block_size], which is what the second product reads.
@@ -15,12 +15,12 @@
 #include <cstring>
 
 #include "attention_avx512.h"
+#include "attention_schedule.h"
 #include "tile_registers.h"
 #include "tiles.h"
 
 namespace pelton::amx {
 
-constexpr int kChunkPositions = 256;
 constexpr int kBlockPositions = 16;  // positions a tile of keys has
 constexpr int kChunkBlocks = kChunkPositions / kBlockPositions;
 constexpr int kColumns = 16;
@@ -38,21 +38,65 @@ inline __m512 exp2_negative(__m512 x) {
     return _mm512_scalef_ps(p, n);
 }
 
-class HeadRun {
+// Sums of 16 columns over one chunk or more: results [D][16], then maxima (powers of 2) and sums [16].
+struct PartialSums {
+    float* data;
+    int dim;
+
+    float* maxima() const { return data + static_cast<int64_t>(dim) * kColumns; }
+    float* sums() const { return maxima() + kColumns; }
+
+    void clear() const {
+        std::fill_n(data, static_cast<int64_t>(dim) * kColumns, 0.0f);
+        std::fill_n(maxima(), kColumns, kHidden);
+        std::fill_n(sums(), kColumns, 0.0f);
+    }
+
+    // Adds columns [lane, ...) of `part` under `mask` to the first ones here.
+    void add(const PartialSums& part, int lane, __mmask16 mask) const {
+        const __m512 before = _mm512_load_ps(maxima());
+        const __m512 largest = _mm512_mask_loadu_ps(_mm512_set1_ps(kHidden), mask, part.maxima() + lane);
+        const __m512 maximum = _mm512_max_ps(before, largest);
+        const __m512 keep = exp2_negative(_mm512_sub_ps(before, maximum));
+        const __m512 take = exp2_negative(_mm512_sub_ps(largest, maximum));
+        _mm512_store_ps(maxima(), maximum);
+        const auto merge = [&](float* to, const float* from) {
+            const __m512 added = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, from + lane), take);
+            _mm512_store_ps(to, _mm512_fmadd_ps(_mm512_load_ps(to), keep, added));
+        };
+        merge(sums(), part.sums());
+        for (int d = 0; d < dim; ++d) merge(data + d * kColumns, part.data + d * kColumns);
+    }
+
+    // Results over sums, where the columns want them.
+    void store(const AttentionColumn* columns, int count) const {
+        const __m512 inverse = _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_load_ps(sums()));
+        for (int d = 0; d < dim; d += 16) {
+            __m512i rows[16];
+            for (int i = 0; i < 16; ++i) {
+                rows[i] = _mm512_castps_si512(_mm512_mul_ps(_mm512_load_ps(data + (d + i) * kColumns), inverse));
+            }
+            avx512::transpose(rows);
+            for (int i = 0; i < count; ++i) {
+                if (columns[i].out != nullptr) _mm512_storeu_si512(columns[i].out + d, rows[i]);
+            }
+        }
+    }
+
+    static constexpr int64_t num_floats(int dim) { return static_cast<int64_t>(dim + 2) * kColumns; }
+};
+
+// Columns that see the same blocks.
+class HeadColumns {
 public:
-    HeadRun(const AttentionShape& shape, const AttentionRequest& request, const void* keys, const void* values,
-            int kv_head, int first_token, int num_tokens, float* scratch)
+    HeadColumns(const AttentionShape& shape, const ColumnRun& run, const void* keys, const void* values, int kv_head,
+                float* scratch)
         : shape_(shape),
-          request_(request),
+          run_(run),
           keys_(static_cast<const uint16_t*>(keys)),
           values_(static_cast<const uint16_t*>(values)),
           kv_head_(kv_head),
-          first_token_(first_token),
-          num_heads_(shape.num_heads / shape.num_kv_heads),
-          num_columns_(num_tokens * num_heads_),
-          num_tiles_((num_columns_ + kColumns - 1) / kColumns),
-          first_position_(request.seq_len - request.num_tokens + first_token),
-          last_position_(first_position_ + num_tokens - 1),
+          num_tiles_((run.num_columns + kColumns - 1) / kColumns),
           dim_(shape.head_dim) {
         const auto take = [&scratch](int64_t num_floats) {
             float* part = scratch;
@@ -60,36 +104,55 @@ public:
             return part;
         };
         queries_ = reinterpret_cast<uint16_t*>(take(static_cast<int64_t>(num_tiles_) * dim_ * kColumns / 2));
-        results_ = take(static_cast<int64_t>(num_tiles_) * dim_ * kColumns);
-        maxima_ = take(static_cast<int64_t>(num_tiles_) * kColumns);
-        sums_ = take(static_cast<int64_t>(num_tiles_) * kColumns);
+        totals_ = take(num_tiles_ * PartialSums::num_floats(dim_));
+        part_ = take(PartialSums::num_floats(dim_));
         scores_ = take(kChunkPositions * kColumns);
         probabilities_ = reinterpret_cast<uint16_t*>(take(kChunkPositions * kColumns / 2));
-        part_ = take(static_cast<int64_t>(dim_) * kColumns);
         for (auto& edge : edges_) {
             edge.values = reinterpret_cast<uint16_t*>(take(static_cast<int64_t>(dim_) * kBlockPositions / 2));
         }
+        first_position_ = last_position_ = run.columns[0].position;
+        for (int i = 1; i < run.num_columns; ++i) {
+            if (run.columns[i].query == nullptr) continue;
+            first_position_ = std::min(first_position_, run.columns[i].position);
+            last_position_ = std::max(last_position_, run.columns[i].position);
+        }
     }
 
-    static int64_t scratch_floats(const AttentionShape& shape, int num_tokens) {
-        const int64_t tiles = (num_tokens * (shape.num_heads / shape.num_kv_heads) + kColumns - 1) / kColumns;
-        return tiles * (shape.head_dim * kColumns * 3 / 2 + 2 * kColumns) + kChunkPositions * kColumns * 3 / 2 +
-               shape.head_dim * (kColumns + 2 * kBlockPositions / 2);
+    static int64_t scratch_floats(int dim, int num_columns) {
+        const int64_t tiles = (num_columns + kColumns - 1) / kColumns;
+        return tiles * dim * kColumns / 2 + (tiles + 1) * PartialSums::num_floats(dim) +
+               kChunkPositions * kColumns * 3 / 2 + 2 * dim * kBlockPositions / 2;
     }
 
+    // All that the columns see; writes their results.
     void run() {
-        configure();
-        for (int tile = 0; tile < num_tiles_; ++tile) load_queries(tile);
-        std::fill_n(results_, static_cast<int64_t>(num_tiles_) * dim_ * kColumns, 0.0f);
-        std::fill_n(sums_, num_tiles_ * kColumns, 0.0f);
-        std::fill_n(maxima_, num_tiles_ * kColumns, kHidden);
+        begin();
+        for (int tile = 0; tile < num_tiles_; ++tile) total(tile).clear();
         const int first = first_visible(first_position_);
         load_edge(edges_[0], first / kBlockPositions * kBlockPositions);
         load_edge(edges_[1], last_position_ / kBlockPositions * kBlockPositions);
+        const PartialSums part = {part_, dim_};
         for (int start = first / kChunkPositions * kChunkPositions; start <= last_position_; start += kChunkPositions) {
-            for (int tile = 0; tile < num_tiles_; ++tile) add_chunk(tile, start);
+            for (int tile = 0; tile < num_tiles_; ++tile) {
+                if (add_chunk(tile, start, part)) total(tile).add(part, 0, 0xffff);
+            }
         }
-        for (int tile = 0; tile < num_tiles_; ++tile) store(tile);
+        for (int tile = 0; tile < num_tiles_; ++tile) {
+            total(tile).store(run_.columns + tile * kColumns, num_columns(tile));
+        }
+        release_tiles();
+    }
+
+    // What the chunk at `start` adds, to parts [tiles].
+    void run_chunk(int start, float* parts) {
+        begin();
+        load_edge(edges_[0], std::max(first_visible(first_position_), start) / kBlockPositions * kBlockPositions);
+        load_edge(edges_[1], std::min(last_position_, start + kChunkPositions - 1) / kBlockPositions * kBlockPositions);
+        for (int tile = 0; tile < num_tiles_; ++tile) {
+            const PartialSums part = {parts + tile * PartialSums::num_floats(dim_), dim_};
+            if (!add_chunk(tile, start, part)) part.clear();
+        }
         release_tiles();
     }
 
@@ -101,37 +164,31 @@ private:
     };
 
     // Registers 0..3 sum; 4 and 5 are keys and queries, 6 and 7 values and probabilities.
-    static void configure() {
+    void begin() {
         TileConfig config;
         for (int tile = 0; tile < 6; ++tile) config.set(tile, 16, 64);
         config.set(6, 16, 2 * kBlockPositions);
         config.set(7, kBlockPositions / 2, 64);
         config.load();
+        for (int tile = 0; tile < num_tiles_; ++tile) load_queries(tile);
     }
 
-    int position_of(int column) const { return first_position_ + column / num_heads_; }
     int first_visible(int position) const {
         return shape_.sliding_window > 0 ? std::max(0, position - shape_.sliding_window + 1) : 0;
     }
-    int last_column(int tile) const { return std::min((tile + 1) * kColumns, num_columns_) - 1; }
-    int64_t row_offset(int column) const {
-        return static_cast<int64_t>(kv_head_ * num_heads_ + column % num_heads_) * dim_;
-    }
+    int num_columns(int tile) const { return std::min(kColumns, run_.num_columns - tile * kColumns); }
+    PartialSums total(int tile) const { return {totals_ + tile * PartialSums::num_floats(dim_), dim_}; }
+    uint16_t* query_tiles(int tile) const { return queries_ + static_cast<int64_t>(tile) * dim_ * kColumns; }
 
     // [D / 32] tiles of 16 pairs of dimensions x 16 columns x 2; columns that do not exist are 0.
     void load_queries(int tile) {
         for (int d = 0; d < dim_; d += 32) {
             __m512i rows[16];
             for (int i = 0; i < kColumns; ++i) {
-                const int column = tile * kColumns + i;
-                if (column >= num_columns_) {
-                    rows[i] = _mm512_setzero_si512();
-                    continue;
-                }
-                const float* from =
-                    request_.query + (first_token_ + column / num_heads_) * request_.ld_query + row_offset(column) + d;
-                rows[i] = reinterpret_cast<__m512i>(
-                    _mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + 16), _mm512_loadu_ps(from)));
+                const float* from = i < num_columns(tile) ? run_.columns[tile * kColumns + i].query : nullptr;
+                rows[i] = from == nullptr ? _mm512_setzero_si512()
+                                          : reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(
+                                                _mm512_loadu_ps(from + d + 16), _mm512_loadu_ps(from + d)));
             }
             avx512::transpose(rows);
             uint16_t* to = query_tiles(tile) + d * kColumns;
@@ -139,10 +196,7 @@ private:
         }
     }
 
-    uint16_t* query_tiles(int tile) const { return queries_ + static_cast<int64_t>(tile) * dim_ * kColumns; }
-    float* result(int tile) const { return results_ + static_cast<int64_t>(tile) * dim_ * kColumns; }
-
-    int64_t block_at(int position) const { return request_.block_table[position / shape_.block_size]; }
+    int64_t block_at(int position) const { return run_.block_table[position / shape_.block_size]; }
 
     const uint16_t* keys_at(int position) const {
         const int64_t slot = block_at(position) * shape_.block_size + position % shape_.block_size;
@@ -154,11 +208,11 @@ private:
                position % shape_.block_size;
     }
 
-    // Slots out of the request's window or not written yet may hold anything, NaN too, and 0 times NaN would reach
+    // Slots out of the columns' window or not written yet may hold anything, NaN too, and 0 times NaN would reach
     // the result: the first and the last positions are read from a copy.
     void load_edge(Edge& edge, int start) {
         const uint32_t before = (1u << std::clamp(first_visible(first_position_) - start, 0, kBlockPositions)) - 1;
-        const uint32_t written = (1u << std::clamp(request_.seq_len - start, 0, kBlockPositions)) - 1;
+        const uint32_t written = (1u << std::clamp(run_.seq_len - start, 0, kBlockPositions)) - 1;
         const auto mask = static_cast<__mmask16>(written & ~before);
         edge.start = start;
         const uint16_t* from = values_at(start);
@@ -168,19 +222,31 @@ private:
         }
     }
 
-    void add_chunk(int tile, int start) {
-        const int first = first_visible(position_of(tile * kColumns));
-        const int last = position_of(last_column(tile));
-        const int first_block = std::max(0, first - start) / kBlockPositions;
+    // False, and nothing done, where no column of the tile sees any of the chunk.
+    bool add_chunk(int tile, int start, const PartialSums& part) {
+        int first = last_position_, last = -1;
+        for (int i = 0; i < num_columns(tile); ++i) {
+            const AttentionColumn& column = run_.columns[tile * kColumns + i];
+            positions_[i] = column.query == nullptr ? -1 : column.position;
+            oldest_[i] = first_visible(positions_[i]);
+            if (column.query == nullptr) continue;
+            first = std::min(first, column.position);
+            last = std::max(last, column.position);
+        }
+        std::fill(positions_ + num_columns(tile), positions_ + kColumns, -1);
+        std::fill(oldest_ + num_columns(tile), oldest_ + kColumns, 0);
+        const int first_block = std::max(0, first_visible(first) - start) / kBlockPositions;
         const int end_block = std::min(last - start, kChunkPositions - 1) / kBlockPositions + 1;
-        if (start > last || first_block >= end_block) return;
+        if (start > last || first_block >= end_block) return false;
         for (int block = first_block; block < end_block; block += 4) {
             score_blocks(tile, start, block, std::min(block + 4, end_block));
         }
-        __m512 sum;
-        const __m512 largest = soften(tile, start, first_block, end_block, sum);
-        for (int d = 0; d < dim_; d += 4 * kColumns) add_values(start, first_block, end_block, d);
-        merge(tile, largest, sum);
+        // Every column that there is sees every position: nothing to hide.
+        const int begin = start + first_block * kBlockPositions, end = start + end_block * kBlockPositions;
+        hide(start, first_block, end_block, end - 1 > first || begin < first_visible(last));
+        soften(first_block, end_block, part);
+        for (int d = 0; d < dim_; d += 4 * kColumns) add_values(start, first_block, end_block, d, part.data);
+        return true;
     }
 
     // Scores [positions, 16] of up to four blocks.
@@ -217,10 +283,9 @@ private:
         if (end - first > 3) store_tile<3>(to + 768, 64);
     }
 
-    // Scores to probabilities relative to the chunk's own maximum, which is returned, scaled; `sum` is theirs.
-    __m512 soften(int tile, int start, int first_block, int end_block, __m512& sum) {
+    // Scores to probabilities relative to the chunk's own maximum.
+    void soften(int first_block, int end_block, const PartialSums& part) {
         const int begin = first_block * kBlockPositions, end = end_block * kBlockPositions;
-        hide(tile, start, begin, end);
         __m512 maxima[4];
         for (auto& maximum : maxima) maximum = _mm512_set1_ps(kHidden);
         for (int i = begin; i < end; i += 4) {
@@ -245,12 +310,13 @@ private:
             const auto pairs = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even));
             _mm512_store_si512(probabilities_ + i * kColumns, _mm512_permutexvar_epi16(interleave, pairs));
         }
-        sum = _mm512_add_ps(sums[0], sums[1]);
-        return _mm512_mask_mov_ps(_mm512_set1_ps(kHidden), sees, largest);
+        _mm512_storeu_ps(part.sums(), _mm512_add_ps(sums[0], sums[1]));
+        _mm512_storeu_ps(part.maxima(), _mm512_mask_mov_ps(_mm512_set1_ps(kHidden), sees, largest));
     }
 
     // Caps scores (and scales them, as powers of 2), and overwrites those of positions that a column does not see.
-    void hide(int tile, int start, int begin, int end) {
+    void hide(int start, int first_block, int end_block, bool some_are_hidden) {
+        const int begin = first_block * kBlockPositions, end = end_block * kBlockPositions;
         if (shape_.softcap > 0.0f) {
             const __m512 in = _mm512_set1_ps(shape_.scale / shape_.softcap);
             const __m512 out = _mm512_set1_ps(shape_.softcap * kLog2E);
@@ -259,16 +325,8 @@ private:
                 _mm512_store_ps(scores_ + i * kColumns, _mm512_mul_ps(avx512::tanh_of(_mm512_mul_ps(score, in)), out));
             }
         }
-        const int first_column = tile * kColumns;
-        const bool all_before = start + end - 1 <= position_of(first_column);
-        const bool none_too_old = start + begin >= first_visible(position_of(last_column(tile)));
-        if (all_before && none_too_old) return;
-        alignas(64) int positions[kColumns], oldest[kColumns];
-        for (int i = 0; i < kColumns; ++i) {
-            positions[i] = position_of(first_column + i);
-            oldest[i] = first_visible(positions[i]);
-        }
-        const __m512i last = _mm512_load_si512(positions), first = _mm512_load_si512(oldest);
+        if (!some_are_hidden) return;
+        const __m512i last = _mm512_load_si512(positions_), first = _mm512_load_si512(oldest_);
         const __m512 hidden = _mm512_set1_ps(kHidden);
         for (int i = begin; i < end; ++i) {
             const __m512i position = _mm512_set1_epi32(start + i);
@@ -278,8 +336,8 @@ private:
         }
     }
 
-    // part [64 dimensions from d on, 16] = values times probabilities.
-    void add_values(int start, int first, int end, int d) {
+    // part [64 dimensions from d on][16] = values times probabilities.
+    void add_values(int start, int first, int end, int d, float* part) const {
         const int count = std::min(4, (dim_ - d) / 16);
         zero_tile<0>();
         zero_tile<1>();
@@ -303,7 +361,7 @@ private:
             load_tile<6>(values + 48 * stride, 2 * stride);
             multiply_tiles<3, 6, 7>();
         }
-        float* to = part_ + d * kColumns;
+        float* to = part + d * kColumns;
         store_tile<0>(to, 64);
         store_tile<1>(to + 256, 64);
         if (count == 2) return;
@@ -311,68 +369,28 @@ private:
         store_tile<3>(to + 768, 64);
     }
 
-    void merge(int tile, __m512 largest, __m512 sum) {
-        float* maxima = maxima_ + tile * kColumns;
-        float* sums = sums_ + tile * kColumns;
-        const __m512 before = _mm512_load_ps(maxima);
-        const __m512 maximum = _mm512_max_ps(before, largest);
-        const __m512 keep = exp2_negative(_mm512_sub_ps(before, maximum));
-        const __m512 take = exp2_negative(_mm512_sub_ps(largest, maximum));
-        _mm512_store_ps(maxima, maximum);
-        _mm512_store_ps(sums, _mm512_fmadd_ps(_mm512_load_ps(sums), keep, _mm512_mul_ps(sum, take)));
-        float* result = this->result(tile);
-        for (int d = 0; d < dim_; ++d) {
-            const __m512 part = _mm512_mul_ps(_mm512_load_ps(part_ + d * kColumns), take);
-            _mm512_store_ps(result + d * kColumns, _mm512_fmadd_ps(_mm512_load_ps(result + d * kColumns), keep, part));
-        }
-    }
-
-    void store(int tile) {
-        const __m512 inverse = _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_load_ps(sums_ + tile * kColumns));
-        const int64_t ld_out = static_cast<int64_t>(shape_.num_heads) * dim_;
-        const int count = last_column(tile) - tile * kColumns + 1;
-        for (int d = 0; d < dim_; d += 16) {
-            __m512i rows[16];
-            for (int i = 0; i < 16; ++i) {
-                rows[i] = _mm512_castps_si512(_mm512_mul_ps(_mm512_load_ps(result(tile) + (d + i) * kColumns), inverse));
-            }
-            avx512::transpose(rows);
-            for (int i = 0; i < count; ++i) {
-                const int column = tile * kColumns + i;
-                float* to = request_.out + (first_token_ + column / num_heads_) * ld_out + row_offset(column) + d;
-                _mm512_storeu_si512(to, rows[i]);
-            }
-        }
-    }
-
     const AttentionShape& shape_;
-    const AttentionRequest& request_;
+    const ColumnRun& run_;
     const uint16_t* keys_;
     const uint16_t* values_;
     int kv_head_;
-    int first_token_;
-    int num_heads_;
-    int num_columns_;
     int num_tiles_;
+    int dim_;
     int first_position_;
     int last_position_;
-    int dim_;
     uint16_t* queries_;
-    float* results_;       // [tiles][D][16]
-    float* maxima_;        // [tiles][16], in powers of 2
-    float* sums_;
-    float* scores_;        // [kChunkPositions][16]
+    float* totals_;
+    float* part_;
+    float* scores_;            // [kChunkPositions][16]
     uint16_t* probabilities_;  // [kChunkPositions / 2][16][2]
-    float* part_;          // [D][16]
     Edge edges_[2];
+    // Of the tile at hand; -1 where there is no column.
+    alignas(64) int positions_[kColumns];
+    alignas(64) int oldest_[kColumns];
 };
 
 inline bool can_attend(const AttentionShape& shape) {
     return shape.kv_type == KVType::BF16 && shape.block_size % kBlockPositions == 0 && shape.head_dim % 32 == 0;
-}
-
-inline int64_t attention_scratch_floats(const AttentionShape& shape) {
-    return HeadRun::scratch_floats(shape, kTileTokens);
 }
 
 // One token's head [D] into its place in a transposed block: values are `stride` apart.
@@ -385,9 +403,23 @@ inline void store_values(const float* from, int dim, int64_t stride, uint16_t* t
     }
 }
 
-inline void attend_head(const AttentionShape& shape, const AttentionRequest& request, const void* keys,
-                        const void* values, int kv_head, int first_token, int num_tokens, float* scratch) {
-    HeadRun(shape, request, keys, values, kv_head, first_token, num_tokens, scratch).run();
+inline void attend(const AttentionShape& shape, const ColumnRun& run, const void* keys, const void* values, int kv_head,
+                   float* scratch) {
+    HeadColumns(shape, run, keys, values, kv_head, scratch).run();
+}
+
+inline void attend_chunk(const AttentionShape& shape, const ColumnRun& run, const void* keys, const void* values,
+                         int kv_head, int start, float* parts, float* scratch) {
+    HeadColumns(shape, run, keys, values, kv_head, scratch).run_chunk(start, parts);
+}
+
+inline void merge_chunks(const AttentionShape& shape, std::span<const ChunkPart> parts, const AttentionColumn* columns,
+                         int num_columns, float* scratch) {
+    const PartialSums total = {scratch, shape.head_dim};
+    total.clear();
+    const auto mask = static_cast<__mmask16>((1u << num_columns) - 1);
+    for (const ChunkPart& part : parts) total.add({part.data, shape.head_dim}, part.lane, mask);
+    total.store(columns, num_columns);
 }
 
 }  // namespace pelton::amx

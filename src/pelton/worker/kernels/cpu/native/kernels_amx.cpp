@@ -20,8 +20,10 @@ bool request_tiles() {
 }
 
 const KernelTable& amx_kernels() {
-    static const TileKernels tiles = {amx::pack_rows,  amx::linear_panels, amx::can_attend,
-                                      amx::store_values, amx::attend_head,   amx::attention_scratch_floats};
+    static const TileKernels tiles = {amx::pack_rows,    amx::linear_panels, amx::can_attend,
+                                      amx::store_values, amx::attend,        amx::attend_chunk,
+                                      amx::merge_chunks, amx::PartialSums::num_floats,
+                                      amx::HeadColumns::scratch_floats};
     static const KernelTable table = [] {
         KernelTable made = avx512_kernels();
         made.name = "amx";

@@ -62,6 +62,7 @@ struct AttentionPlan {
     int64_t num_columns;
     int64_t num_tokens = 0;  // query rows that the requests need
     int64_t num_blocks = 0;  // blocks that a cache must have for these tables
+    AttentionSchedule schedule;
 };
 
 // Whatever a step was made of, nothing outside its tensors is touched.
@@ -78,6 +79,11 @@ void check_plan(AttentionPlan& plan, int64_t num_rows) {
             plan.num_blocks = std::max(plan.num_blocks, table[column] + 1);
         }
     }
+    std::vector<AttentionSchedule::Request> requests;
+    for (const auto& [first_row, num_tokens, seq_len, table_row] : plan.requests) {
+        requests.push_back({num_tokens, seq_len, plan.block_tables.data() + table_row * plan.num_columns});
+    }
+    plan.schedule = AttentionSchedule(plan.shape, requests);
 }
 
 void attend(Runtime& runtime, const AttentionPlan& plan, int64_t num_tokens, int64_t num_blocks, float scale, float softcap,
@@ -94,7 +100,7 @@ void attend(Runtime& runtime, const AttentionPlan& plan, int64_t num_tokens, int
         requests.push_back({at<const float>(query) + first_row * ld_query, ld_query, at<float>(out) + first_row * ld_out,
                             num_tokens, seq_len, plan.block_tables.data() + table_row * plan.num_columns});
     }
-    runtime.attend(shape, requests, at<const void>(keys), at<const void>(values));
+    runtime.attend(shape, requests, plan.schedule, at<const void>(keys), at<const void>(values));
 }
 
 // heads: N, K, D, block size and whether the caches are bfloat16; tokens: T, slots, cos, sin, half of the rotated

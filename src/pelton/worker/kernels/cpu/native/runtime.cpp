@@ -160,8 +160,9 @@ void Runtime::rotate_and_store(const AttentionShape& shape, const Tokens& tokens
     });
 }
 
-void Runtime::attend(const AttentionShape& shape, std::span<const AttentionRequest> requests, const void* key_cache,
-                     const void* value_cache) {
+void Runtime::attend(const AttentionShape& shape, std::span<const AttentionRequest> requests,
+                     const AttentionSchedule& schedule, const void* key_cache, const void* value_cache) {
+    if (uses_tiles(shape)) return attend_tiles(shape, requests, schedule, key_cache, value_cache);
     struct Task {
         int request;
         int kv_head;
@@ -182,18 +183,78 @@ void Runtime::attend(const AttentionShape& shape, std::span<const AttentionReque
         };
         return cost(a) > cost(b);
     });
-    const bool tiles = uses_tiles(shape);
-    const auto attend_head = tiles ? kernels_.tiles->attend_head : kernels_.attend_head;
-    const int64_t scratch_floats =
-        tiles ? kernels_.tiles->attention_scratch_floats(shape) : attention_scratch_floats(shape);
-    const size_t scratch_bytes = aligned(scratch_floats * sizeof(float));
+    const size_t scratch_bytes = aligned(attention_scratch_floats(shape) * sizeof(float));
     auto* scratch = static_cast<uint8_t*>(scratch_.reserve(scratch_bytes * pool_.num_threads()));
     pool_.run(static_cast<int>(tasks.size()), [&](int index, int thread) {
         const Task& task = tasks[index];
         const AttentionRequest& request = requests[task.request];
-        attend_head(shape, request, key_cache, value_cache, task.kv_head, task.first_token,
-                    std::min(kTileTokens, request.num_tokens - task.first_token),
-                    reinterpret_cast<float*>(scratch + thread * scratch_bytes));
+        kernels_.attend_head(shape, request, key_cache, value_cache, task.kv_head, task.first_token,
+                             std::min(kTileTokens, request.num_tokens - task.first_token),
+                             reinterpret_cast<float*>(scratch + thread * scratch_bytes));
+    });
+}
+
+void Runtime::attend_tiles(const AttentionShape& shape, std::span<const AttentionRequest> requests,
+                           const AttentionSchedule& schedule, const void* key_cache, const void* value_cache) {
+    const int num_kv_heads = shape.num_kv_heads, group = shape.num_heads / num_kv_heads;
+    const TileKernels& kernels = *kernels_.tiles;
+    const size_t column_bytes = aligned(std::max(schedule.num_columns, kTileHeight) * sizeof(AttentionColumn));
+    const size_t work_bytes =
+        column_bytes + aligned(kernels.attention_scratch_floats(shape.head_dim, schedule.num_columns) * sizeof(float));
+    auto* scratch = static_cast<uint8_t*>(scratch_.reserve(work_bytes * pool_.num_threads()));
+    const int64_t part_floats = kernels.part_floats(shape.head_dim);
+    auto* parts =
+        static_cast<float*>(parts_.reserve(schedule.num_tiles * num_kv_heads * part_floats * sizeof(float)));
+    const auto part_at = [&](int kv_head, int tile) {
+        return parts + (static_cast<int64_t>(kv_head) * schedule.num_tiles + tile) * part_floats;
+    };
+    // All columns of `kv_head` in some tokens of a request.
+    const auto set_columns = [&](AttentionColumn* to, const AttentionRequest& request, int kv_head, int first, int count) {
+        const int64_t ld_out = static_cast<int64_t>(shape.num_heads) * shape.head_dim;
+        for (int token = first; token < first + count; ++token) {
+            for (int head = kv_head * group; head < (kv_head + 1) * group; ++head, ++to) {
+                const int64_t at = static_cast<int64_t>(head) * shape.head_dim;
+                *to = {request.query + token * request.ld_query + at, request.out + token * ld_out + at,
+                       request.seq_len - request.num_tokens + token};
+            }
+        }
+    };
+    pool_.run(static_cast<int>(schedule.pieces.size()) * num_kv_heads, [&](int index, int thread) {
+        const auto& piece = schedule.pieces[index / num_kv_heads];
+        const int kv_head = index % num_kv_heads;
+        auto* columns = reinterpret_cast<AttentionColumn*>(scratch + thread * work_bytes);
+        auto* work = reinterpret_cast<float*>(scratch + thread * work_bytes + column_bytes);
+        if (piece.chunk < 0) {
+            const auto& run = schedule.runs[piece.run];
+            const AttentionRequest& request = requests[run.request];
+            set_columns(columns, request, kv_head, run.first_token, run.num_tokens);
+            kernels.attend(shape, {columns, run.num_tokens * group, request.seq_len, request.block_table}, key_cache,
+                           value_cache, kv_head, work);
+            return;
+        }
+        const auto& chunk = schedule.chunks[piece.chunk];
+        const AttentionRequest& first = requests[chunk.members.front()];
+        const int own = first.num_tokens * group, per_tile = kTileHeight / own;
+        const int num_tiles = (static_cast<int>(chunk.members.size()) + per_tile - 1) / per_tile;
+        std::fill_n(columns, num_tiles * kTileHeight, AttentionColumn{});
+        for (int i = 0; i < static_cast<int>(chunk.members.size()); ++i) {
+            set_columns(columns + i / per_tile * kTileHeight + i % per_tile * own, requests[chunk.members[i]], kv_head, 0,
+                        first.num_tokens);
+        }
+        kernels.attend_chunk(shape, {columns, num_tiles * kTileHeight, first.seq_len, first.block_table}, key_cache,
+                             value_cache, kv_head, chunk.start, part_at(kv_head, chunk.first_tile), work);
+    });
+    pool_.run(static_cast<int>(schedule.merges.size()) * num_kv_heads, [&](int index, int thread) {
+        const auto& merge = schedule.merges[index / num_kv_heads];
+        const int kv_head = index % num_kv_heads;
+        const AttentionRequest& request = requests[merge.request];
+        auto* columns = reinterpret_cast<AttentionColumn*>(scratch + thread * work_bytes);
+        set_columns(columns, request, kv_head, 0, request.num_tokens);
+        std::vector<ChunkPart> own;
+        own.reserve(merge.parts.size());
+        for (const auto& part : merge.parts) own.push_back({part_at(kv_head, part.tile), part.lane});
+        kernels.merge_chunks(shape, own, columns, request.num_tokens * group,
+                             reinterpret_cast<float*>(scratch + thread * work_bytes + column_bytes));
     });
 }
 

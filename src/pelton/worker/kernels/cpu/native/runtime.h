@@ -6,6 +6,7 @@
 #include <span>
 #include <vector>
 
+#include "attention_schedule.h"
 #include "kernel_table.h"
 #include "thread_pool.h"
 
@@ -76,8 +77,9 @@ public:
     void rotate_and_store(const AttentionShape& shape, const Tokens& tokens, const HeadRows& rows, void* key_cache,
                           void* value_cache);
 
-    void attend(const AttentionShape& shape, std::span<const AttentionRequest> requests, const void* key_cache,
-                const void* value_cache);
+    // `schedule` is made of the same requests.
+    void attend(const AttentionShape& shape, std::span<const AttentionRequest> requests,
+                const AttentionSchedule& schedule, const void* key_cache, const void* value_cache);
 
     void argmax(const float* logits, int num_rows, int64_t size, int64_t* out);
 
@@ -110,10 +112,14 @@ private:
         });
     }
 
+    void attend_tiles(const AttentionShape& shape, std::span<const AttentionRequest> requests,
+                      const AttentionSchedule& schedule, const void* key_cache, const void* value_cache);
+
     const KernelTable& kernels_;
     ThreadPool pool_;
     Buffer activations_;
     Buffer scratch_;
+    Buffer parts_;
 };
 
 }  // namespace pelton

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 
 #include "attention.h"
 #include "packed_matrix.h"
@@ -77,10 +78,20 @@ struct TileKernels {
     // One head's values [D] of a token into its slot; dimensions are `stride` apart there.
     void (*store_values)(const float* from, int dim, int64_t stride, uint16_t* to);
 
-    // As in KernelTable. `scratch`: attention_scratch_floats(shape), aligned to 64.
-    void (*attend_head)(const AttentionShape& shape, const AttentionRequest& request, const void* keys,
-                        const void* values, int kv_head, int first_token, int num_tokens, float* scratch);
-    int64_t (*attention_scratch_floats)(const AttentionShape& shape);
+    // The results of a run's columns. Scratch of all three: attention_scratch_floats, aligned to 64.
+    void (*attend)(const AttentionShape& shape, const ColumnRun& run, const void* keys, const void* values, int kv_head,
+                   float* scratch);
+
+    // What the chunk of positions from `start` adds to a run's columns: a part of part_floats for every 16.
+    void (*attend_chunk)(const AttentionShape& shape, const ColumnRun& run, const void* keys, const void* values,
+                         int kv_head, int start, float* parts, float* scratch);
+
+    // The results of up to 16 columns from all chunks that they see, in order.
+    void (*merge_chunks)(const AttentionShape& shape, std::span<const ChunkPart> parts, const AttentionColumn* columns,
+                         int num_columns, float* scratch);
+
+    int64_t (*part_floats)(int head_dim);
+    int64_t (*attention_scratch_floats)(int head_dim, int num_columns);
 };
 
 }  // namespace pelton
