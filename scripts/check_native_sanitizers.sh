@@ -15,6 +15,7 @@ flags_of() {
     case $1 in
         *avx2.cpp) echo "$avx2" ;;
         *avx512.cpp | *bf16_attention.cpp) echo "$avx512" ;;
+        *amx.cpp) echo "$avx512 -mamx-tile -mamx-bf16" ;;
     esac
 }
 

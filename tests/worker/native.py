@@ -37,7 +37,7 @@ def _runs(isa: str) -> bool:
     return True
 
 
-ISAS = [isa for isa in ("avx512", "avx2", "portable") if _runs(isa)]
+ISAS = [isa for isa in ("amx", "avx512", "avx2", "portable") if _runs(isa)]
 
 
 class OnTensors:
@@ -77,6 +77,11 @@ def native(isa: str, num_threads: int = 1) -> NativeKernels:
 
 def on_tensors(isa: str, num_threads: int = 1) -> OnTensors:
     return OnTensors(native(isa, num_threads))
+
+
+def uses_tiles(kernels: NativeKernels | OnTensors) -> bool:
+    """Products of bfloat16; elsewhere activations have 8 bits."""
+    return kernels.runtime.isa == "amx"
 
 
 def random_packed(format_name: str, num_outputs: int, num_inputs: int, seed: int = 0) -> WeightTensor:

@@ -175,7 +175,7 @@ class NativeKernels:
         query, key, value = map(_with_whole_rows, (query, key, value))
         num_tokens, num_heads, head_dim = query.shape
         self.runtime.rotate_and_store(
-            (num_heads, key.shape[1], head_dim, is_bfloat16(key_cache)),
+            (num_heads, key.shape[1], head_dim, key_cache.shape[1], is_bfloat16(key_cache)),
             (num_tokens, address(slot_mapping), address(cos), address(sin), cos.shape[1]),
             tuple(number for x in (query, key, value) for number in (address(x), x.strides[0] // 4)),
             address(key_cache),

@@ -60,7 +60,7 @@ class Runtime:
     def gated(self, gelu: bool, gate_up: int, num_rows: int, size: int, out: int) -> None: ...
     def rotate_and_store(
         self,
-        heads: tuple[int, int, int, bool],
+        heads: tuple[int, int, int, int, bool],
         tokens: tuple[int, int, int, int, int],
         rows: tuple[int, ...],
         key_cache: int,

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "attention_schedule.h"
 
 namespace pelton {
 
@@ -29,9 +30,16 @@ public:
                 num_blocks_ = std::max(num_blocks_, block + 1);
             }
         }
+        std::vector<AttentionSchedule::Request> requests;
+        for (int64_t row = 0; row < num_requests; ++row) {
+            requests.push_back({static_cast<int>(starts_[row + 1] - starts_[row]), static_cast<int>(seq_lens_[row]),
+                                block_tables_.data() + row * num_columns});
+        }
+        schedule_ = AttentionSchedule(shape, requests);
     }
 
     const AttentionShape& shape() const { return shape_; }
+    const AttentionSchedule& schedule() const { return schedule_; }
 
     // Throws std::out_of_range where there are fewer tokens, or fewer blocks in the cache, than needed.
     void check(int64_t num_tokens, int64_t num_blocks) const {
@@ -58,6 +66,7 @@ private:
     std::vector<int64_t> block_tables_;
     std::vector<int64_t> starts_;
     std::vector<int64_t> seq_lens_;
+    AttentionSchedule schedule_;
     int64_t num_blocks_ = 0;  // that a cache must have for these tables
 };
 

@@ -62,17 +62,17 @@ void attend(Runtime& runtime, const AttentionPlan& plan, int64_t num_tokens, int
     AttentionShape shape = plan.shape();
     shape.scale = scale;
     shape.softcap = softcap;
-    runtime.attend(shape, plan.requests(at<const float>(query), ld_query, at<float>(out)), at<const void>(keys),
-                   at<const void>(values));
+    runtime.attend(shape, plan.requests(at<const float>(query), ld_query, at<float>(out)), plan.schedule(),
+                   at<const void>(keys), at<const void>(values));
 }
 
-// heads: N, K, D and whether the caches are bfloat16; tokens: T, slots, cos, sin, half of the rotated
+// heads: N, K, D, block size and whether the caches are bfloat16; tokens: T, slots, cos, sin, half of the rotated
 // dimensions; rows: address and stride of queries, keys, values.
-void rotate_and_store(Runtime& runtime, std::tuple<int, int, int, bool> heads,
+void rotate_and_store(Runtime& runtime, std::tuple<int, int, int, int, bool> heads,
                       std::tuple<int, Address, Address, Address, int> tokens,
                       std::tuple<Address, int64_t, Address, int64_t, Address, int64_t> rows, Address key_cache,
                       Address value_cache, int64_t num_slots) {
-    const auto [num_heads, num_kv_heads, head_dim, bf16] = heads;
+    const auto [num_heads, num_kv_heads, head_dim, block_size, bf16] = heads;
     const auto [num_tokens, slots, cos, sin, half] = tokens;
     const auto [queries, ld_queries, keys, ld_keys, values, ld_values] = rows;
     for (int token = 0; token < num_tokens; ++token) {
@@ -80,7 +80,7 @@ void rotate_and_store(Runtime& runtime, std::tuple<int, int, int, bool> heads,
         if (slot < 0 || slot >= num_slots) throw std::out_of_range("a slot does not exist");
     }
     if (half < 0 || 2 * half > head_dim) throw std::invalid_argument("more dimensions are rotated than there are");
-    const AttentionShape shape = {num_heads, num_kv_heads, head_dim, 0, 0, 1.0f, 0.0f,
+    const AttentionShape shape = {num_heads, num_kv_heads, head_dim, block_size, 0, 1.0f, 0.0f,
                                   bf16 ? KVType::BF16 : KVType::F32};
     runtime.rotate_and_store(shape,
                              {num_tokens, at<const int64_t>(slots), at<const float>(cos), at<const float>(sin), half},

@@ -127,7 +127,7 @@ void Program::attend(int group, View query, CachePair cache, float scale, float 
     ops_.push_back([=, this] {
         const Matrix queries = at(query);
         const auto requests = plans_[group].requests(queries.data, queries.ld, at(out).data);
-        runtime_.attend(shape, requests, cache.keys, cache.values);
+        runtime_.attend(shape, requests, plans_[group].schedule(), cache.keys, cache.values);
     });
 }
 
