@@ -62,7 +62,7 @@ class PeltonConfig:
 
 
 def build_engine(config: PeltonConfig) -> Engine:
-    """Load the model and join scheduler, KV manager and executor. Imports torch."""
+    """Load the model and join scheduler, KV manager and executor."""
     from pelton.weights.catalog import resolve_model
     from pelton.weights.model_files import open_model
     from pelton.weights.tokenizer import load_tokenizer
@@ -162,11 +162,13 @@ def model_name(model: str) -> str:
 
 
 def describe_worker(config: WorkerConfig) -> dict[str, Any]:
-    """What the worker's settings come to on this machine. Imports torch."""
+    """What the worker's settings come to on this machine."""
     from pelton.worker.executors.host_resources import num_available_cores
     from pelton.worker.kernels.ops import make_kernels
 
     return {
-        "kernel_backend": make_kernels(config.kernel_backend).name,
+        "kernel_backend": make_kernels(
+            config.kernel_backend, "float32" if config.dtype == "auto" else config.dtype
+        ).name,
         "threads": config.threads or num_available_cores(),
     }

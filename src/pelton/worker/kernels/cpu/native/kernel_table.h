@@ -44,6 +44,13 @@ struct KernelTable {
     // Index of the largest; the lowest of equals; -1 where any value is NaN.
     int64_t (*argmax_row)(const float* x, int64_t size);
 
+    // x [size] becomes cap * tanh(x / cap).
+    void (*softcap_row)(float* x, int64_t size, float cap);
+
+    // Columns [num_columns] of out [S, ld_out] = x [S, I] times a float32 panel [I][32], plus bias where given.
+    void (*dense_panel)(const float* panel, int num_inputs, const float* x, int num_rows, const float* bias,
+                        int num_columns, float* out, int64_t ld_out);
+
     // Null: no tiles, activations in 8 bits.
     const TileKernels* tiles = nullptr;
 };
