@@ -6,26 +6,23 @@ group of 32, as they enter a product. What has no native kernel falls back on th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from pelton.weights.tensors import WeightTensor
+from pelton.weights.tensors import ModelFiles, WeightTensor
 from pelton.worker.kernels.cpu import pelton_cpu
+from pelton.worker.kernels.cpu.packed_weights import PackedWeights, is_packable
+from pelton.worker.kernels.cpu.weight_cache import open_weight_cache
 from pelton.worker.kernels.ops import AttentionShape
 from pelton.worker.kernels.reference import ReferenceKernels
 
-_FORMATS = frozenset(pelton_cpu.FORMATS)
-_GROUP = 32  # inputs
 _PANEL = 32  # outputs
 _LARGE_VALUES = 1 << 20
 _KV_TYPES = (torch.float32, torch.bfloat16)
-
-
-def is_packable(tensor: WeightTensor) -> bool:
-    """Whether there is a native kernel for a matrix of this format and width."""
-    return tensor.format in _FORMATS and tensor.shape[-1] % _GROUP == 0
 
 
 class NativeLoader:
@@ -42,9 +39,7 @@ class NativeLoader:
             return self._dense.load(tensors)
         weight = pelton_cpu.LinearWeight(in_features)
         for tensor in tensors:
-            weight.add(
-                self._kernels.runtime, tensor.format, tensor.shape[0], tensor.data.ctypes.data, tensor.data.nbytes
-            )
+            self._kernels.packed_weights.add_to(weight, tensor)
         return weight
 
 
@@ -56,10 +51,17 @@ class NativeKernels(ReferenceKernels):
     def __init__(self, num_threads: int, isa: str | None = None, cpus: Sequence[int] = ()) -> None:
         self.runtime = pelton_cpu.Runtime(isa, num_threads, list(cpus))
         self.name = f"native ({self.runtime.isa})"
+        self.packed_weights = PackedWeights(self.runtime)
         self._large: dict[int, torch.Tensor] = {}
 
     def make_linear_loader(self, dtype: torch.dtype) -> NativeLoader:  # type: ignore[override]
         return NativeLoader(self, dtype)
+
+    @contextmanager
+    def weight_cache(self, files: ModelFiles, path: Path | None) -> Iterator[None]:
+        with open_weight_cache(self.runtime, files, path) as self.packed_weights:
+            yield
+        self.packed_weights = PackedWeights(self.runtime)
 
     def num_weight_bytes(self, tensor: WeightTensor, dtype: torch.dtype) -> int:
         if dtype is not torch.float32 or not is_packable(tensor):
