@@ -20,7 +20,7 @@ from pelton.worker.config import WorkerConfig
 
 # Parts are imported where they are joined: each process loads only its own.
 if TYPE_CHECKING:
-    from fastapi import FastAPI
+    from starlette.applications import Starlette
 
     from pelton.core.protocols import TokenDecoder
     from pelton.engine.client import EngineClient
@@ -136,7 +136,7 @@ def serve(config: PeltonConfig) -> int:
     return run_server(partial(build_app, config, path, client), client, config.server)
 
 
-def build_app(config: PeltonConfig, path: Path, client: EngineClient) -> FastAPI:
+def build_app(config: PeltonConfig, path: Path, client: EngineClient) -> Starlette:
     """The HTTP application over `client`, for the model at `path`."""
     from pelton.serving.app import create_app
     from pelton.serving.context import ModelCard
