@@ -14,14 +14,16 @@ N query heads, K key-value heads, D head size, B blocks in a table, I and O in a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from pelton.core.errors import ConfigError
-from pelton.weights.tensors import WeightTensor
+from pelton.weights.tensors import ModelFiles, WeightTensor
 from pelton.worker.config import require_torch
 from pelton.worker.forward_batch import ForwardBatch
 
@@ -185,6 +187,11 @@ class Kernels(Ops, Protocol):
         ...
 
     def make_linear_loader(self) -> LinearLoader: ...
+
+    def weight_cache(self, files: ModelFiles, path: Path | None) -> AbstractContextManager[None]:
+        """Within it, loaders map weights of `files` that an earlier start left at `path` in the backend's layout,
+        or leave theirs there. A cache that is off (None), or cannot be read or written, costs time, never a start."""
+        ...
 
     def from_numpy(self, values: npt.NDArray[Any]) -> Array:
         """The same numbers in the same type; may share the memory."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from pelton.weights.tensors import WeightTensor
+from pelton.weights.tensors import ModelFiles, WeightTensor
 from pelton.worker.kernels.eager import EagerProgram
 from pelton.worker.kernels.ops import DTYPE_BYTES, AttentionShape, Forward, LayerCache
 from pelton.worker.kernels.reference.activation import gelu_tanh_mul, silu_mul, softcap
@@ -68,6 +70,11 @@ class ReferenceKernels:
         self, model: Forward, shapes: Sequence[AttentionShape], caches: Sequence[LayerCache]
     ) -> ReferenceProgram:
         return ReferenceProgram(self, model, shapes, caches)
+
+    def weight_cache(self, files: ModelFiles, path: Path | None) -> AbstractContextManager[None]:
+        """Nothing is kept."""
+        del files, path
+        return nullcontext()
 
     linear = staticmethod(linear)
     rms_norm = staticmethod(rms_norm)
