@@ -12,7 +12,7 @@ N query heads, K key-value heads, D head size, B blocks in a table, I and O in a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ import torch
 
 from pelton.core.errors import ConfigError
 from pelton.weights.tensors import WeightTensor
+from pelton.worker.sampling.sampler import Sampler
 
 
 class LinearLoader(Protocol):
@@ -131,6 +132,10 @@ class Kernels(Protocol):
 
     def softcap(self, x: torch.Tensor, cap: float) -> torch.Tensor:
         """cap * tanh(x / cap)."""
+        ...
+
+    def make_sampler(self, vocab_size: int, eos_token_ids: Iterable[int]) -> Sampler:
+        """Chooser of tokens; it bans `eos_token_ids` until a request's `min_tokens`."""
         ...
 
 

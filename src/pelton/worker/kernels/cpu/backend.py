@@ -6,13 +6,14 @@ group of 32, as they enter a product. What has no native kernel falls back on th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
 from pelton.weights.tensors import WeightTensor
 from pelton.worker.kernels.cpu import pelton_cpu
+from pelton.worker.kernels.cpu.sampler import NativeSampler
 from pelton.worker.kernels.ops import AttentionShape
 from pelton.worker.kernels.reference import ReferenceKernels
 
@@ -158,6 +159,9 @@ class NativeKernels(ReferenceKernels):
             key_cache.shape[0] * key_cache.shape[1],
         )
         return query
+
+    def make_sampler(self, vocab_size: int, eos_token_ids: Iterable[int]) -> NativeSampler:
+        return NativeSampler(self.runtime, vocab_size, eos_token_ids)
 
     def paged_attention(  # type: ignore[override]
         self,

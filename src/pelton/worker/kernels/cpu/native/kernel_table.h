@@ -40,8 +40,11 @@ struct KernelTable {
     void (*attend_head)(const AttentionShape& shape, const AttentionRequest& request, const void* keys,
                         const void* values, int kv_head, int first_token, int num_tokens, float* scratch);
 
-    // Index of the largest; the lowest of equals; -1 where any value is NaN.
-    int64_t (*argmax_row)(const float* x, int64_t size);
+    // Passes over a row of logits: see sampling_rows.h.
+    float (*block_maxima)(const float* x, int64_t size, float* maxima);
+    void (*block_weights)(const float* x, int64_t size, float greatest, float inverse_temperature, int64_t* weights);
+    int64_t (*num_above)(const float* x, int64_t size, int64_t index);
+    void (*mask_row)(float* x, int64_t size, const uint32_t* words);
 };
 
 // Weights as bytes [groups][8 k4][2 halves][64 lanes], then scales and minima [groups][...][32] float32.

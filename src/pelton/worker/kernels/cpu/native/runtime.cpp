@@ -143,8 +143,4 @@ void Runtime::attend(const AttentionShape& shape, std::span<const AttentionReque
     });
 }
 
-void Runtime::argmax(const float* logits, int num_rows, int64_t size, int64_t* out) {
-    pool_.run(num_rows, [&](int row, int) { out[row] = kernels_.argmax_row(logits + row * size, size); });
-}
-
 }  // namespace pelton

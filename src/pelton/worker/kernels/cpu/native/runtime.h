@@ -76,8 +76,6 @@ public:
     void attend(const AttentionShape& shape, std::span<const AttentionRequest> requests, const void* key_cache,
                 const void* value_cache);
 
-    void argmax(const float* logits, int num_rows, int64_t size, int64_t* out);
-
 private:
     const KernelTable& kernels_;
     ThreadPool pool_;
