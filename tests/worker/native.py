@@ -81,7 +81,7 @@ def on_tensors(isa: str, num_threads: int = 1) -> OnTensors:
 
 def uses_tiles(kernels: NativeKernels | OnTensors) -> bool:
     """Products of bfloat16; elsewhere activations have 8 bits."""
-    return kernels.runtime.isa == "amx"
+    return bool(kernels.runtime.isa == "amx")
 
 
 def random_packed(format_name: str, num_outputs: int, num_inputs: int, seed: int = 0) -> WeightTensor:

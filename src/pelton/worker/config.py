@@ -24,6 +24,8 @@ class WorkerConfig:
     kernel_backend: str = setting(
         "auto", "kernels to run; auto: the fastest for the dtype", choices=("auto", "native", "reference")
     )
+    enable_weight_cache: bool = setting(True, "keep repacked weights on disk, for later starts to map")
+    weight_cache_dir: str | None = setting(None, "where they are kept; default: .packed beside the pulled models")
     threads: int | None = setting(None, "compute threads; default: the cores this process may use")
 
     def __post_init__(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from pelton.core.errors import ConfigError
 from pelton.core.events import EngineInfo
@@ -16,6 +17,7 @@ from pelton.core.model_spec import ModelSpec
 from pelton.core.protocols import Executor
 from pelton.engine.config import EngineConfig
 from pelton.weights.config import ModelConfig
+from pelton.weights.packed_files import packed_folder, packed_path
 from pelton.weights.tensors import ModelFiles
 from pelton.worker.config import WorkerConfig
 from pelton.worker.executors.host_resources import num_available_cores, num_available_memory_bytes
@@ -50,10 +52,11 @@ def build_executor(
     num_threads = worker_config.threads or num_available_cores()
     kernels = make_kernels(worker_config.kernel_backend, dtype, num_threads)
     kv_dtype = _resolve_kv_dtype(worker_config.kv_cache_dtype, kernels)
-    model = _load(files, model_config, kernels)
+    model = _load(files, model_config, worker_config, kernels)
     plan = plan_kv_cache(spec, engine_config, DTYPE_BYTES[kv_dtype], num_available_memory_bytes())
     kv = _allocate_kv(spec, plan, engine_config.block_size, kv_dtype, kernels)
-    runner = ModelRunner(model, kv, block_size=engine_config.block_size, eos_token_ids=eos_token_ids)
+    sampler = kernels.make_sampler(spec.vocab_size, eos_token_ids)
+    runner = ModelRunner(model, kv, sampler, block_size=engine_config.block_size)
     info = EngineInfo(
         max_model_len=plan.max_model_len,
         num_blocks=plan.num_blocks,
@@ -82,9 +85,16 @@ def _resolve_kv_dtype(name: str, kernels: Kernels) -> str:
     return name
 
 
-def _load(files: ModelFiles, config: ModelConfig, kernels: Kernels) -> Model:
+def _weight_cache_path(files: ModelFiles, model_config: ModelConfig, config: WorkerConfig) -> Path | None:
+    if not config.enable_weight_cache:
+        return None
+    folder = Path(config.weight_cache_dir).expanduser() if config.weight_cache_dir else packed_folder(model_config)
+    return packed_path(folder, files.path)
+
+
+def _load(files: ModelFiles, model_config: ModelConfig, worker_config: WorkerConfig, kernels: Kernels) -> Model:
     """Checked by size first: Linux grants memory that it does not have, and kills the process later."""
-    if config.load_format == "dummy":
+    if model_config.load_format == "dummy":
         return make_dummy_model(files.spec, kernels)
     num_bytes = sum(kernels.num_weight_bytes(files.tensor(name)) for name in files.tensor_names())
     num_free = num_available_memory_bytes()
@@ -94,9 +104,12 @@ def _load(files: ModelFiles, config: ModelConfig, kernels: Kernels) -> Model:
             f"the weights take {size}, but {_gib(num_free)} are free: use a smaller model or --dtype bfloat16"
         )
     try:
-        return load_model(files, kernels)
+        with kernels.weight_cache(files, _weight_cache_path(files, model_config, worker_config)):
+            model = load_model(files, kernels)
     except MemoryError as error:
         raise ConfigError(f"out of memory while loading the weights ({size})") from error
+    files.drop_pages()
+    return model
 
 
 def _allocate_kv(spec: ModelSpec, plan: KVPlan, block_size: int, dtype: str, kernels: Kernels) -> KVStorage:

@@ -13,17 +13,20 @@ N query heads, K key-value heads, D head size, B blocks in a table, I and O in a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from pelton.core.errors import ConfigError
-from pelton.weights.tensors import WeightTensor
+from pelton.weights.tensors import ModelFiles, WeightTensor
 from pelton.worker.config import require_torch
 from pelton.worker.forward_batch import ForwardBatch
+from pelton.worker.sampling.sampler import Sampler
 
 # numpy.ndarray for native kernels, torch.Tensor for the reference, or a value that is being recorded.
 Array = Any
@@ -186,6 +189,11 @@ class Kernels(Ops, Protocol):
 
     def make_linear_loader(self) -> LinearLoader: ...
 
+    def weight_cache(self, files: ModelFiles, path: Path | None) -> AbstractContextManager[None]:
+        """Within it, loaders map weights of `files` that an earlier start left at `path` in the backend's layout,
+        or leave theirs there. A cache that is off (None), or cannot be read or written, costs time, never a start."""
+        ...
+
     def from_numpy(self, values: npt.NDArray[Any]) -> Array:
         """The same numbers in the same type; may share the memory."""
         ...
@@ -214,6 +222,10 @@ class Kernels(Ops, Protocol):
 
     def compile(self, model: Forward, shapes: Sequence[AttentionShape], caches: Sequence[LayerCache]) -> Program:
         """`model` over `caches`, one per layer; `shapes` are those of the KV groups."""
+        ...
+
+    def make_sampler(self, vocab_size: int, eos_token_ids: Iterable[int]) -> Sampler:
+        """Chooser of tokens; it bans `eos_token_ids` until a request's `min_tokens`."""
         ...
 
 

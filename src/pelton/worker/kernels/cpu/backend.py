@@ -8,14 +8,16 @@ A step runs as a recorded program (`program.py`); the ops here, one call each, a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pelton.weights.dequantize import dequantize
-from pelton.weights.tensors import WeightTensor
+from pelton.weights.tensors import ModelFiles, WeightTensor
 from pelton.worker.kernels.cpu import pelton_cpu
 from pelton.worker.kernels.cpu.arrays import (
     KV_TYPES,
@@ -27,25 +29,21 @@ from pelton.worker.kernels.cpu.arrays import (
     is_bfloat16,
     native_shape,
 )
+from pelton.worker.kernels.cpu.packed_weights import PackedWeights, is_packable
 from pelton.worker.kernels.cpu.program import NativeProgram
+from pelton.worker.kernels.cpu.sampler import NativeSampler
+from pelton.worker.kernels.cpu.weight_cache import open_weight_cache
 from pelton.worker.kernels.ops import AttentionShape, Forward, LayerCache
 
-_FORMATS = frozenset(pelton_cpu.FORMATS)
-_GROUP = 32  # inputs
 _PANEL = 32  # outputs
 _DECODED_ROWS = 32 * _PANEL  # of a matrix at once
-
-
-def is_packable(tensor: WeightTensor) -> bool:
-    """Whether there is a native kernel for a matrix of this format and width."""
-    return tensor.format in _FORMATS and tensor.shape[-1] % _GROUP == 0
 
 
 class NativeLoader:
     """Implements `ops.LinearLoader`."""
 
-    def __init__(self, runtime: pelton_cpu.Runtime) -> None:
-        self._runtime = runtime
+    def __init__(self, packed_weights: PackedWeights) -> None:
+        self._packed_weights = packed_weights
 
     def load(self, tensors: Sequence[WeightTensor]) -> pelton_cpu.LinearWeight | pelton_cpu.DenseWeight:
         in_features = tensors[0].shape[1]
@@ -53,7 +51,7 @@ class NativeLoader:
             return _load_dense(tensors, in_features)
         weight = pelton_cpu.LinearWeight(in_features)
         for tensor in tensors:
-            weight.add(self._runtime, tensor.format, tensor.shape[0], address(tensor.data), tensor.data.nbytes)
+            self._packed_weights.add_to(weight, tensor)
         return weight
 
 
@@ -77,9 +75,16 @@ class NativeKernels:
     def __init__(self, num_threads: int, isa: str | None = None, cpus: Sequence[int] = ()) -> None:
         self.runtime = pelton_cpu.Runtime(isa, num_threads, list(cpus))
         self.name = f"native ({self.runtime.isa})"
+        self.packed_weights = PackedWeights(self.runtime)
 
     def make_linear_loader(self) -> NativeLoader:
-        return NativeLoader(self.runtime)
+        return NativeLoader(self.packed_weights)
+
+    @contextmanager
+    def weight_cache(self, files: ModelFiles, path: Path | None) -> Iterator[None]:
+        with open_weight_cache(self.runtime, files, path) as self.packed_weights:
+            yield
+        self.packed_weights = PackedWeights(self.runtime)
 
     def num_weight_bytes(self, tensor: WeightTensor) -> int:
         if not tensor.shape or not is_packable(tensor):
@@ -183,6 +188,9 @@ class NativeKernels:
             key_cache.shape[0] * key_cache.shape[1],
         )
         return query
+
+    def make_sampler(self, vocab_size: int, eos_token_ids: Iterable[int]) -> NativeSampler:
+        return NativeSampler(self.runtime, vocab_size, eos_token_ids)
 
     def paged_attention(
         self,

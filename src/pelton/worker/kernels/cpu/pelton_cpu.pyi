@@ -8,9 +8,32 @@ import numpy.typing as npt
 
 FORMATS: list[str]
 
+def packed_num_bytes(format: str, num_outputs: int, num_inputs: int) -> int: ...
+
+class WeightMemory:
+    def __init__(self, num_bytes: int) -> None: ...
+    @staticmethod
+    def map(file: int, num_bytes: int) -> WeightMemory: ...
+    @property
+    def address(self) -> int: ...
+    @property
+    def num_bytes(self) -> int: ...
+    def replace_with(self, file: int, num_bytes: int) -> None: ...
+    def prefetch(self) -> None: ...
+
 class LinearWeight:
     def __init__(self, num_inputs: int) -> None: ...
-    def add(self, runtime: Runtime, format: str, num_outputs: int, data: int, num_bytes: int) -> None: ...
+    def add(
+        self,
+        runtime: Runtime,
+        format: str,
+        num_outputs: int,
+        data: int,
+        num_bytes: int,
+        memory: WeightMemory | None = None,
+        offset: int = 0,
+    ) -> None: ...
+    def add_packed(self, format: str, num_outputs: int, memory: WeightMemory, offset: int) -> None: ...
     @property
     def num_inputs(self) -> int: ...
     @property
@@ -80,7 +103,6 @@ class Runtime:
         values: int,
         out: int,
     ) -> None: ...
-    def argmax(self, logits: int, num_rows: int, size: int, out: int) -> None: ...
 
 class Program:
     def __init__(
@@ -102,3 +124,30 @@ class Program:
     def run_rows(
         self, hidden: npt.NDArray[np.float32], rows: npt.NDArray[np.int64], result: npt.NDArray[np.float32]
     ) -> None: ...
+
+class SamplingRow:
+    def __init__(
+        self,
+        vocab_size: int,
+        *,
+        temperature: float,
+        filters: tuple[int, float, float],
+        seed: int,
+        penalties: tuple[float, float, float],
+        bias: Sequence[tuple[int, float]],
+        allowed: Sequence[int] | None,
+        banned: Sequence[int],
+        stops: tuple[int, Sequence[int]],
+        num_logprobs: int,
+    ) -> None: ...
+    def add_prompt(self, token_ids: Sequence[int]) -> None: ...
+    def add_output(self, token_ids: Sequence[int]) -> None: ...
+
+_Logprobs = tuple[int, float, int, list[tuple[int, float]]]
+
+class Sampler:
+    def __init__(self, runtime: Runtime, vocab_size: int) -> None: ...
+    def sample(
+        self, logits: int, rows: Sequence[SamplingRow], positions: Sequence[int], masks: Sequence[int]
+    ) -> tuple[list[int], list[tuple[int, _Logprobs]]]: ...
+    def token_logprobs(self, logits: int, token_ids: Sequence[int], num_top: int) -> list[_Logprobs] | None: ...

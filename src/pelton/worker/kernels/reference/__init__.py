@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from pelton.weights.tensors import WeightTensor
+from pelton.weights.tensors import ModelFiles, WeightTensor
 from pelton.worker.kernels.eager import EagerProgram
 from pelton.worker.kernels.ops import DTYPE_BYTES, AttentionShape, Forward, LayerCache
 from pelton.worker.kernels.reference.activation import gelu_tanh_mul, silu_mul, softcap
@@ -21,6 +23,8 @@ from pelton.worker.kernels.reference.embedding import embedding
 from pelton.worker.kernels.reference.linear import DenseLoader, linear
 from pelton.worker.kernels.reference.norm import add_rms_norm, rms_norm
 from pelton.worker.kernels.reference.rotary import rotate_and_store, split_heads
+from pelton.worker.sampling.reference import ReferenceSampler
+from pelton.worker.sampling.sampler import Sampler
 
 
 class ReferenceKernels:
@@ -69,6 +73,11 @@ class ReferenceKernels:
     ) -> ReferenceProgram:
         return ReferenceProgram(self, model, shapes, caches)
 
+    def weight_cache(self, files: ModelFiles, path: Path | None) -> AbstractContextManager[None]:
+        """Nothing is kept."""
+        del files, path
+        return nullcontext()
+
     linear = staticmethod(linear)
     rms_norm = staticmethod(rms_norm)
     add_rms_norm = staticmethod(add_rms_norm)
@@ -79,6 +88,9 @@ class ReferenceKernels:
     silu_mul = staticmethod(silu_mul)
     gelu_tanh_mul = staticmethod(gelu_tanh_mul)
     softcap = staticmethod(softcap)
+
+    def make_sampler(self, vocab_size: int, eos_token_ids: Iterable[int]) -> Sampler:
+        return ReferenceSampler(vocab_size, eos_token_ids)
 
 
 class ReferenceProgram(EagerProgram):

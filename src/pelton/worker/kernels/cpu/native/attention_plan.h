@@ -31,6 +31,7 @@ public:
             }
         }
         std::vector<AttentionSchedule::Request> requests;
+        requests.reserve(num_requests);
         for (int64_t row = 0; row < num_requests; ++row) {
             requests.push_back({static_cast<int>(starts_[row + 1] - starts_[row]), static_cast<int>(seq_lens_[row]),
                                 block_tables_.data() + row * num_columns});
