@@ -41,13 +41,14 @@ def samplings() -> list[SamplingParams]:
 @pytest.fixture(scope="module")
 def alone(
     default_model_path: Path, prompts: list[str], samplings: list[SamplingParams]
-) -> Callable[[str], list[list[int]]]:
-    """By kernel backend: each request by itself, its prompt in one piece, nothing cached."""
+) -> Callable[[str, int], list[list[int]]]:
+    """By kernel backend and block size, which may choose a kernel (tiles take blocks of 16 and more): each request
+    by itself, its prompt in one piece, nothing cached."""
 
     @cache
-    def generate(backend: str) -> list[list[int]]:
+    def generate(backend: str, block_size: int) -> list[list[int]]:
         settings = {"max_model_len": 512, "max_num_batched_tokens": 512, "enable_prefix_caching": False}
-        with LLM(str(default_model_path), kernel_backend=backend, **settings) as llm:
+        with LLM(str(default_model_path), kernel_backend=backend, block_size=block_size, **settings) as llm:
             return [
                 llm.generate(prompt, sampling)[0].sequences[0].token_ids
                 for prompt, sampling in zip(*_streams(backend, prompts, samplings), strict=True)
@@ -86,18 +87,19 @@ def test_together_as_alone(
     backend: str,
     prompts: list[str],
     samplings: list[SamplingParams],
-    alone: Callable[[str], list[list[int]]],
+    alone: Callable[[str, int], list[list[int]]],
     name: str,
 ) -> None:
     settings = {"max_model_len": 512, "max_num_seqs": 64, "kernel_backend": backend} | SETTINGS[name]
     prompts, samplings = _streams(backend, prompts, samplings)
+    expected = alone(backend, settings.get("block_size", 16))
     with LLM(str(default_model_path), **settings) as llm:
         together = [answer.sequences[0].token_ids for answer in llm.generate(prompts, samplings)]
         assert llm.stats.num_blocks_used == 0
         if name == "preempted":
             assert llm.stats.num_preemptions_total > 0
-        assert together == alone(backend)
+        assert together == expected
         if settings.get("enable_prefix_caching", True):
             again = llm.generate(prompts, samplings)
-            assert [answer.sequences[0].token_ids for answer in again] == alone(backend)
+            assert [answer.sequences[0].token_ids for answer in again] == expected
             assert sum(answer.num_cached_tokens for answer in again) > 0
