@@ -15,6 +15,7 @@ from pelton.core.errors import PeltonError
 from pelton.serving.context import LOG_KEY
 from pelton.serving.errors import ClientDisconnectedError, HTTPProblemError, error_response
 from pelton.serving.metrics import ServerMetrics
+from pelton.serving.sse import SERVER_SEND
 
 # Probes carry no key; everything else does, where one is set.
 OPEN_PATHS = frozenset({"/live", "/ready", "/health"})
@@ -39,6 +40,7 @@ class RequestMiddleware:
         if not _REQUEST_ID.fullmatch(request_id):
             request_id = uuid.uuid4().hex
         status = 0
+        scope[SERVER_SEND] = send
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
