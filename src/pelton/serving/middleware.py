@@ -24,6 +24,16 @@ _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _log = structlog.get_logger("pelton.access")
 
 
+def with_server_send(app: ASGIApp) -> ASGIApp:
+    """Outermost: lets streams write past all other layers. See `SERVER_SEND`."""
+
+    async def call(scope: Scope, receive: Receive, send: Send) -> None:
+        scope[SERVER_SEND] = send
+        await app(scope, receive, send)
+
+    return call
+
+
 class RequestMiddleware:
     def __init__(self, app: ASGIApp, *, api_key: str | None, metrics: ServerMetrics) -> None:
         self._app = app
@@ -40,7 +50,6 @@ class RequestMiddleware:
         if not _REQUEST_ID.fullmatch(request_id):
             request_id = uuid.uuid4().hex
         status = 0
-        scope[SERVER_SEND] = send
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
