@@ -60,7 +60,7 @@ class PeltonConfig:
 
 
 def build_engine(config: PeltonConfig, decoder: TokenDecoder | None = None) -> Engine:
-    """Load the model and join scheduler, KV manager and executor. Imports torch.
+    """Load the model and join scheduler, KV manager and executor.
 
     `decoder` is the model's, where the caller has it already.
     """
@@ -181,11 +181,13 @@ def model_name(model: str) -> str:
 
 
 def describe_worker(config: WorkerConfig) -> dict[str, Any]:
-    """What the worker's settings come to on this machine. Imports torch."""
+    """What the worker's settings come to on this machine."""
     from pelton.worker.executors.host_resources import num_available_cores
     from pelton.worker.kernels.ops import make_kernels
 
     return {
-        "kernel_backend": make_kernels(config.kernel_backend).name,
+        "kernel_backend": make_kernels(
+            config.kernel_backend, "float32" if config.dtype == "auto" else config.dtype
+        ).name,
         "threads": config.threads or num_available_cores(),
     }

@@ -149,8 +149,8 @@ void check_rows(std::vector<Runtime*> runtimes) {
 
 void check_attention(std::vector<Runtime*> runtimes, KVType kv_type, AttentionShape shape) {
     shape.kv_type = kv_type;
-    const int num_tokens[] = {1, 40, 33, 2}, seq_lens[] = {129, 40, 100, 65};
-    const int dim = shape.head_dim, width = (129 + shape.block_size - 1) / shape.block_size;
+    const int num_tokens[] = {1, 40, 33, 2}, seq_lens[] = {529, 40, 100, 265};
+    const int dim = shape.head_dim, width = (529 + shape.block_size - 1) / shape.block_size;
     const int64_t num_blocks = 4 * width;
     const size_t row = static_cast<size_t>(shape.num_kv_heads) * dim;
     const size_t cache_bytes = num_blocks * shape.block_size * row * (kv_type == KVType::F32 ? 4 : 2);
@@ -182,7 +182,11 @@ void check_attention(std::vector<Runtime*> runtimes, KVType kv_type, AttentionSh
                                 num_tokens[i], seq_lens[i], tables.data() + i * width});
             token += num_tokens[i];
         }
-        runtime->attend(shape, requests, keys.data(), values.data());
+        std::vector<AttentionSchedule::Request> scheduled;
+        for (const auto& request : requests) {
+            scheduled.push_back({request.num_tokens, request.seq_len, request.block_table});
+        }
+        runtime->attend(shape, requests, AttentionSchedule(shape, scheduled), keys.data(), values.data());
         if (runtime == runtimes.front()) first = out;
         if (!same_bits(first, out)) fail("attention depends on the threads");
         for (float value : out) {
@@ -217,7 +221,7 @@ void check(const char* isa) {
 }  // namespace pelton
 
 int main() {
-    for (const char* isa : {"portable", "avx2", "avx512"}) pelton::check(isa);
+    for (const char* isa : {"portable", "avx2", "avx512", "amx"}) pelton::check(isa);
     if (pelton::find_kernels("avx512") != nullptr && !pelton::check_bf16_attention()) {
         std::fprintf(stderr, "products of bfloat16 pairs are off\n");
         return 1;

@@ -20,7 +20,7 @@ from pelton.weights.model_files import open_model
 from pelton.weights.tensors import ModelFiles
 from pelton.weights.tokenizer import load_tokenizer
 from pelton.worker.models.registry import Model, load_model
-from tests.worker.tiny_models import PagedModel
+from tests.worker.tiny_models import REFERENCE, PagedModel
 
 pytestmark = [pytest.mark.torch, pytest.mark.model]
 
@@ -43,7 +43,7 @@ def model_path(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture(scope="module")
 def model(model_path: Path) -> Model:
-    return load_model(open_model(model_path), torch.float32)
+    return load_model(open_model(model_path), REFERENCE)
 
 
 @pytest.fixture(scope="module")
@@ -135,11 +135,12 @@ def test_chunks_and_company_give_the_same_bits(model: Model, prompts: list[list[
 
 
 _MEMORY_PROBE = """
-import sys, torch
+import sys
 from pathlib import Path
 from pelton.weights.catalog import resolve_model
 from pelton.weights.config import ModelConfig
 from pelton.weights.model_files import open_model
+from pelton.worker.kernels.ops import make_kernels
 from pelton.worker.models.registry import load_model
 
 def memory(key):
@@ -147,8 +148,9 @@ def memory(key):
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith(key))
 
 files = open_model(Path(sys.argv[1]))
+kernels = make_kernels("reference")
 before = memory("RssAnon:")
-model = load_model(files, torch.float32)
+model = load_model(files, kernels)
 print(memory("RssAnon:") - before, memory("VmHWM:") - before)
 """
 

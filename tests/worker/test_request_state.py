@@ -8,8 +8,6 @@ from pelton.core.batch import PENDING_TOKEN_ID, RequestContext, ScheduledBatch, 
 from pelton.core.sampling_params import SamplingParams
 from pelton.worker.request_state import RequestState, RequestStates
 
-pytestmark = pytest.mark.torch
-
 GREEDY = SamplingParams(temperature=0.0)
 
 

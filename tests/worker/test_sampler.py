@@ -43,7 +43,7 @@ def make_state(
 
 
 def sample_one(row: torch.Tensor, state: RequestState) -> Sample:
-    return sample(row.clone().unsqueeze(0), [state])[0]
+    return sample(row.clone().unsqueeze(0).numpy(), [state])[0]
 
 
 def reference_distribution(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
@@ -194,7 +194,7 @@ def test_a_row_does_not_depend_on_its_batch(vocab_size: int) -> None:
     for shift in range(len(MIXED)):
         order = [(i + shift) % len(MIXED) for i in range(len(MIXED))][: len(MIXED) - shift // 2]
         fresh = states()
-        together = sample(logits[order].clone(), [fresh[i] for i in order])
+        together = sample(logits[order].numpy(), [fresh[i] for i in order])
         assert together == [alone[i] for i in order]
 
 
@@ -214,7 +214,7 @@ def test_greedy_ties_go_to_the_lowest_id() -> None:
     logits[1, [70, 200]] = 2.0
     logits[2, [299]] = 1.0
     greedy = make_state(SamplingParams(temperature=0.0), 300)
-    assert [answer.token_id for answer in sample(logits, [greedy] * 3)] == [0, 70, 299]
+    assert [answer.token_id for answer in sample(logits.numpy(), [greedy] * 3)] == [0, 70, 299]
 
 
 def edited(
@@ -325,7 +325,7 @@ def test_one_bad_row_fails_alone(bad: list[float], params: SamplingParams, words
     logits[1, : len(bad)] = torch.tensor(bad)
     good = SamplingParams(temperature=0.0)
     prompt = (0,)
-    answers = sample(logits.clone(), [make_state(p, 50, prompt) for p in (good, params, good)])
+    answers = sample(logits.clone().numpy(), [make_state(p, 50, prompt) for p in (good, params, good)])
     assert words in (answers[1].problem or "")
     assert [answers[i].token_id for i in (0, 2)] == [int(logits[i].argmax()) for i in (0, 2)]
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
+import numpy.typing as npt
 
 from pelton.core.output import TokenLogprobs
 from pelton.worker.request_state import RequestState
@@ -29,7 +29,7 @@ class Sample:
     problem: str | None = None
 
 
-def sample(logits: torch.Tensor, states: Sequence[RequestState]) -> list[Sample]:
+def sample(logits: npt.NDArray[np.float32], states: Sequence[RequestState]) -> list[Sample]:
     """One `Sample` per row of `logits` [S, V] float32, which may be edited in place.
 
     Rows are handled one by one in numpy, on one thread: a row's answer is a function of that row and
@@ -37,7 +37,7 @@ def sample(logits: torch.Tensor, states: Sequence[RequestState]) -> list[Sample]
     """
     # An overflow is looked for in the result, and an underflow is a weight of 0.
     with np.errstate(all="ignore"):
-        return [_sample_row(row, state) for row, state in zip(logits.numpy(), states, strict=True)]
+        return [_sample_row(row, state) for row, state in zip(logits, states, strict=True)]
 
 
 def _sample_row(row: Row, state: RequestState) -> Sample:

@@ -1,6 +1,10 @@
-"""The native module, built from native/module.cpp. Tensors are passed as addresses."""
+"""The native module, built from native/module.cpp. Arrays are passed as addresses."""
 
 from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 FORMATS: list[str]
 
@@ -37,6 +41,19 @@ class LinearWeight:
     @property
     def num_bytes(self) -> int: ...
 
+class DenseWeight:
+    def __init__(self, num_inputs: int, num_outputs: int) -> None: ...
+    def set_rows(self, first_output: int, num_rows: int, values: int) -> None: ...
+    @property
+    def num_inputs(self) -> int: ...
+    @property
+    def num_outputs(self) -> int: ...
+
+class EmbeddingTable:
+    def __init__(self, format: str, data: int, num_bytes: int, num_rows: int, width: int, scale: float) -> None: ...
+    @property
+    def width(self) -> int: ...
+
 class AttentionPlan:
     def __init__(
         self,
@@ -46,9 +63,10 @@ class AttentionPlan:
         block_size: int,
         sliding_window: int,
         bf16: bool,
-        requests: Sequence[tuple[int, int, int, int]],
+        query_start_loc: int,
+        seq_lens: int,
+        num_requests: int,
         block_tables: int,
-        num_rows: int,
         num_columns: int,
     ) -> None: ...
 
@@ -58,14 +76,16 @@ class Runtime:
     def isa(self) -> str: ...
     @property
     def num_threads(self) -> int: ...
-    def linear(self, weight: LinearWeight, x: int, num_rows: int, bias: int, out: int) -> None: ...
+    def linear(self, weight: LinearWeight | DenseWeight, x: int, num_rows: int, bias: int, out: int) -> None: ...
+    def embedding(self, table: EmbeddingTable, token_ids: int, num_tokens: int, out: int) -> None: ...
+    def softcap(self, x: int, num_rows: int, size: int, cap: float) -> None: ...
     def rms_norm(self, x: int, residual: int, weight: int, num_rows: int, size: int, eps: float, out: int) -> None: ...
     def gated(self, gelu: bool, gate_up: int, num_rows: int, size: int, out: int) -> None: ...
     def rotate_and_store(
         self,
-        heads: tuple[int, int, int, bool],
+        heads: tuple[int, int, int, int, bool],
         tokens: tuple[int, int, int, int, int],
-        rows: tuple[int, int, int, int, int, int],
+        rows: tuple[int, ...],
         key_cache: int,
         value_cache: int,
         num_slots: int,
@@ -84,3 +104,22 @@ class Runtime:
         out: int,
     ) -> None: ...
     def argmax(self, logits: int, num_rows: int, size: int, out: int) -> None: ...
+
+class Program:
+    def __init__(
+        self, runtime: Runtime, groups: Sequence[tuple[int, int, int, int, int, bool]], num_blocks: int
+    ) -> None: ...
+    def add_slot(self, width: int) -> int: ...
+    # And one method per op, called by name from program.py.
+    def __getattr__(self, op: str) -> Any: ...
+    def run_step(
+        self,
+        token_ids: npt.NDArray[np.int64],
+        query_start_loc: npt.NDArray[np.int64],
+        seq_lens: npt.NDArray[np.int64],
+        groups: Sequence[tuple[npt.NDArray[Any], ...]],
+        result: npt.NDArray[np.float32],
+    ) -> None: ...
+    def run_rows(
+        self, hidden: npt.NDArray[np.float32], rows: npt.NDArray[np.int64], result: npt.NDArray[np.float32]
+    ) -> None: ...

@@ -4,7 +4,9 @@
 
 #include <cmath>
 
+#define PELTON_ISA avx512
 #include "attention_avx512.h"
+#include "dense_generic.h"
 #include "kernel_table.h"
 #include "linear_avx512.h"
 
@@ -127,12 +129,22 @@ int64_t argmax_row(const float* x, int64_t size) {
     return i;
 }
 
+void softcap_row(float* x, int64_t size, float cap) {
+    const __m512 wide_cap = _mm512_set1_ps(cap);
+    for (int64_t i = 0; i < size; i += 16) {
+        const __mmask16 mask = size - i >= 16 ? 0xffff : static_cast<__mmask16>((1u << (size - i)) - 1);
+        const __m512 value = _mm512_div_ps(_mm512_maskz_loadu_ps(mask, x + i), wide_cap);
+        _mm512_mask_storeu_ps(x + i, mask, _mm512_mul_ps(wide_cap, tanh_of(value)));
+    }
+}
+
 }  // namespace avx512
 
 const KernelTable& avx512_kernels() {
     using namespace avx512;
     static const KernelTable table = {"avx512",     quantize_row, linear_panel, rms_norm_row, silu_mul_row,
-                                      gelu_tanh_mul_row, rotate_head,  store_kv,     attend_head,  argmax_row};
+                                      gelu_tanh_mul_row, rotate_head,  store_kv,     attend_head,  argmax_row,
+                                      softcap_row,  dense_panel};
     return table;
 }
 

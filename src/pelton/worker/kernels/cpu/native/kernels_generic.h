@@ -7,6 +7,7 @@
 #include <cstring>
 #include <limits>
 
+#include "dense_generic.h"
 #include "float16.h"
 #include "kernel_table.h"
 #include "quantized_group.h"
@@ -234,9 +235,13 @@ inline int64_t argmax_row(const float* x, int64_t size) {
     return best;
 }
 
+inline void softcap_row(float* x, int64_t size, float cap) {
+    for (int64_t i = 0; i < size; ++i) x[i] = cap * std::tanh(x[i] / cap);
+}
+
 inline KernelTable make_table(const char* name) {
     return {name,        quantize_row, linear_panel, rms_norm_row, silu_mul_row, gelu_tanh_mul_row,
-            rotate_head, store_kv,     attend_head,  argmax_row};
+            rotate_head, store_kv,     attend_head,  argmax_row,   softcap_row,  dense_panel};
 }
 
 }  // namespace pelton::PELTON_ISA

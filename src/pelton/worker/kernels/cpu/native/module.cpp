@@ -1,5 +1,5 @@
-// Python's view of `Runtime`. Tensors come as addresses: a call then costs a fraction of a microsecond,
-// and nothing here links to torch. `cpu/backend.py` is the only caller and checks shapes and types.
+// Python's view of `Runtime`. Arrays come as addresses: a call then costs a fraction of a microsecond,
+// and nothing here links to numpy. `cpu/backend.py` is the only caller and checks shapes and types.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
@@ -11,6 +11,10 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "attention_plan.h"
+#include "dense.h"
+#include "embedding.h"
+#include "program_module.h"
 #include "runtime.h"
 #include "weight_memory.h"
 
@@ -80,58 +84,23 @@ void add_part(LinearWeight& weight, Runtime& runtime, const std::string& format_
     add_matrix(weight, std::move(matrix));
 }
 
-// One request as Python has it: first row of query and out, tokens, length, its row of the block tables.
-using RequestTuple = std::tuple<int64_t, int, int, int64_t>;
-
-struct AttentionPlan {
-    AttentionShape shape;
-    std::vector<int64_t> block_tables;  // owned: tensors of a step come and go
-    std::vector<RequestTuple> requests;
-    int64_t num_columns;
-    int64_t num_tokens = 0;  // query rows that the requests need
-    int64_t num_blocks = 0;  // blocks that a cache must have for these tables
-};
-
-// Whatever a step was made of, nothing outside its tensors is touched.
-void check_plan(AttentionPlan& plan, int64_t num_rows) {
-    for (const auto& [first_row, num_tokens, seq_len, table_row] : plan.requests) {
-        if (first_row < 0 || num_tokens < 1 || num_tokens > seq_len || table_row < 0 || table_row >= num_rows ||
-            seq_len > plan.num_columns * plan.shape.block_size) {
-            throw std::out_of_range("a request does not fit its block table");
-        }
-        plan.num_tokens = std::max(plan.num_tokens, first_row + num_tokens);
-        const int64_t* table = plan.block_tables.data() + table_row * plan.num_columns;
-        for (int64_t column = 0; column <= (seq_len - 1) / plan.shape.block_size; ++column) {
-            if (table[column] < 0) throw std::out_of_range("a block table has a negative block");
-            plan.num_blocks = std::max(plan.num_blocks, table[column] + 1);
-        }
-    }
-}
-
 void attend(Runtime& runtime, const AttentionPlan& plan, int64_t num_tokens, int64_t num_blocks, float scale, float softcap,
             Address query, int64_t ld_query, Address keys, Address values, Address out) {
-    if (num_tokens < plan.num_tokens) throw std::out_of_range("a request has more tokens than the step");
-    if (num_blocks < plan.num_blocks) throw std::out_of_range("a block table has a block that does not exist");
-    AttentionShape shape = plan.shape;
+    plan.check(num_tokens, num_blocks);
+    AttentionShape shape = plan.shape();
     shape.scale = scale;
     shape.softcap = softcap;
-    const int64_t ld_out = static_cast<int64_t>(shape.num_heads) * shape.head_dim;
-    std::vector<AttentionRequest> requests;
-    requests.reserve(plan.requests.size());
-    for (const auto& [first_row, num_tokens, seq_len, table_row] : plan.requests) {
-        requests.push_back({at<const float>(query) + first_row * ld_query, ld_query, at<float>(out) + first_row * ld_out,
-                            num_tokens, seq_len, plan.block_tables.data() + table_row * plan.num_columns});
-    }
-    runtime.attend(shape, requests, at<const void>(keys), at<const void>(values));
+    runtime.attend(shape, plan.requests(at<const float>(query), ld_query, at<float>(out)), plan.schedule(),
+                   at<const void>(keys), at<const void>(values));
 }
 
-// heads: N, K, D and whether the caches are bfloat16; tokens: T, slots, cos, sin, half of the rotated
+// heads: N, K, D, block size and whether the caches are bfloat16; tokens: T, slots, cos, sin, half of the rotated
 // dimensions; rows: address and stride of queries, keys, values.
-void rotate_and_store(Runtime& runtime, std::tuple<int, int, int, bool> heads,
+void rotate_and_store(Runtime& runtime, std::tuple<int, int, int, int, bool> heads,
                       std::tuple<int, Address, Address, Address, int> tokens,
                       std::tuple<Address, int64_t, Address, int64_t, Address, int64_t> rows, Address key_cache,
                       Address value_cache, int64_t num_slots) {
-    const auto [num_heads, num_kv_heads, head_dim, bf16] = heads;
+    const auto [num_heads, num_kv_heads, head_dim, block_size, bf16] = heads;
     const auto [num_tokens, slots, cos, sin, half] = tokens;
     const auto [queries, ld_queries, keys, ld_keys, values, ld_values] = rows;
     for (int token = 0; token < num_tokens; ++token) {
@@ -139,7 +108,7 @@ void rotate_and_store(Runtime& runtime, std::tuple<int, int, int, bool> heads,
         if (slot < 0 || slot >= num_slots) throw std::out_of_range("a slot does not exist");
     }
     if (half < 0 || 2 * half > head_dim) throw std::invalid_argument("more dimensions are rotated than there are");
-    const AttentionShape shape = {num_heads, num_kv_heads, head_dim, 0, 0, 1.0f, 0.0f,
+    const AttentionShape shape = {num_heads, num_kv_heads, head_dim, block_size, 0, 1.0f, 0.0f,
                                   bf16 ? KVType::BF16 : KVType::F32};
     runtime.rotate_and_store(shape,
                              {num_tokens, at<const int64_t>(slots), at<const float>(cos), at<const float>(sin), half},
@@ -184,18 +153,32 @@ NB_MODULE(pelton_cpu, m) {
         .def_ro("num_outputs", &LinearWeight::num_outputs)
         .def_prop_ro("num_bytes", &LinearWeight::num_bytes);
 
+    nb::class_<DenseWeight>(m, "DenseWeight")
+        .def(nb::init<int, int>(), "num_inputs"_a, "num_outputs"_a)
+        .def("set_rows",
+             [](DenseWeight& self, int first_output, int num_rows, Address values) {
+                 self.set_rows(first_output, num_rows, at<const float>(values));
+             },
+             no_gil)
+        .def_ro("num_inputs", &DenseWeight::num_inputs)
+        .def_ro("num_outputs", &DenseWeight::num_outputs);
+
+    nb::class_<EmbeddingTable>(m, "EmbeddingTable")
+        .def("__init__",
+             [](EmbeddingTable* self, const std::string& format, Address data, size_t num_bytes, int64_t num_rows,
+                int width, float scale) {
+                 new (self) EmbeddingTable(format, at<const uint8_t>(data), num_bytes, num_rows, width, scale);
+             })
+        .def_ro("width", &EmbeddingTable::width);
+
     nb::class_<AttentionPlan>(m, "AttentionPlan")
         .def("__init__", [](AttentionPlan* self, int num_heads, int num_kv_heads, int head_dim, int block_size,
-                            int sliding_window, bool bf16, std::vector<RequestTuple> requests, Address block_tables,
-                            int64_t num_rows, int64_t num_columns) {
-            const auto* tables = at<const int64_t>(block_tables);
-            AttentionPlan plan{{num_heads, num_kv_heads, head_dim, block_size, sliding_window, 1.0f, 0.0f,
-                                bf16 ? KVType::BF16 : KVType::F32},
-                               std::vector<int64_t>(tables, tables + num_rows * num_columns),
-                               std::move(requests),
-                               num_columns};
-            check_plan(plan, num_rows);
-            new (self) AttentionPlan(std::move(plan));
+                            int sliding_window, bool bf16, Address query_start_loc, Address seq_lens,
+                            int64_t num_requests, Address block_tables, int64_t num_columns) {
+            const AttentionShape shape = {num_heads, num_kv_heads, head_dim, block_size, sliding_window, 1.0f, 0.0f,
+                                          bf16 ? KVType::BF16 : KVType::F32};
+            new (self) AttentionPlan(shape, at<const int64_t>(query_start_loc), at<const int64_t>(seq_lens),
+                                     num_requests, at<const int64_t>(block_tables), num_columns);
         });
 
     nb::class_<Runtime>(m, "Runtime")
@@ -212,6 +195,24 @@ NB_MODULE(pelton_cpu, m) {
         .def("linear",
              [](Runtime& self, const LinearWeight& weight, Address x, int num_rows, Address bias, Address out) {
                  self.linear(weight, at<const float>(x), num_rows, at<const float>(bias), at<float>(out));
+             },
+             no_gil)
+        .def("linear",
+             [](Runtime& self, const DenseWeight& weight, Address x, int num_rows, Address bias, Address out) {
+                 linear_dense(weight, at<const float>(x), num_rows, at<const float>(bias), at<float>(out),
+                              self.kernels(), self.pool());
+             },
+             no_gil)
+        .def("embedding",
+             [](Runtime& self, const EmbeddingTable& table, Address token_ids, int num_tokens, Address out) {
+                 embed(table, at<const int64_t>(token_ids), num_tokens, at<float>(out), self.pool());
+             },
+             no_gil)
+        .def("softcap",
+             [](Runtime& self, Address x, int num_rows, int64_t size, float cap) {
+                 self.pool().run(num_rows, [&](int row, int) {
+                     self.kernels().softcap_row(at<float>(x) + row * size, size, cap);
+                 });
              },
              no_gil)
         .def("rms_norm",
@@ -233,4 +234,6 @@ NB_MODULE(pelton_cpu, m) {
                  self.argmax(at<const float>(logits), num_rows, size, at<int64_t>(out));
              },
              no_gil);
+
+    bind_program(m);
 }
