@@ -31,6 +31,7 @@ from pelton.worker.kernels.ops import BACKENDS, make_kernels
 from pelton.worker.kv_storage import KVStorage
 from pelton.worker.model_runner import ModelRunner
 from pelton.worker.models.registry import Model, make_dummy_model
+from pelton.worker.sampling.reference import ReferenceSampler
 
 pytestmark = pytest.mark.torch
 
@@ -111,7 +112,7 @@ class Driver:
         for layer_id in range(model.spec.num_layers):
             cache = self.kv.layer_cache(layer_id)
             cache.keys[...] = cache.values[...] = math.nan
-        self.runner = ModelRunner(model, self.kv, block_size=BLOCK_SIZE, eos_token_ids={0})
+        self.runner = ModelRunner(model, self.kv, ReferenceSampler(model.spec.vocab_size, {0}), block_size=BLOCK_SIZE)
         self.requests: dict[str, Tracked] = {}
         self.free_blocks = list(range(num_blocks - 1, 0, -1))
         self.kv_ops: list[KVOp] = []

@@ -1,4 +1,4 @@
-"""Norms, activations, rotary embedding and argmax of the native kernels on every instruction set."""
+"""Norms, activations and rotary embedding of the native kernels on every instruction set."""
 
 from __future__ import annotations
 
@@ -133,29 +133,3 @@ def test_stored_extremes(kernels: OnTensors) -> None:
     for stored in caches.view(2, 8):
         assert stored.isnan().tolist() == expected.isnan().tolist()
         assert torch.equal(stored.nan_to_num(0.0, math.inf, -math.inf), expected.nan_to_num(0.0, math.inf, -math.inf))
-
-
-@pytest.mark.parametrize("size", [*SIZES, 151_936])
-def test_argmax(kernels: OnTensors, size: int) -> None:
-    logits = torch.randn(8, size)
-    lowest = -math.inf
-    logits[1] = lowest
-    logits[2] = 3.0  # all equal: the lowest
-    logits[3, size // 2 :] = 9.0  # so are the later ones
-    logits[4, size - 1] = math.inf
-    logits[5, size // 3] = math.nan
-    logits[6] = lowest
-    logits[6, size - 1] = -3.4e38
-    logits[7] = math.nan
-    out = torch.full((8,), 77, dtype=torch.int64)
-    kernels.runtime.argmax(logits.data_ptr(), 8, size, out.data_ptr())
-    assert out.tolist() == [int(logits[0].argmax()), 0, 0, size // 2, size - 1, -1, size - 1, -1]
-
-
-def test_argmax_finds_a_nan_anywhere(kernels: OnTensors) -> None:
-    size = 50
-    logits = torch.randn(size, size)
-    logits.fill_diagonal_(math.nan)
-    out = torch.zeros(size, dtype=torch.int64)
-    kernels.runtime.argmax(logits.data_ptr(), size, size, out.data_ptr())
-    assert (out == -1).all()

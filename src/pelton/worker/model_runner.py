@@ -6,7 +6,7 @@ Legend: T tokens in the step, R requests, S rows whose logits are wanted, H hidd
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -20,8 +20,7 @@ from pelton.worker.kv_storage import KVStorage
 from pelton.worker.layers.rotary import RotaryTable, rotary_tables
 from pelton.worker.models.registry import Model, compile_model
 from pelton.worker.request_state import RequestState, RequestStates
-from pelton.worker.sampling.logprobs import token_logprobs
-from pelton.worker.sampling.sampler import sample
+from pelton.worker.sampling.sampler import Sampler
 
 # Rows of logits held at once: 64 x 152k float32 are 39 MB.
 _MAX_LOGITS_ROWS = 64
@@ -54,12 +53,13 @@ class ModelRunner:
     reported in `StepResult.failed` by the steps that were already in flight.
     """
 
-    def __init__(self, model: Model, kv: KVStorage, *, block_size: int, eos_token_ids: Iterable[int]) -> None:
+    def __init__(self, model: Model, kv: KVStorage, sampler: Sampler, *, block_size: int) -> None:
         self._kv = kv
+        self._sampler = sampler
         self._program = compile_model(model, kv)
         self._rotary_tables = rotary_tables(model.spec)
         self._block_size = block_size
-        self._states = RequestStates(eos_token_ids, model.spec.vocab_size)
+        self._states = RequestStates(sampler, model.spec.vocab_size)
 
     def run_step(self, batch: ScheduledBatch) -> StepResult:
         """KV operations, then one forward pass, then sampling. Raises what the model or the kernels raise."""
@@ -115,15 +115,18 @@ class ModelRunner:
 
     def _sample(self, rows: Sequence[StepRow], logits: Floats, answers: _Answers) -> None:
         """The next token of each of `rows`, from their logits [S, V]."""
-        samples = sample(logits, [row.state for row in rows])
-        for row, answer in zip(rows, samples, strict=True):
-            if answer.problem is not None:
-                answers.failed[row.scheduled.request_id] = answer.problem
-                continue
-            row.state.add_output(answer.token_id)
-            answers.sampled_token_ids[row.index] = (answer.token_id,)
-            if answer.logprobs is not None:
-                answers.logprobs[row.index] = (answer.logprobs,)
+        states = [row.state for row in rows]
+        samples = self._sampler.sample(
+            logits, [state.sampling_row for state in states], [len(state.output_token_ids) for state in states]
+        )
+        for row, token_id in zip(rows, samples.token_ids, strict=True):
+            if token_id >= 0:
+                row.state.add_output(token_id)
+                answers.sampled_token_ids[row.index] = (token_id,)
+        for i, problem in samples.problems.items():
+            answers.failed[rows[i].scheduled.request_id] = problem
+        for i, logprobs in samples.logprobs.items():
+            answers.logprobs[rows[i].index] = (logprobs,)
 
     def _add_prompt_logprobs(self, row: StepRow, start: int, answers: _Answers) -> None:
         """Logprobs of the prompt tokens that follow this step's positions; `start` is the request's first row."""
@@ -134,10 +137,11 @@ class ModelRunner:
         for low in range(0, len(targets), _MAX_LOGITS_ROWS):
             targets_here = targets[low : low + _MAX_LOGITS_ROWS]
             logits = self._program.logits(np.arange(start + low, start + low + len(targets_here)))
-            if not np.isfinite(logits.max(axis=1)).all():
+            found = self._sampler.token_logprobs(logits, targets_here, num_top)
+            if found is None:
                 answers.failed[row.scheduled.request_id] = "the model's logits for the prompt are not finite"
                 return
-            entries += [token_logprobs(logits[i], token_id, num_top) for i, token_id in enumerate(targets_here)]
+            entries += found
         answers.prompt_logprobs[row.index] = tuple(entries)
 
 

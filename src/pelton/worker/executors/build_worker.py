@@ -55,7 +55,8 @@ def build_executor(
     model = _load(files, model_config, worker_config, kernels)
     plan = plan_kv_cache(spec, engine_config, DTYPE_BYTES[kv_dtype], num_available_memory_bytes())
     kv = _allocate_kv(spec, plan, engine_config.block_size, kv_dtype, kernels)
-    runner = ModelRunner(model, kv, block_size=engine_config.block_size, eos_token_ids=eos_token_ids)
+    sampler = kernels.make_sampler(spec.vocab_size, eos_token_ids)
+    runner = ModelRunner(model, kv, sampler, block_size=engine_config.block_size)
     info = EngineInfo(
         max_model_len=plan.max_model_len,
         num_blocks=plan.num_blocks,

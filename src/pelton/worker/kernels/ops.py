@@ -13,7 +13,7 @@ N query heads, K key-value heads, D head size, B blocks in a table, I and O in a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from pelton.core.errors import ConfigError
 from pelton.weights.tensors import ModelFiles, WeightTensor
 from pelton.worker.config import require_torch
 from pelton.worker.forward_batch import ForwardBatch
+from pelton.worker.sampling.sampler import Sampler
 
 # numpy.ndarray for native kernels, torch.Tensor for the reference, or a value that is being recorded.
 Array = Any
@@ -221,6 +222,10 @@ class Kernels(Ops, Protocol):
 
     def compile(self, model: Forward, shapes: Sequence[AttentionShape], caches: Sequence[LayerCache]) -> Program:
         """`model` over `caches`, one per layer; `shapes` are those of the KV groups."""
+        ...
+
+    def make_sampler(self, vocab_size: int, eos_token_ids: Iterable[int]) -> Sampler:
+        """Chooser of tokens; it bans `eos_token_ids` until a request's `min_tokens`."""
         ...
 
 

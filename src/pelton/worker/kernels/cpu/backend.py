@@ -8,7 +8,7 @@ A step runs as a recorded program (`program.py`); the ops here, one call each, a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from pelton.worker.kernels.cpu.arrays import (
 )
 from pelton.worker.kernels.cpu.packed_weights import PackedWeights, is_packable
 from pelton.worker.kernels.cpu.program import NativeProgram
+from pelton.worker.kernels.cpu.sampler import NativeSampler
 from pelton.worker.kernels.cpu.weight_cache import open_weight_cache
 from pelton.worker.kernels.ops import AttentionShape, Forward, LayerCache
 
@@ -187,6 +188,9 @@ class NativeKernels:
             key_cache.shape[0] * key_cache.shape[1],
         )
         return query
+
+    def make_sampler(self, vocab_size: int, eos_token_ids: Iterable[int]) -> NativeSampler:
+        return NativeSampler(self.runtime, vocab_size, eos_token_ids)
 
     def paged_attention(
         self,

@@ -103,7 +103,6 @@ class Runtime:
         values: int,
         out: int,
     ) -> None: ...
-    def argmax(self, logits: int, num_rows: int, size: int, out: int) -> None: ...
 
 class Program:
     def __init__(
@@ -123,3 +122,30 @@ class Program:
     def run_rows(
         self, hidden: npt.NDArray[np.float32], rows: npt.NDArray[np.int64], result: npt.NDArray[np.float32]
     ) -> None: ...
+
+class SamplingRow:
+    def __init__(
+        self,
+        vocab_size: int,
+        *,
+        temperature: float,
+        filters: tuple[int, float, float],
+        seed: int,
+        penalties: tuple[float, float, float],
+        bias: Sequence[tuple[int, float]],
+        allowed: Sequence[int] | None,
+        banned: Sequence[int],
+        stops: tuple[int, Sequence[int]],
+        num_logprobs: int,
+    ) -> None: ...
+    def add_prompt(self, token_ids: Sequence[int]) -> None: ...
+    def add_output(self, token_ids: Sequence[int]) -> None: ...
+
+_Logprobs = tuple[int, float, int, list[tuple[int, float]]]
+
+class Sampler:
+    def __init__(self, runtime: Runtime, vocab_size: int) -> None: ...
+    def sample(
+        self, logits: int, rows: Sequence[SamplingRow], positions: Sequence[int], masks: Sequence[int]
+    ) -> tuple[list[int], list[tuple[int, _Logprobs]]]: ...
+    def token_logprobs(self, logits: int, token_ids: Sequence[int], num_top: int) -> list[_Logprobs] | None: ...

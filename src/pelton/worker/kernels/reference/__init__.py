@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from pelton.worker.kernels.reference.embedding import embedding
 from pelton.worker.kernels.reference.linear import DenseLoader, linear
 from pelton.worker.kernels.reference.norm import add_rms_norm, rms_norm
 from pelton.worker.kernels.reference.rotary import rotate_and_store, split_heads
+from pelton.worker.sampling.reference import ReferenceSampler
+from pelton.worker.sampling.sampler import Sampler
 
 
 class ReferenceKernels:
@@ -86,6 +88,9 @@ class ReferenceKernels:
     silu_mul = staticmethod(silu_mul)
     gelu_tanh_mul = staticmethod(gelu_tanh_mul)
     softcap = staticmethod(softcap)
+
+    def make_sampler(self, vocab_size: int, eos_token_ids: Iterable[int]) -> Sampler:
+        return ReferenceSampler(vocab_size, eos_token_ids)
 
 
 class ReferenceProgram(EagerProgram):

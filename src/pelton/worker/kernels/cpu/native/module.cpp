@@ -3,6 +3,7 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
@@ -16,6 +17,7 @@
 #include "embedding.h"
 #include "program_module.h"
 #include "runtime.h"
+#include "sampling.h"
 #include "weight_memory.h"
 
 namespace nb = nanobind;
@@ -114,6 +116,104 @@ void rotate_and_store(Runtime& runtime, std::tuple<int, int, int, int, bool> hea
                              {num_tokens, at<const int64_t>(slots), at<const float>(cos), at<const float>(sin), half},
                              {at<float>(queries), ld_queries, at<float>(keys), ld_keys, at<const float>(values), ld_values},
                              at<void>(key_cache), at<void>(value_cache));
+}
+
+using Ids = std::vector<int64_t>;
+
+std::vector<int32_t> within(const Ids& ids, int64_t vocab_size) {
+    std::vector<int32_t> kept;
+    for (int64_t id : ids) {
+        if (id >= 0 && id < vocab_size) kept.push_back(static_cast<int32_t>(id));
+    }
+    return kept;
+}
+
+// filters: top_k, top_p, min_p; penalties: repetition, presence, frequency; stops: min_tokens and what is banned
+// until then. Ids outside the vocabulary are ignored.
+void make_sampling_row(SamplingRow* self, int64_t vocab_size, double temperature,
+                       std::tuple<int64_t, double, double> filters, uint64_t seed,
+                       std::tuple<float, float, float> penalties, const std::vector<std::pair<int64_t, float>>& bias,
+                       const std::optional<Ids>& allowed, const Ids& banned, const std::pair<int64_t, Ids>& stops,
+                       int num_logprobs) {
+    SamplingRow row;
+    row.vocab_size = vocab_size;
+    row.temperature = temperature;
+    std::tie(row.top_k, row.top_p, row.min_p) = filters;
+    row.seed = seed;
+    std::tie(row.repetition_penalty, row.presence_penalty, row.frequency_penalty) = penalties;
+    for (const auto& [id, value] : bias) {
+        if (id >= 0 && id < vocab_size) row.bias.emplace_back(static_cast<int32_t>(id), value);
+    }
+    if (allowed) {
+        row.allowed.resize(static_cast<size_t>((vocab_size + 31) / 32));
+        for (int32_t id : within(*allowed, vocab_size)) row.allowed[id / 32] |= uint32_t{1} << (id % 32);
+    }
+    row.banned = within(banned, vocab_size);
+    row.min_tokens = stops.first;
+    row.stops = within(stops.second, vocab_size);
+    row.num_logprobs = num_logprobs;
+    new (self) SamplingRow(std::move(row));
+}
+
+void add_seen(SamplingRow& row, const Ids& ids, float count) {
+    const bool is_needed = count > 0.0f ? row.has_penalty() : row.repetition_penalty != 1.0f;
+    if (is_needed) row.add_seen(within(ids, row.vocab_size), count);
+}
+
+// Token, logprob, rank, and the most likely ones.
+using Logprobs = std::tuple<int64_t, double, int64_t, std::vector<std::pair<int64_t, double>>>;
+
+Logprobs as_tuple(int64_t token_id, TokenLogprobs& logprobs) {
+    return {token_id, logprobs.logprob, logprobs.rank, std::move(logprobs.top)};
+}
+
+// Token ids, or what is wrong as a negative number, of logits [S, V] and rows [S]; and the logprobs of those rows
+// that want them. `masks` [S] are addresses of [ceil(V / 32)] words, or 0; or the list is empty.
+std::pair<Ids, std::vector<std::pair<size_t, Logprobs>>> sample(Sampler& sampler, Address logits,
+                                                                const std::vector<SamplingRow*>& rows,
+                                                                const Ids& positions,
+                                                                const std::vector<Address>& masks) {
+    if (positions.size() != rows.size() || (!masks.empty() && masks.size() != rows.size())) {
+        throw std::invalid_argument("rows, positions and masks differ in number");
+    }
+    std::vector<SampleTask> tasks;
+    tasks.reserve(rows.size());
+    for (size_t i = 0; i < rows.size(); ++i) {
+        if (rows[i] == nullptr || rows[i]->vocab_size != sampler.vocab_size()) {
+            throw std::invalid_argument("a row has another vocabulary");
+        }
+        tasks.push_back({rows[i], positions[i], masks.empty() ? nullptr : at<const uint32_t>(masks[i])});
+    }
+    {
+        nb::gil_scoped_release release;
+        sampler.sample(at<float>(logits), tasks);
+    }
+    Ids token_ids;
+    std::vector<std::pair<size_t, Logprobs>> logprobs;
+    token_ids.reserve(tasks.size());
+    for (size_t i = 0; i < tasks.size(); ++i) {
+        token_ids.push_back(tasks[i].token_id);
+        if (rows[i]->num_logprobs >= 0 && tasks[i].token_id >= 0) {
+            logprobs.emplace_back(i, as_tuple(tasks[i].token_id, tasks[i].logprobs));
+        }
+    }
+    return {std::move(token_ids), std::move(logprobs)};
+}
+
+// Of raw logits [S, V] and token_ids [S]; none where a row is not finite.
+std::optional<std::vector<Logprobs>> token_logprobs(Sampler& sampler, Address logits, const Ids& token_ids, int num_top) {
+    for (int64_t id : token_ids) {
+        if (id < 0 || id >= sampler.vocab_size()) throw std::out_of_range("a token is outside the vocabulary");
+    }
+    std::vector<TokenLogprobs> found(token_ids.size());
+    {
+        nb::gil_scoped_release release;
+        if (!sampler.token_logprobs(at<const float>(logits), token_ids, num_top, found)) return std::nullopt;
+    }
+    std::vector<Logprobs> logprobs;
+    logprobs.reserve(found.size());
+    for (size_t i = 0; i < found.size(); ++i) logprobs.push_back(as_tuple(token_ids[i], found[i]));
+    return logprobs;
 }
 
 }  // namespace
@@ -228,12 +328,18 @@ NB_MODULE(pelton_cpu, m) {
              },
              no_gil)
         .def("rotate_and_store", &rotate_and_store, no_gil)
-        .def("attend", &attend, no_gil)
-        .def("argmax",
-             [](Runtime& self, Address logits, int num_rows, int64_t size, Address out) {
-                 self.argmax(at<const float>(logits), num_rows, size, at<int64_t>(out));
-             },
-             no_gil);
+        .def("attend", &attend, no_gil);
+
+    nb::class_<SamplingRow>(m, "SamplingRow")
+        .def("__init__", &make_sampling_row, "vocab_size"_a, nb::kw_only(), "temperature"_a, "filters"_a, "seed"_a,
+             "penalties"_a, "bias"_a, "allowed"_a.none(), "banned"_a, "stops"_a, "num_logprobs"_a)
+        .def("add_prompt", [](SamplingRow& self, const std::vector<int64_t>& ids) { add_seen(self, ids, 0.0f); })
+        .def("add_output", [](SamplingRow& self, const std::vector<int64_t>& ids) { add_seen(self, ids, 1.0f); });
+
+    nb::class_<Sampler>(m, "Sampler")
+        .def(nb::init<Runtime&, int64_t>(), nb::keep_alive<1, 2>())
+        .def("sample", &sample, "logits"_a, "rows"_a, "positions"_a, "masks"_a)
+        .def("token_logprobs", &token_logprobs, "logits"_a, "token_ids"_a, "num_top"_a);
 
     bind_program(m);
 }

@@ -258,8 +258,4 @@ void Runtime::attend_tiles(const AttentionShape& shape, std::span<const Attentio
     });
 }
 
-void Runtime::argmax(const float* logits, int num_rows, int64_t size, int64_t* out) {
-    pool_.run(num_rows, [&](int row, int) { out[row] = kernels_.argmax_row(logits + row * size, size); });
-}
-
 }  // namespace pelton

@@ -81,8 +81,6 @@ public:
     void attend(const AttentionShape& shape, std::span<const AttentionRequest> requests,
                 const AttentionSchedule& schedule, const void* key_cache, const void* value_cache);
 
-    void argmax(const float* logits, int num_rows, int64_t size, int64_t* out);
-
 private:
     bool uses_tiles(const AttentionShape& shape) const {
         return kernels_.tiles != nullptr && kernels_.tiles->can_attend(shape);
