@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -82,6 +83,8 @@ async def _serve(
         await asyncio.wait((starting, stopping, serving), return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             starting.result()
+            gc.freeze()
+            gc.enable()  # off where this process began for it (build.py)
             _log_ready(client)
             await asyncio.wait((stopping, serving), return_when=asyncio.FIRST_COMPLETED)
         else:
