@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import partial
@@ -30,6 +30,8 @@ from pelton.worker.config import WorkerConfig
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+
+    from pelton.bench.roofline import KernelBenchPlan, KernelReport
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,3 +172,19 @@ def describe_worker(config: WorkerConfig) -> dict[str, Any]:
         "kernel_backend": make_kernels(config.kernel_backend).name,
         "threads": config.threads or num_available_cores(),
     }
+
+
+def measure_kernels(
+    config: PeltonConfig, plan: KernelBenchPlan, isa: str | None, on_progress: Callable[[str], None]
+) -> KernelReport:
+    """The native kernels on the weights of a model that is on disk. Imports no torch."""
+    from pelton.weights.catalog import resolve_model
+    from pelton.weights.model_files import open_model
+    from pelton.worker.executors.host_resources import num_available_cores, num_available_memory_bytes
+    from pelton.worker.kernels.cpu import kernel_bench
+
+    files = open_model(resolve_model(config.model))
+    runtime = kernel_bench.make_runtime(isa, config.worker.threads or num_available_cores())
+    on_progress("ceilings")
+    ceilings = kernel_bench.measure_ceilings(runtime.num_threads, num_available_memory_bytes())
+    return kernel_bench.measure_kernels(files, runtime, ceilings, plan, on_progress)

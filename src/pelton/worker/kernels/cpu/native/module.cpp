@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "ceilings.h"
 #include "runtime.h"
 
 namespace nb = nanobind;
@@ -119,6 +120,15 @@ void rotate_and_store(Runtime& runtime, std::tuple<int, int, int, bool> heads,
                              at<void>(key_cache), at<void>(value_cache));
 }
 
+std::vector<std::tuple<std::string, double, double>> ceiling_tuples(int num_threads, size_t dram_bytes) {
+    if (num_threads < 1) throw std::invalid_argument("at least one thread is needed");
+    std::vector<std::tuple<std::string, double, double>> tuples;
+    for (const Ceiling& ceiling : measure_ceilings(num_threads, dram_bytes)) {
+        tuples.emplace_back(ceiling.name, ceiling.one_thread, ceiling.all_threads);
+    }
+    return tuples;
+}
+
 }  // namespace
 
 }  // namespace pelton
@@ -128,6 +138,10 @@ NB_MODULE(pelton_cpu, m) {
     const auto no_gil = nb::call_guard<nb::gil_scoped_release>();
 
     m.attr("FORMATS") = nb::cast(std::vector<std::string>(kFormatNames, kFormatNames + kNumFormats));
+    m.def("dram_buffer_bytes", &dram_buffer_bytes);
+    m.def("l2_cache_bytes", &l2_cache_bytes);
+    m.def("l3_cache_bytes", &l3_cache_bytes);
+    m.def("measure_ceilings", &ceiling_tuples, "num_threads"_a, "dram_bytes"_a, no_gil);
 
     nb::class_<LinearWeight>(m, "LinearWeight")
         .def("__init__",
