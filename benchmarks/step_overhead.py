@@ -30,12 +30,13 @@ from pelton.core.batch import ScheduledBatch, StepResult
 from pelton.core.events import EngineInfo
 from pelton.core.model_spec import KVGroupSpec
 from pelton.core.protocols import MonotonicClock
+from pelton.engine.child import run_engine_process
 from pelton.engine.client import EngineClient
 from pelton.engine.engine import Engine
 from pelton.engine.kv.block_pool import BlockPool
 from pelton.engine.kv.manager import KVManager
 from pelton.engine.policies.fcfs import FCFSPolicy
-from pelton.engine.process import ProcessTransport, run_engine_process
+from pelton.engine.process import ProcessTransport
 from pelton.engine.scheduler import Scheduler
 
 EXECUTOR_THREAD = "executor"

@@ -99,7 +99,7 @@ class LLM:
         self._event_loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._event_loop.run_forever, name="pelton-llm", daemon=True)
         self._thread.start()
-        self._client: EngineClient | None = build_thread_client(config)
+        self._client: EngineClient | None = build_thread_client(config, self.tokenizer)
         try:
             self._run(self._client.start()).result()
         except BaseException:

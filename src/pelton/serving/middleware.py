@@ -7,20 +7,20 @@ import re
 import time
 import uuid
 
-import structlog
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pelton.core.errors import PeltonError
 from pelton.serving.context import LOG_KEY
 from pelton.serving.errors import ClientDisconnectedError, HTTPProblemError, error_response
+from pelton.serving.logs import Logger
 from pelton.serving.metrics import ServerMetrics
 
 # Probes carry no key; everything else does, where one is set.
 OPEN_PATHS = frozenset({"/live", "/ready", "/health"})
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for the log; never sent
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
-_log = structlog.get_logger("pelton.access")
+_log = Logger()
 
 
 class RequestMiddleware:

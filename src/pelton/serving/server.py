@@ -9,7 +9,6 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 
-import structlog
 import uvicorn
 import uvloop
 from starlette.types import ASGIApp
@@ -17,12 +16,12 @@ from starlette.types import ASGIApp
 from pelton.core.errors import PeltonError
 from pelton.engine.client import EngineClient
 from pelton.serving.config import ServerConfig
-from pelton.serving.logs import configure_logs
+from pelton.serving.logs import Logger, configure_logs
 
 # For answers to leave once the engine is done with them.
 FLUSH_TIMEOUT_S = 2
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_log = structlog.get_logger("pelton.server")
+_log = Logger()
 
 
 class AddressError(PeltonError):

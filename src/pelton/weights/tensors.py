@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Protocol
 
 from pelton.core.model_spec import ModelSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,4 +51,8 @@ class ModelFiles(Protocol):
 
     def tensor(self, name: str) -> WeightTensor:
         """Raises `ModelFileError` where the tensor is missing or its bytes are out of bounds."""
+        ...
+
+    def drop_pages(self) -> None:
+        """Take the pages read so far out of this process's memory; the system still has them in its cache."""
         ...

@@ -28,6 +28,7 @@ from pelton.core.errors import ConfigError
 from pelton.core.model_spec import ModelSpec
 from pelton.weights.tensors import ModelFiles, WeightTensor
 from pelton.worker.kernels.cpu import pelton_cpu
+from pelton.worker.kernels.cpu.packed_weights import PackedWeights, is_packable
 
 # The arithmetic that an instruction set's kernels are built on: names of native/ceilings_x86.cpp.
 _PRODUCT_CEILINGS = {
@@ -44,7 +45,6 @@ _ATTENTION_CEILINGS = {
 }
 
 MAX_LOGITS_ROWS = 64  # as the model runner has them at once
-_GROUP = 32  # inputs
 _BLOCK_SIZE = 16  # positions
 _MIN_CALLS, _MAX_CALLS = 4, 200
 _CYCLE_BYTES = 512 << 20  # keys and values that calls go through in turn
@@ -136,7 +136,7 @@ def load_matrices(files: ModelFiles, runtime: pelton_cpu.Runtime) -> tuple[list[
         matrix = _Matrix(kernel, layers[0][0].shape[1])
         for tensors in layers:
             matrix.formats.update(dict.fromkeys(tensor.format for tensor in tensors))
-        if all(_is_packable(tensor) for tensors in layers for tensor in tensors):
+        if all(is_packable(tensor) for tensors in layers for tensor in tensors):
             matrix.weights = [_pack(tensors, runtime) for tensors in layers]
             matrices.append(matrix)
         else:
@@ -144,14 +144,10 @@ def load_matrices(files: ModelFiles, runtime: pelton_cpu.Runtime) -> tuple[list[
     return matrices, skipped
 
 
-def _is_packable(tensor: WeightTensor) -> bool:
-    return tensor.format in pelton_cpu.FORMATS and tensor.shape[-1] % _GROUP == 0
-
-
 def _pack(tensors: Sequence[WeightTensor], runtime: pelton_cpu.Runtime) -> pelton_cpu.LinearWeight:
     weight = pelton_cpu.LinearWeight(tensors[0].shape[1])
     for tensor in tensors:
-        weight.add(runtime, tensor.format, tensor.shape[0], tensor.data.ctypes.data, tensor.data.nbytes)
+        PackedWeights(runtime).add_to(weight, tensor)
     return weight
 
 
@@ -231,6 +227,8 @@ class _KernelBench:
         num_columns = -(-context // _BLOCK_SIZE)
         num_blocks = num_requests * num_columns
         tables = self._rng.permutation(num_blocks).reshape(num_requests, num_columns)
+        starts = np.arange(num_requests + 1, dtype=np.int64) * num_tokens
+        seq_lens = np.full(num_requests, context, np.int64)
         plan = pelton_cpu.AttentionPlan(
             spec.num_heads,
             spec.num_kv_heads,
@@ -238,9 +236,10 @@ class _KernelBench:
             _BLOCK_SIZE,
             window or 0,
             True,
-            [(row * num_tokens, num_tokens, context, row) for row in range(num_requests)],
-            tables.ctypes.data,
+            starts.ctypes.data,
+            seq_lens.ctypes.data,
             num_requests,
+            tables.ctypes.data,
             num_columns,
         )
         values_per_cache = num_blocks * _BLOCK_SIZE * spec.num_kv_heads * spec.head_dim
@@ -323,14 +322,35 @@ class _KernelBench:
         )
         yield self._rotate_and_store(num_rows)
         if num_rows <= MAX_LOGITS_ROWS:
-            logits = self._floats(num_rows, spec.vocab_size)
-            token_ids = np.empty(num_rows, np.int64)
-            yield self._repeat(
-                "argmax",
-                num_rows,
-                4 * spec.vocab_size,
-                lambda: runtime.argmax(logits.ctypes.data, num_rows, spec.vocab_size, token_ids.ctypes.data),
+            yield self._sample(num_rows)
+
+    def _sample(self, num_rows: int) -> KernelFigure:
+        """Greedy, which reads the logits once."""
+        vocab_size = self._spec.vocab_size
+        logits = self._floats(num_rows, vocab_size)
+        rows = [
+            pelton_cpu.SamplingRow(
+                vocab_size,
+                temperature=0.0,
+                filters=(0, 1.0, 0.0),
+                seed=0,
+                penalties=(1.0, 0.0, 0.0),
+                bias=[],
+                allowed=None,
+                banned=[],
+                stops=(0, []),
+                num_logprobs=-1,
             )
+            for _ in range(num_rows)
+        ]
+        positions = [0] * num_rows
+        sampler = pelton_cpu.Sampler(self._runtime, vocab_size)
+        return self._repeat(
+            "sampling, greedy",
+            num_rows,
+            4 * vocab_size,
+            lambda: sampler.sample(logits.ctypes.data, rows, positions, []),
+        )
 
     def _rotate_and_store(self, num_rows: int) -> KernelFigure:
         spec = self._spec
@@ -339,10 +359,11 @@ class _KernelBench:
         qkv = self._floats(num_rows, width)
         angles = self._floats(num_rows, half)
         cos, sin = np.cos(angles), np.sin(angles)
-        slots = self._rng.permutation(num_rows)
-        caches = np.zeros((2, num_rows, kv_size), np.uint16)
+        num_slots = -(-num_rows // _BLOCK_SIZE) * _BLOCK_SIZE
+        slots = self._rng.permutation(num_slots)[:num_rows]
+        caches = np.zeros((2, num_slots, kv_size), np.uint16)
         address = qkv.ctypes.data
-        heads = spec.num_heads, spec.num_kv_heads, spec.head_dim, True
+        heads = spec.num_heads, spec.num_kv_heads, spec.head_dim, _BLOCK_SIZE, True
         tokens = num_rows, slots.ctypes.data, cos.ctypes.data, sin.ctypes.data, half
         rows = address, width, address + 4 * query_size, width, address + 4 * (query_size + kv_size), width
         keys, values = (cache.ctypes.data for cache in caches)
@@ -350,10 +371,10 @@ class _KernelBench:
             "rotary and store",
             num_rows,
             8 * query_size + 16 * kv_size + 8 * half,
-            lambda: self._runtime.rotate_and_store(heads, tokens, rows, keys, values, num_rows),
+            lambda: self._runtime.rotate_and_store(heads, tokens, rows, keys, values, num_slots),
         )
 
-    def _repeat(self, name: str, num_rows: int, bytes_per_row: int, call: Callable[[], None]) -> KernelFigure:
+    def _repeat(self, name: str, num_rows: int, bytes_per_row: int, call: Callable[[], object]) -> KernelFigure:
         times_s = []
         for _ in _repeats(self._plan.budget_s / 8):
             start_s = time.perf_counter()

@@ -78,14 +78,9 @@ struct BF16 {
     }
 };
 
-// Words [first, first + num_columns) of 16 rows (null: zeros) to their transpose, to[j * kTilePositions + i].
-template <class Type>
-inline void transpose_16x16(const uint8_t* const rows[16], int first, uint32_t* to, int num_columns) {
-    const auto columns = static_cast<__mmask16>((1u << num_columns) - 1);
-    __m512i r[16], t[16];
-    for (int i = 0; i < 16; ++i) {
-        r[i] = rows[i] != nullptr ? Type::load_words(rows[i], first, columns) : _mm512_setzero_si512();
-    }
+// 16 x 16 words in place.
+inline void transpose(__m512i (&r)[16]) {
+    __m512i t[16];
     for (int i = 0; i < 8; ++i) {
         t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
         t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
@@ -106,6 +101,17 @@ inline void transpose_16x16(const uint8_t* const rows[16], int first, uint32_t* 
         r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
         r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
     }
+}
+
+// Words [first, first + num_columns) of 16 rows (null: zeros) to their transpose, to[j * kTilePositions + i].
+template <class Type>
+inline void transpose_16x16(const uint8_t* const rows[16], int first, uint32_t* to, int num_columns) {
+    const auto columns = static_cast<__mmask16>((1u << num_columns) - 1);
+    __m512i r[16];
+    for (int i = 0; i < 16; ++i) {
+        r[i] = rows[i] != nullptr ? Type::load_words(rows[i], first, columns) : _mm512_setzero_si512();
+    }
+    transpose(r);
     for (int j = 0; j < num_columns; ++j) _mm512_storeu_si512(to + j * kTilePositions, r[j]);
 }
 

@@ -8,6 +8,7 @@
 
 #include "attention.h"
 #include "packed_matrix.h"
+#include "tiles.h"
 
 namespace pelton {
 
@@ -40,8 +41,21 @@ struct KernelTable {
     void (*attend_head)(const AttentionShape& shape, const AttentionRequest& request, const void* keys,
                         const void* values, int kv_head, int first_token, int num_tokens, float* scratch);
 
-    // Index of the largest; the lowest of equals; -1 where any value is NaN.
-    int64_t (*argmax_row)(const float* x, int64_t size);
+    // x [size] becomes cap * tanh(x / cap).
+    void (*softcap_row)(float* x, int64_t size, float cap);
+
+    // Columns [num_columns] of out [S, ld_out] = x [S, I] times a float32 panel [I][32], plus bias where given.
+    void (*dense_panel)(const float* panel, int num_inputs, const float* x, int num_rows, const float* bias,
+                        int num_columns, float* out, int64_t ld_out);
+
+    // Passes over a row of logits: see sampling_rows.h.
+    float (*block_maxima)(const float* x, int64_t size, float* maxima);
+    void (*block_weights)(const float* x, int64_t size, float greatest, float inverse_temperature, int64_t* weights);
+    int64_t (*num_above)(const float* x, int64_t size, int64_t index);
+    void (*mask_row)(float* x, int64_t size, const uint32_t* words);
+
+    // Null: no tiles, activations in 8 bits.
+    const TileKernels* tiles = nullptr;
 };
 
 // Weights as bytes [groups][8 k4][2 halves][64 lanes], then scales and minima [groups][...][32] float32.
@@ -53,6 +67,10 @@ const KernelTable& portable_kernels();
 #if defined(__x86_64__)
 const KernelTable& avx2_kernels();    // AVX2, FMA, F16C
 const KernelTable& avx512_kernels();  // AVX-512 F, BW, VL, DQ, VNNI, BF16
+const KernelTable& amx_kernels();     // the same and AMX tiles of bfloat16
+
+// Whether this process may use tiles from now on.
+bool request_tiles();
 #endif
 
 // The fastest table that this processor runs, or the one named. Null where that does not run here.

@@ -7,9 +7,11 @@
 #include <cstring>
 #include <limits>
 
+#include "dense_generic.h"
 #include "float16.h"
 #include "kernel_table.h"
 #include "quantized_group.h"
+#include "sampling_rows.h"
 
 namespace pelton::PELTON_ISA {
 
@@ -225,18 +227,14 @@ inline void attend_head(const AttentionShape& shape, const AttentionRequest& req
     }
 }
 
-inline int64_t argmax_row(const float* x, int64_t size) {
-    int64_t best = 0;
-    for (int64_t i = 0; i < size; ++i) {
-        if (std::isnan(x[i])) return -1;
-        if (x[i] > x[best]) best = i;
-    }
-    return best;
+inline void softcap_row(float* x, int64_t size, float cap) {
+    for (int64_t i = 0; i < size; ++i) x[i] = cap * std::tanh(x[i] / cap);
 }
 
 inline KernelTable make_table(const char* name) {
-    return {name,        quantize_row, linear_panel, rms_norm_row, silu_mul_row, gelu_tanh_mul_row,
-            rotate_head, store_kv,     attend_head,  argmax_row};
+    return {name,        quantize_row, linear_panel, rms_norm_row, silu_mul_row, gelu_tanh_mul_row, rotate_head,
+            store_kv,    attend_head,  softcap_row,  dense_panel,  block_maxima, block_weights,     num_above,
+            mask_row};
 }
 
 }  // namespace pelton::PELTON_ISA

@@ -11,6 +11,10 @@ constexpr size_t kAlign = 64;
 // Quantized activations that one pass over a panel reads again and again: they should stay in L2.
 constexpr int kChunkBytes = 512 * 1024;
 
+// The same for tiles: a chunk of rows times a range of groups.
+constexpr int kTileChunkRows = 512;
+constexpr int kTileChunkGroups = 32;
+
 constexpr size_t aligned(size_t num_bytes) { return (num_bytes + kAlign - 1) / kAlign * kAlign; }
 
 }  // namespace
@@ -34,10 +38,19 @@ size_t LinearWeight::num_bytes() const {
 }
 
 void Runtime::linear(const LinearWeight& weight, const float* x, int num_rows, const float* bias, float* out) {
+    if (kernels_.tiles != nullptr) {
+        multiply_tiles(weight, x, num_rows, bias, out);
+    } else {
+        multiply_quantized(weight, x, num_rows, bias, out);
+    }
+}
+
+void Runtime::multiply_quantized(const LinearWeight& weight, const float* x, int num_rows, const float* bias,
+                                 float* out) {
     const int num_inputs = weight.num_inputs, num_groups = num_inputs / kGroup;
     const size_t value_bytes = aligned(static_cast<size_t>(num_rows) * num_inputs);
     const size_t scale_bytes = aligned(static_cast<size_t>(num_rows) * num_groups * sizeof(float));
-    auto* memory = static_cast<uint8_t*>(quantized_.reserve(value_bytes + 3 * scale_bytes + kAlign));
+    auto* memory = static_cast<uint8_t*>(activations_.reserve(value_bytes + 3 * scale_bytes + kAlign));
     auto* values = reinterpret_cast<int8_t*>(memory);
     auto* scales = reinterpret_cast<float*>(memory + value_bytes);
     auto* sums = reinterpret_cast<int32_t*>(memory + value_bytes + scale_bytes);
@@ -73,6 +86,35 @@ void Runtime::linear(const LinearWeight& weight, const float* x, int num_rows, c
     });
 }
 
+void Runtime::multiply_tiles(const LinearWeight& weight, const float* x, int num_rows, const float* bias, float* out) {
+    const int num_inputs = weight.num_inputs, num_groups = num_inputs / kGroup;
+    const int num_blocks = (num_rows + kTileHeight - 1) / kTileHeight;
+    const int64_t block_values = static_cast<int64_t>(kTileHeight) * num_inputs;
+    // Blocks are read in pairs; what lies past the last row is never part of a result.
+    auto* values = static_cast<uint16_t*>(activations_.reserve((num_blocks + 1) * block_values * sizeof(uint16_t)));
+    pool_.run(num_blocks, [&](int block, int) {
+        const int row = block * kTileHeight;
+        kernels_.tiles->pack_rows(x + static_cast<int64_t>(row) * num_inputs, std::min(kTileHeight, num_rows - row),
+                                  num_inputs, values + block * block_values);
+    });
+    const int groups_at_once = num_rows <= 2 * kTileHeight ? num_groups : kTileChunkGroups;
+    const size_t scratch_bytes = tile_scratch_bytes(std::min(num_rows, kTileChunkRows));
+    auto* scratch = static_cast<uint8_t*>(scratch_.reserve(scratch_bytes * pool_.num_threads()));
+    for (int row = 0; row < num_rows; row += kTileChunkRows) {
+        const TiledRows rows = {std::min(kTileChunkRows, num_rows - row), num_inputs,
+                                values + static_cast<int64_t>(row / kTileHeight) * block_values};
+        for (int group = 0; group < num_groups; group += groups_at_once) {
+            const GroupRange groups = {group, std::min(group + groups_at_once, num_groups)};
+            run_panels(weight, [&](const PackedMatrix& part, PanelRange panels, int column, int thread) {
+                const LinearResult result = {bias != nullptr ? bias + column : nullptr,
+                                             out + static_cast<int64_t>(row) * weight.num_outputs + column,
+                                             weight.num_outputs};
+                kernels_.tiles->linear_panels(part, panels, groups, rows, result, scratch + thread * scratch_bytes);
+            });
+        }
+    }
+}
+
 void Runtime::rms_norm(const float* x, float* residual, const float* weight, int num_rows, int size, float eps,
                        float* out) {
     pool_.run(num_rows, [&](int row, int) {
@@ -103,15 +145,24 @@ void Runtime::rotate_and_store(const AttentionShape& shape, const Tokens& tokens
             float* key = rows.keys + token * rows.ld_keys + static_cast<int64_t>(head) * dim;
             const float* value = rows.values + token * rows.ld_values + static_cast<int64_t>(head) * dim;
             kernels_.rotate_head(key, cos, sin, tokens.half);
-            const int64_t at = (tokens.slots[token] * shape.num_kv_heads + head) * dim * element_bytes;
+            const int64_t slot = tokens.slots[token];
+            const int64_t at = (slot * shape.num_kv_heads + head) * dim * element_bytes;
             kernels_.store_kv(key, dim, shape.kv_type, static_cast<uint8_t*>(key_cache) + at);
-            kernels_.store_kv(value, dim, shape.kv_type, static_cast<uint8_t*>(value_cache) + at);
+            if (!uses_tiles(shape)) {
+                kernels_.store_kv(value, dim, shape.kv_type, static_cast<uint8_t*>(value_cache) + at);
+                continue;
+            }
+            const int64_t block = slot / shape.block_size, offset = slot % shape.block_size;
+            kernels_.tiles->store_values(value, dim, shape.block_size,
+                                         static_cast<uint16_t*>(value_cache) +
+                                             (block * shape.num_kv_heads + head) * dim * shape.block_size + offset);
         }
     });
 }
 
-void Runtime::attend(const AttentionShape& shape, std::span<const AttentionRequest> requests, const void* key_cache,
-                     const void* value_cache) {
+void Runtime::attend(const AttentionShape& shape, std::span<const AttentionRequest> requests,
+                     const AttentionSchedule& schedule, const void* key_cache, const void* value_cache) {
+    if (uses_tiles(shape)) return attend_tiles(shape, requests, schedule, key_cache, value_cache);
     struct Task {
         int request;
         int kv_head;
@@ -143,8 +194,68 @@ void Runtime::attend(const AttentionShape& shape, std::span<const AttentionReque
     });
 }
 
-void Runtime::argmax(const float* logits, int num_rows, int64_t size, int64_t* out) {
-    pool_.run(num_rows, [&](int row, int) { out[row] = kernels_.argmax_row(logits + row * size, size); });
+void Runtime::attend_tiles(const AttentionShape& shape, std::span<const AttentionRequest> requests,
+                           const AttentionSchedule& schedule, const void* key_cache, const void* value_cache) {
+    const int num_kv_heads = shape.num_kv_heads, group = shape.num_heads / num_kv_heads;
+    const TileKernels& kernels = *kernels_.tiles;
+    const size_t column_bytes = aligned(std::max(schedule.num_columns, kTileHeight) * sizeof(AttentionColumn));
+    const size_t work_bytes =
+        column_bytes + aligned(kernels.attention_scratch_floats(shape.head_dim, schedule.num_columns) * sizeof(float));
+    auto* scratch = static_cast<uint8_t*>(scratch_.reserve(work_bytes * pool_.num_threads()));
+    const int64_t part_floats = kernels.part_floats(shape.head_dim);
+    auto* parts =
+        static_cast<float*>(parts_.reserve(schedule.num_tiles * num_kv_heads * part_floats * sizeof(float)));
+    const auto part_at = [&](int kv_head, int tile) {
+        return parts + (static_cast<int64_t>(kv_head) * schedule.num_tiles + tile) * part_floats;
+    };
+    // All columns of `kv_head` in some tokens of a request.
+    const auto set_columns = [&](AttentionColumn* to, const AttentionRequest& request, int kv_head, int first, int count) {
+        const int64_t ld_out = static_cast<int64_t>(shape.num_heads) * shape.head_dim;
+        for (int token = first; token < first + count; ++token) {
+            for (int head = kv_head * group; head < (kv_head + 1) * group; ++head, ++to) {
+                const int64_t at = static_cast<int64_t>(head) * shape.head_dim;
+                *to = {request.query + token * request.ld_query + at, request.out + token * ld_out + at,
+                       request.seq_len - request.num_tokens + token};
+            }
+        }
+    };
+    pool_.run(static_cast<int>(schedule.pieces.size()) * num_kv_heads, [&](int index, int thread) {
+        const auto& piece = schedule.pieces[index / num_kv_heads];
+        const int kv_head = index % num_kv_heads;
+        auto* columns = reinterpret_cast<AttentionColumn*>(scratch + thread * work_bytes);
+        auto* work = reinterpret_cast<float*>(scratch + thread * work_bytes + column_bytes);
+        if (piece.chunk < 0) {
+            const auto& run = schedule.runs[piece.run];
+            const AttentionRequest& request = requests[run.request];
+            set_columns(columns, request, kv_head, run.first_token, run.num_tokens);
+            kernels.attend(shape, {columns, run.num_tokens * group, request.seq_len, request.block_table}, key_cache,
+                           value_cache, kv_head, work);
+            return;
+        }
+        const auto& chunk = schedule.chunks[piece.chunk];
+        const AttentionRequest& first = requests[chunk.members.front()];
+        const int own = first.num_tokens * group, per_tile = kTileHeight / own;
+        const int num_tiles = (static_cast<int>(chunk.members.size()) + per_tile - 1) / per_tile;
+        std::fill_n(columns, num_tiles * kTileHeight, AttentionColumn{});
+        for (int i = 0; i < static_cast<int>(chunk.members.size()); ++i) {
+            set_columns(columns + i / per_tile * kTileHeight + i % per_tile * own, requests[chunk.members[i]], kv_head, 0,
+                        first.num_tokens);
+        }
+        kernels.attend_chunk(shape, {columns, num_tiles * kTileHeight, first.seq_len, first.block_table}, key_cache,
+                             value_cache, kv_head, chunk.start, part_at(kv_head, chunk.first_tile), work);
+    });
+    pool_.run(static_cast<int>(schedule.merges.size()) * num_kv_heads, [&](int index, int thread) {
+        const auto& merge = schedule.merges[index / num_kv_heads];
+        const int kv_head = index % num_kv_heads;
+        const AttentionRequest& request = requests[merge.request];
+        auto* columns = reinterpret_cast<AttentionColumn*>(scratch + thread * work_bytes);
+        set_columns(columns, request, kv_head, 0, request.num_tokens);
+        std::vector<ChunkPart> own;
+        own.reserve(merge.parts.size());
+        for (const auto& part : merge.parts) own.push_back({part_at(kv_head, part.tile), part.lane});
+        kernels.merge_chunks(shape, own, columns, request.num_tokens * group,
+                             reinterpret_cast<float*>(scratch + thread * work_bytes + column_bytes));
+    });
 }
 
 }  // namespace pelton

@@ -1,10 +1,12 @@
 // `Runtime`: kernels chosen for this processor, threads, and the scratch memory of one engine.
 #pragma once
 
+#include <algorithm>
 #include <memory>
 #include <span>
 #include <vector>
 
+#include "attention_schedule.h"
 #include "kernel_table.h"
 #include "thread_pool.h"
 
@@ -53,6 +55,8 @@ struct HeadRows {
 
 // One operation at a time: not thread-safe.
 class Runtime {
+    static constexpr int kTasksPerThread = 16;
+
 public:
     Runtime(const KernelTable& kernels, int num_threads, const std::vector<int>& cpus)
         : kernels_(kernels), pool_(num_threads, cpus) {}
@@ -73,16 +77,47 @@ public:
     void rotate_and_store(const AttentionShape& shape, const Tokens& tokens, const HeadRows& rows, void* key_cache,
                           void* value_cache);
 
-    void attend(const AttentionShape& shape, std::span<const AttentionRequest> requests, const void* key_cache,
-                const void* value_cache);
-
-    void argmax(const float* logits, int num_rows, int64_t size, int64_t* out);
+    // `schedule` is made of the same requests.
+    void attend(const AttentionShape& shape, std::span<const AttentionRequest> requests,
+                const AttentionSchedule& schedule, const void* key_cache, const void* value_cache);
 
 private:
+    bool uses_tiles(const AttentionShape& shape) const {
+        return kernels_.tiles != nullptr && kernels_.tiles->can_attend(shape);
+    }
+
+    void multiply_quantized(const LinearWeight& weight, const float* x, int num_rows, const float* bias, float* out);
+    void multiply_tiles(const LinearWeight& weight, const float* x, int num_rows, const float* bias, float* out);
+
+    // Calls run(part, panels, first column, thread) for all panels, some neighbours at a time: streams of memory
+    // are long, and the kernel prefetches a next panel that is its own.
+    template <typename Run>
+    void run_panels(const LinearWeight& weight, const Run& run) {
+        int num_panels = 0;
+        for (const auto& part : weight.parts) num_panels += part.num_panels();
+        const int num_tasks = std::min(num_panels, pool_.num_threads() * kTasksPerThread);
+        pool_.run(num_tasks, [&](int task, int thread) {
+            int first = static_cast<int>(static_cast<int64_t>(num_panels) * task / num_tasks);
+            int last = static_cast<int>(static_cast<int64_t>(num_panels) * (task + 1) / num_tasks);
+            int column = 0;
+            for (const auto& part : weight.parts) {
+                const PanelRange panels = {std::max(first, 0), std::min(last, part.num_panels())};
+                if (panels.first < panels.last) run(part, panels, column, thread);
+                first -= part.num_panels();
+                last -= part.num_panels();
+                column += part.num_outputs;
+            }
+        });
+    }
+
+    void attend_tiles(const AttentionShape& shape, std::span<const AttentionRequest> requests,
+                      const AttentionSchedule& schedule, const void* key_cache, const void* value_cache);
+
     const KernelTable& kernels_;
     ThreadPool pool_;
-    Buffer quantized_;
+    Buffer activations_;
     Buffer scratch_;
+    Buffer parts_;
 };
 
 }  // namespace pelton
