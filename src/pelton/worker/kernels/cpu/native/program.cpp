@@ -86,6 +86,15 @@ void Program::add_rms_norm(View x, View residual, const float* weight, int size,
     });
 }
 
+void Program::gated_mlp(const GatedWeights& weights, View x, View out) {
+    if (weights.gate_up->num_outputs != 2 * weights.down->num_inputs) {
+        throw std::invalid_argument("gate and up do not fit down");
+    }
+    check_whole(x, weights.gate_up->num_inputs);
+    check_whole(out, weights.down->num_outputs);
+    ops_.push_back([=, this] { runtime_.gated_mlp(weights, at(x).data, inputs_.num_rows, at(out).data); });
+}
+
 void Program::gated(bool gelu, View gate_up, int size, View out) {
     check_whole(gate_up, 2 * size);
     check_whole(out, size);

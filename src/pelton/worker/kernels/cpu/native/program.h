@@ -71,6 +71,7 @@ public:
     void rms_norm(View x, int num_heads, const float* weight, int size, float eps, View out);
     // out = norm(x + residual); residual becomes x + residual.
     void add_rms_norm(View x, View residual, const float* weight, int size, float eps, View out);
+    void gated_mlp(const GatedWeights& weights, View x, View out);
     void gated(bool gelu, View gate_up, int size, View out);
     void softcap(View x, int size, float cap);
     void rotate_and_store(int group, View query, View key, View value, CachePair cache);
