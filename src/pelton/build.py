@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from pelton.worker.config import WorkerConfig
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
+    from pelton.bench.roofline import KernelBenchPlan, KernelReport
     from pelton.core.protocols import TokenDecoder
     from pelton.engine.client import EngineClient
     from pelton.engine.engine import Engine
@@ -191,3 +192,19 @@ def describe_worker(config: WorkerConfig) -> dict[str, Any]:
         ).name,
         "threads": config.threads or num_available_cores(),
     }
+
+
+def measure_kernels(
+    config: PeltonConfig, plan: KernelBenchPlan, isa: str | None, on_progress: Callable[[str], None]
+) -> KernelReport:
+    """The native kernels on the weights of a model that is on disk. Imports no torch."""
+    from pelton.weights.catalog import resolve_model
+    from pelton.weights.model_files import open_model
+    from pelton.worker.executors.host_resources import num_available_cores, num_available_memory_bytes
+    from pelton.worker.kernels.cpu import kernel_bench
+
+    files = open_model(resolve_model(config.model))
+    runtime = kernel_bench.make_runtime(isa, config.worker.threads or num_available_cores())
+    on_progress("ceilings")
+    ceilings = kernel_bench.measure_ceilings(runtime.num_threads, num_available_memory_bytes())
+    return kernel_bench.measure_kernels(files, runtime, ceilings, plan, on_progress)
