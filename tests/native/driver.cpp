@@ -14,7 +14,10 @@
 #include <string>
 #include <vector>
 
+#include "dense.h"
+#include "embedding.h"
 #include "float16.h"
+#include "program.h"
 #include "runtime.h"
 #include "sampling.h"
 
@@ -253,6 +256,103 @@ void check_attention(std::vector<Runtime*> runtimes, KVType kv_type, AttentionSh
     }
 }
 
+void check_dense(std::vector<Runtime*> runtimes) {
+    for (int num_inputs : {1, 77, 300}) {
+        for (int num_outputs : {1, 31, 33, 100}) {
+            DenseWeight weight(num_inputs, num_outputs);
+            weight.set_rows(0, num_outputs, random_floats(static_cast<size_t>(num_inputs) * num_outputs).data());
+            const auto bias = random_floats(num_outputs);
+            for (int num_rows : {0, 1, 4, 7, 65}) {
+                const auto x = random_floats(static_cast<size_t>(num_rows) * num_inputs);
+                Exact<float> first;
+                for (Runtime* runtime : runtimes) {
+                    Exact<float> out(static_cast<size_t>(num_rows) * num_outputs);
+                    linear_dense(weight, x.data(), num_rows, num_rows % 2 ? bias.data() : nullptr, out.data(),
+                                 runtime->kernels(), runtime->pool());
+                    if (runtime == runtimes.front()) first = out;
+                    if (!same_bits(first, out)) fail("dense products depend on the threads");
+                }
+            }
+        }
+    }
+}
+
+void check_embedding(ThreadPool& pool) {
+    const struct { const char* name; int values, bytes; } formats[] = {
+        {"F32", 1, 4},      {"F16", 1, 2},      {"BF16", 1, 2},     {"Q4_0", 32, 18},   {"Q4_1", 32, 20},
+        {"Q5_0", 32, 22},   {"Q5_1", 32, 24},   {"Q8_0", 32, 34},   {"Q2_K", 256, 84},  {"Q3_K", 256, 110},
+        {"Q4_K", 256, 144}, {"Q5_K", 256, 176}, {"Q6_K", 256, 210}, {"IQ4_NL", 32, 18}, {"IQ4_XS", 256, 136}};
+    for (const auto& [name, values, bytes] : formats) {
+        const auto data = random_bytes(7 * 3 * static_cast<size_t>(bytes));
+        const EmbeddingTable table(name, data.data(), data.size(), 7, 3 * values, 2.0f);
+        const int64_t token_ids[] = {6, 0, 3};
+        Exact<float> out(static_cast<size_t>(3) * table.width);
+        embed(table, token_ids, 3, out.data(), pool);
+    }
+}
+
+// Every op once, over two requests of 2 and 1 tokens.
+void check_program(std::vector<Runtime*> runtimes) {
+    constexpr int kTokens = 3, kHidden = 32, kHeads = 4, kKVHeads = 2, kDim = 8, kVocabulary = 40;
+    const auto table_bytes = random_floats(kVocabulary * kHidden), norm = random_floats(kHidden);
+    const EmbeddingTable table("F32", reinterpret_cast<const uint8_t*>(table_bytes.data()), 4 * table_bytes.size(),
+                               kVocabulary, kHidden, 1.5f);
+    DenseWeight qkv(kHidden, 64), output(kHidden, kHidden), gate_up(kHidden, 80), down(40, kHidden);
+    for (DenseWeight* weight : {&qkv, &output, &gate_up, &down}) {
+        const auto values = random_floats(static_cast<size_t>(weight->num_inputs) * weight->num_outputs);
+        weight->set_rows(0, weight->num_outputs, values.data());
+    }
+    const Exact<int64_t> token_ids = {1, 39, 0}, starts = {0, 2, 3}, seq_lens = {2, 1}, slots = {4, 5, 8};
+    const Exact<int64_t> tables = {1, 2}, rows = {2, 0};
+    const auto angles = random_floats(kTokens * kDim / 2);
+    Exact<float> first;
+    for (Runtime* runtime : runtimes) {
+        Exact<uint8_t> keys(3 * 4 * kKVHeads * kDim * 2), values(keys.size());
+        const CachePair cache = {keys.data(), values.data()};
+        Program body(*runtime, {{kHeads, kKVHeads, kDim, 4, 0, 1.0f, 0.0f, KVType::BF16}}, 3);
+        for (int width : {kHidden, kHidden, 64, kHidden, 80, 40}) body.add_slot(width);
+        const View query = {2, 0}, key = {2, kHeads * kDim}, value = {2, (kHeads + kKVHeads) * kDim};
+        body.embedding(table, {1, 0});
+        body.rms_norm({1, 0}, 1, norm.data(), kHidden, 1e-6f, {0, 0});
+        body.linear(qkv, {0, 0}, nullptr, {2, 0});
+        body.rms_norm(query, kHeads, norm.data(), kDim, 1e-6f, {3, 0});
+        body.rotate_and_store(0, {3, 0}, key, value, cache);
+        body.attend(0, {3, 0}, cache, 0.3f, 5.0f, {0, 0});
+        body.linear(output, {0, 0}, norm.data(), {3, 0});
+        body.add_rms_norm({3, 0}, {1, 0}, norm.data(), kHidden, 1e-6f, {0, 0});
+        body.linear(gate_up, {0, 0}, nullptr, {4, 0});
+        body.gated(true, {4, 0}, 40, {5, 0});
+        body.linear(down, {5, 0}, nullptr, {0, 0});
+        const GroupInputs group = {slots.data(), angles.data(), angles.data(), kDim / 2, tables.data(), 1};
+        ProgramInputs inputs;
+        inputs.num_rows = kTokens;
+        inputs.token_ids = token_ids.data();
+        inputs.num_requests = 2;
+        inputs.query_start_loc = starts.data();
+        inputs.seq_lens = seq_lens.data();
+        inputs.groups = std::span(&group, 1);
+        Exact<float> hidden(kTokens * kHidden), out(2 * kHidden);
+        body.run(inputs, hidden.data());
+
+        Program head(*runtime, {}, 0);
+        head.add_slot(kHidden);
+        head.select_rows(kHidden, {0, 0});
+        head.softcap({0, 0}, kHidden, 3.0f);
+        inputs = {};
+        inputs.num_rows = 2;
+        inputs.hidden = hidden.data();
+        inputs.num_hidden = kTokens;
+        inputs.hidden_width = kHidden;
+        inputs.rows = rows.data();
+        head.run(inputs, out.data());
+        if (runtime == runtimes.front()) first = out;
+        if (!same_bits(first, out)) fail("a program depends on the threads");
+        for (float number : out) {
+            if (!std::isfinite(number)) fail("a program's result is not finite");
+        }
+    }
+}
+
 void check(const char* isa) {
     const KernelTable* kernels = find_kernels(isa);
     if (kernels == nullptr) {
@@ -263,6 +363,9 @@ void check(const char* isa) {
     const std::vector<Runtime*> runtimes = {&one, &three};
     check_linear(runtimes);
     check_rows(runtimes);
+    check_dense(runtimes);
+    check_embedding(three.pool());
+    check_program(runtimes);
     check_sampling(runtimes);
     for (KVType kv_type : {KVType::F32, KVType::BF16}) {
         for (int dim : {1, 2, 15, 33, 40, 64, 80, 256}) {

@@ -22,7 +22,7 @@ GROUP = 32
 
 
 @pytest.fixture(params=ISAS)
-def kernels(request: pytest.FixtureRequest) -> NativeKernels:
+def kernels(request: pytest.FixtureRequest) -> OnTensors:
     torch.manual_seed(0)
     return on_tensors(request.param)
 

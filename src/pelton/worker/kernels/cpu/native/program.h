@@ -81,6 +81,7 @@ public:
     // inputs that name a token, row, slot of a cache or block that does not exist; nothing is written then.
     void run(const ProgramInputs& inputs, float* result);
 
+    const std::vector<int>& slot_widths() const { return widths_; }
     int result_width() const { return widths_.empty() ? 0 : widths_[0]; }
     size_t num_groups() const { return groups_.size(); }
 

@@ -98,6 +98,7 @@ void bind_program(nb::module_& m) {
              },
              nb::keep_alive<1, 2>(), "runtime"_a, "groups"_a, "num_blocks"_a)
         .def("add_slot", &Program::add_slot, "width"_a)
+        .def_prop_ro("slot_widths", &Program::slot_widths)
         .def("select_rows", [](Program& self, int size, ViewPair out) { self.select_rows(size, view_of(out)); })
         .def("embedding",
              [](Program& self, const EmbeddingTable& table, ViewPair out) { self.embedding(table, view_of(out)); },
@@ -143,8 +144,9 @@ void bind_program(nb::module_& m) {
                 ViewPair out) {
                  self.attend(group, view_of(query), caches_of(keys, values), scale, softcap, view_of(out));
              })
-        .def("run_step", &run_step, "token_ids"_a, "query_start_loc"_a, "seq_lens"_a, "groups"_a, "result"_a)
-        .def("run_rows", &run_rows, "hidden"_a, "rows"_a, "result"_a);
+        .def("run_step", &run_step, "token_ids"_a.noconvert(), "query_start_loc"_a.noconvert(), "seq_lens"_a.noconvert(),
+             "groups"_a.noconvert(), "result"_a.noconvert())
+        .def("run_rows", &run_rows, "hidden"_a.noconvert(), "rows"_a.noconvert(), "result"_a.noconvert());
 }
 
 }  // namespace pelton
