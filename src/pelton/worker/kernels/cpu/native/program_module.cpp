@@ -143,6 +143,8 @@ void bind_program(nb::module_& m) {
                 ViewPair out) {
                  self.attend(group, view_of(query), caches_of(keys, values), scale, softcap, view_of(out));
              })
+        .def("time_ops", &Program::time_ops)
+        .def("take_times", &Program::take_times)
         .def("run_step", &run_step, "token_ids"_a, "query_start_loc"_a, "seq_lens"_a, "groups"_a, "result"_a)
         .def("run_rows", &run_rows, "hidden"_a, "rows"_a, "result"_a);
 }
