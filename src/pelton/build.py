@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -78,7 +79,7 @@ def build_engine(config: PeltonConfig, decoder: TokenDecoder | None = None) -> E
 
     path = resolve_model(config.model)
     files = open_model(path)
-    decoder = decoder or load_decoder(path, config.model.tokenizer)
+    decoder = decoder or load_decoder(path, config.model.tokenizer, files)
     executor, info = build_executor(
         files, config.model, config.worker, config.engine, eos_token_ids=decoder.eos_token_ids
     )
@@ -129,6 +130,7 @@ def serve(config: PeltonConfig) -> int:
     """Run the HTTP server until it is told to stop; returns the exit code. The model must be on disk."""
     from pelton.weights.catalog import resolve_model
 
+    gc.disable()  # almost all that is made until the engine is ready stays
     path = resolve_model(config.model)
     # The engine's process first: it loads the model while this one imports the web server.
     client = build_process_client(replace(config, model=replace(config.model, model=str(path))))
@@ -148,7 +150,7 @@ def build_app(config: PeltonConfig, path: Path, client: EngineClient) -> Starlet
     files = open_model(path)
     return create_app(
         client,
-        load_tokenizer(path, config.model.tokenizer),
+        load_tokenizer(path, config.model.tokenizer, files),
         ModelCard(
             names=config.server.served_model_name or (model_name(config.model.model),),
             root=config.model.model,

@@ -6,6 +6,7 @@ weights are loaded.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ def build_executor(
     plan = plan_kv_cache(spec, engine_config, DTYPE_BYTES[kv_dtype], num_available_memory_bytes())
     kv = _allocate_kv(spec, plan, engine_config.block_size, kv_dtype, kernels)
     sampler = kernels.make_sampler(spec.vocab_size, eos_token_ids)
+    threading.Thread(target=kv.warm_up, name="pelton-kv-warm-up", daemon=True).start()
     runner = ModelRunner(model, kv, sampler, block_size=engine_config.block_size)
     info = EngineInfo(
         max_model_len=plan.max_model_len,
