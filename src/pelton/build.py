@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from starlette.applications import Starlette
 
     from pelton.bench.roofline import KernelBenchPlan, KernelReport
+    from pelton.bench.step_profile import StepProfile, StepProfilePlan
     from pelton.core.protocols import TokenDecoder
     from pelton.engine.client import EngineClient
     from pelton.engine.engine import Engine
@@ -201,10 +202,22 @@ def measure_kernels(
     from pelton.weights.catalog import resolve_model
     from pelton.weights.model_files import open_model
     from pelton.worker.executors.host_resources import num_available_cores, num_available_memory_bytes
-    from pelton.worker.kernels.cpu import kernel_bench
+    from pelton.worker.kernels.cpu.measure import kernels
 
     files = open_model(resolve_model(config.model))
-    runtime = kernel_bench.make_runtime(isa, config.worker.threads or num_available_cores())
+    runtime = kernels.make_runtime(isa, config.worker.threads or num_available_cores())
     on_progress("ceilings")
-    ceilings = kernel_bench.measure_ceilings(runtime.num_threads, num_available_memory_bytes())
-    return kernel_bench.measure_kernels(files, runtime, ceilings, plan, on_progress)
+    ceilings = kernels.measure_ceilings(runtime.num_threads, num_available_memory_bytes())
+    return kernels.measure_kernels(files, runtime, ceilings, plan, on_progress)
+
+
+def profile_steps(
+    config: PeltonConfig, plan: StepProfilePlan, isa: str | None, on_progress: Callable[[str], None]
+) -> tuple[str, list[StepProfile]]:
+    """Steps of a model that is on disk, on native kernels, op by op: the kernels' name, and where the time went."""
+    from pelton.weights.catalog import resolve_model
+    from pelton.weights.model_files import open_model
+    from pelton.worker.executors import step_profile
+
+    files = open_model(resolve_model(config.model))
+    return step_profile.profile_steps(files, (config.model, config.worker), plan, isa, on_progress)

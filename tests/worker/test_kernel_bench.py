@@ -12,7 +12,7 @@ import pytest
 from pelton.bench.roofline import Ceilings, KernelBenchPlan, KernelReport
 from pelton.core.errors import ConfigError
 from pelton.weights.model_files import open_model
-from pelton.worker.kernels.cpu.kernel_bench import make_runtime, measure_ceilings, measure_kernels
+from pelton.worker.kernels.cpu.measure.kernels import make_runtime, measure_ceilings, measure_kernels
 from tests.weights.make_models import TINY_CONFIGS, random_tensors, write_gguf
 from tests.worker.native import ISAS
 
@@ -56,6 +56,7 @@ def test_every_kernel_at_every_size(tmp_path: Path, ceilings: Ceilings, isa: str
         ("o", 3),
         ("gate_up", 3),
         ("down", 3),
+        ("gated_mlp", 3),
         ("lm_head", 2),  # never for more than 64 rows
         ("attention decode", 4),
         ("attention prefill", 2),
@@ -108,5 +109,5 @@ def test_unknown_isa() -> None:
 
 def test_no_torch() -> None:
     """`pelton bench kernels` must not pay for it."""
-    code = "import sys; import pelton.worker.kernels.cpu.kernel_bench; sys.exit('torch' in sys.modules)"
+    code = "import sys; import pelton.worker.kernels.cpu.measure.kernels; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

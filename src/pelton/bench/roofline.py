@@ -86,6 +86,7 @@ class KernelFigure:
 
     work: KernelWork
     time_s: float
+    fastest_s: float
     num_calls: int
 
     @property
@@ -127,4 +128,5 @@ class KernelReport:
 
 def make_figure(work: KernelWork, times_s: Sequence[float]) -> KernelFigure:
     """The first call warms up and is not counted."""
-    return KernelFigure(work=work, time_s=statistics.median(times_s[1:]), num_calls=len(times_s) - 1)
+    counted = times_s[1:]
+    return KernelFigure(work=work, time_s=statistics.median(counted), fastest_s=min(counted), num_calls=len(counted))

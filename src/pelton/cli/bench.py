@@ -28,6 +28,11 @@ app.command(
     name="kernels",
     help="Measure every native kernel beside the machine's own ceilings.",
 )
+app.command(
+    "pelton.cli.bench_kernels:step",
+    name="step",
+    help="Show where every millisecond of a model's step goes.",
+)
 
 WorkloadFlag = Annotated[str, Parameter(help="W1 to W5, several with commas, or all")]
 ModelFlag = Annotated[str | None, Parameter(help="model name to ask for; default: the first that the server lists")]

@@ -45,8 +45,8 @@ class Recorder:
     def __init__(self) -> None:
         self._ops: list[Op] = []
 
-    def build(self, program: pelton_cpu.Program, result: Value) -> None:
-        """Add the ops to `program`, whose first slot becomes `result`.
+    def build(self, program: pelton_cpu.Program, result: Value) -> list[str]:
+        """Add the ops to `program`, whose first slot becomes `result`; what each is called, products with widths.
 
         Buffers whose lives do not overlap share a slot where they are equally wide.
         """
@@ -64,6 +64,7 @@ class Recorder:
             for buffer in _buffers(args):
                 if last_use[buffer] == i and buffer is not result.buffer:
                     free[buffer.width].append(slots[buffer])
+        return [_label(name, args) for name, args in ops]
 
     def select_rows(self, width: int) -> Value:
         """The rows that a head is run on."""
@@ -157,6 +158,14 @@ class Recorder:
 
 def _new(width: int) -> Value:
     return Value(Buffer(width), (width,))
+
+
+def _label(name: str, args: tuple[Any, ...]) -> str:
+    """A product also by its widths."""
+    if name not in ("linear", "gated_mlp"):
+        return name
+    widths = [arg.num_inputs for arg in args if hasattr(arg, "num_inputs")]
+    return " ".join([name, *(f"{width} ->" for width in widths), str(args[-1].buffer.width)])
 
 
 def _buffers(args: tuple[Any, ...]) -> set[Buffer]:

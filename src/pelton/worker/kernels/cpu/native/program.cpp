@@ -1,5 +1,6 @@
 #include "program.h"
 
+#include <chrono>
 #include <cstring>
 
 namespace pelton {
@@ -184,7 +185,15 @@ void Program::run(const ProgramInputs& inputs, float* result) {
     for (size_t slot = 1; slot < widths_.size(); ++slot) {
         memory_.push_back(reinterpret_cast<float*>(memory + offsets[slot]));
     }
-    for (const auto& op : ops_) op();
+    if (times_s_.size() != ops_.size()) {
+        for (const auto& op : ops_) op();
+        return;
+    }
+    for (size_t i = 0; i < ops_.size(); ++i) {
+        const auto start = std::chrono::steady_clock::now();
+        ops_[i]();
+        times_s_[i] += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    }
 }
 
 }  // namespace pelton

@@ -82,6 +82,12 @@ public:
     void run(const ProgramInputs& inputs, float* result);
 
     const std::vector<int>& slot_widths() const { return widths_; }
+    // From now on every op of a run is timed: two looks at the clock each.
+    void time_ops() { times_s_.assign(ops_.size(), 0.0); }
+
+    // Seconds of each op, in the order of recording, since `time_ops` or the last call.
+    std::vector<double> take_times() { return std::exchange(times_s_, std::vector<double>(times_s_.size())); }
+
     int result_width() const { return widths_.empty() ? 0 : widths_[0]; }
     size_t num_groups() const { return groups_.size(); }
 
@@ -105,6 +111,7 @@ private:
     int64_t num_blocks_;
     std::vector<int> widths_;
     std::vector<Op> ops_;
+    std::vector<double> times_s_;  // of each op; empty: none is timed
 
     // Of the run under way.
     ProgramInputs inputs_;

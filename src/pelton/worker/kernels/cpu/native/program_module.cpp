@@ -144,6 +144,8 @@ void bind_program(nb::module_& m) {
                 ViewPair out) {
                  self.attend(group, view_of(query), caches_of(keys, values), scale, softcap, view_of(out));
              })
+        .def("time_ops", &Program::time_ops)
+        .def("take_times", &Program::take_times)
         .def("run_step", &run_step, "token_ids"_a.noconvert(), "query_start_loc"_a.noconvert(), "seq_lens"_a.noconvert(),
              "groups"_a.noconvert(), "result"_a.noconvert())
         .def("run_rows", &run_rows, "hidden"_a.noconvert(), "rows"_a.noconvert(), "result"_a.noconvert());
