@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import re
 import subprocess
@@ -207,7 +208,8 @@ def main() -> None:
     command = [sys.executable, __file__, "--role", "server", "--model", args.model]
     command += ["--step-ms", str(args.step_ms), "--port", str(args.port)]
     url = f"http://127.0.0.1:{args.port}"
-    with subprocess.Popen(command) as server:
+    # The matrix product of one thread, so that no other thread works for the executor.
+    with subprocess.Popen(command, env=os.environ | {"OPENBLAS_NUM_THREADS": "1"}) as server:
         try:
             asyncio.run(wait_ready(url))
             for _ in range(args.runs):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,8 @@ from pelton.worker.config import WorkerConfig
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
+    from pelton.bench.roofline import KernelBenchPlan, KernelReport
+    from pelton.bench.step_profile import StepProfile, StepProfilePlan
     from pelton.core.protocols import TokenDecoder
     from pelton.engine.client import EngineClient
     from pelton.engine.engine import Engine
@@ -76,7 +79,7 @@ def build_engine(config: PeltonConfig, decoder: TokenDecoder | None = None) -> E
 
     path = resolve_model(config.model)
     files = open_model(path)
-    decoder = decoder or load_decoder(path, config.model.tokenizer)
+    decoder = decoder or load_decoder(path, config.model.tokenizer, files)
     executor, info = build_executor(
         files, config.model, config.worker, config.engine, eos_token_ids=decoder.eos_token_ids
     )
@@ -127,6 +130,7 @@ def serve(config: PeltonConfig) -> int:
     """Run the HTTP server until it is told to stop; returns the exit code. The model must be on disk."""
     from pelton.weights.catalog import resolve_model
 
+    gc.disable()  # almost all that is made until the engine is ready stays
     path = resolve_model(config.model)
     # The engine's process first: it loads the model while this one imports the web server.
     client = build_process_client(replace(config, model=replace(config.model, model=str(path))))
@@ -146,7 +150,7 @@ def build_app(config: PeltonConfig, path: Path, client: EngineClient) -> Starlet
     files = open_model(path)
     return create_app(
         client,
-        load_tokenizer(path, config.model.tokenizer),
+        load_tokenizer(path, config.model.tokenizer, files),
         ModelCard(
             names=config.server.served_model_name or (model_name(config.model.model),),
             root=config.model.model,
@@ -189,3 +193,31 @@ def describe_worker(config: WorkerConfig) -> dict[str, Any]:
         ).name,
         "threads": config.threads or num_available_cores(),
     }
+
+
+def measure_kernels(
+    config: PeltonConfig, plan: KernelBenchPlan, isa: str | None, on_progress: Callable[[str], None]
+) -> KernelReport:
+    """The native kernels on the weights of a model that is on disk. Imports no torch."""
+    from pelton.weights.catalog import resolve_model
+    from pelton.weights.model_files import open_model
+    from pelton.worker.executors.host_resources import num_available_cores, num_available_memory_bytes
+    from pelton.worker.kernels.cpu.measure import kernels
+
+    files = open_model(resolve_model(config.model))
+    runtime = kernels.make_runtime(isa, config.worker.threads or num_available_cores())
+    on_progress("ceilings")
+    ceilings = kernels.measure_ceilings(runtime.num_threads, num_available_memory_bytes())
+    return kernels.measure_kernels(files, runtime, ceilings, plan, on_progress)
+
+
+def profile_steps(
+    config: PeltonConfig, plan: StepProfilePlan, isa: str | None, on_progress: Callable[[str], None]
+) -> tuple[str, list[StepProfile]]:
+    """Steps of a model that is on disk, on native kernels, op by op: the kernels' name, and where the time went."""
+    from pelton.weights.catalog import resolve_model
+    from pelton.weights.model_files import open_model
+    from pelton.worker.executors import step_profile
+
+    files = open_model(resolve_model(config.model))
+    return step_profile.profile_steps(files, (config.model, config.worker), plan, isa, on_progress)

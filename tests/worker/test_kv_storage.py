@@ -102,3 +102,11 @@ def test_memory_is_not_touched_before_use(kernels: Kernels) -> None:
     assert storage.num_bytes == 2 << 30
     storage.layer_cache(3).values[-1] = 1.0
     assert resident_bytes() - before < 10e6
+
+
+def test_warming_up_changes_no_block_that_a_request_has(kernels: Kernels) -> None:
+    storage = make_storage([None, 8], kernels)
+    storage._data[:] = 7
+    storage.warm_up()
+    assert (storage._data[:, :, 0] == 0).all()
+    assert (storage._data[:, :, 1:] == 7).all()

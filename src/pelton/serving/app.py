@@ -18,7 +18,6 @@ from starlette.types import Scope
 
 from pelton.core.errors import PeltonError
 from pelton.engine.client import EngineClient
-from pelton.serving.chat_template import ChatTemplateError
 from pelton.serving.config import ServerConfig
 from pelton.serving.context import NUM_PREPARE_THREADS, ModelCard, ServingContext
 from pelton.serving.errors import HTTPProblemError, error_response
@@ -28,6 +27,7 @@ from pelton.serving.middleware import RequestMiddleware
 from pelton.serving.openai.logprobs import TokenSpelling
 from pelton.serving.routes import ROUTES, Handler
 from pelton.serving.status import PELTON_VERSION
+from pelton.serving.template_error import ChatTemplateError
 from pelton.serving.template_process import TemplateRenderer
 from pelton.weights.tensors import GenerationDefaults
 from pelton.weights.tokenizer import Tokenizer

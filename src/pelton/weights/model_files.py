@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pelton.core.errors import ModelFileError, ModelNotFoundError, UnsupportedModelError
 from pelton.core.model_spec import ModelSpec
@@ -69,6 +71,7 @@ class GGUFModelFiles:
         self.spec: ModelSpec = spec_from_gguf(file)
         self.generation_defaults: GenerationDefaults = defaults_from_gguf(file.path, file.metadata)
         self.chat_template = chat_template or template_from_gguf(file.path, file.metadata)
+        self.tokenizer_metadata: Mapping[str, Any] | None = file.metadata
         self._file = file
         self._shapes = expected_tensors(self.spec)
         self._gguf_names: dict[str, str] = {}
@@ -99,6 +102,8 @@ class GGUFModelFiles:
 
 class SafetensorsModelFiles:
     """Implements `ModelFiles` for a folder of Hugging Face."""
+
+    tokenizer_metadata: Mapping[str, Any] | None = None
 
     def __init__(self, folder: Path, chat_template: str | None = None) -> None:
         self.path = folder

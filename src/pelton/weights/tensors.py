@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pelton.core.model_spec import ModelSpec
 
@@ -46,6 +47,7 @@ class ModelFiles(Protocol):
     spec: ModelSpec
     generation_defaults: GenerationDefaults
     chat_template: str | None
+    tokenizer_metadata: Mapping[str, Any] | None  # of a file that holds its tokenizer
 
     def tensor_names(self) -> list[str]: ...
 

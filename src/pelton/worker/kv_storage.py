@@ -12,7 +12,7 @@ class KVStorage:
     """One pool for all KV groups: a block id is used by one group at a time, for all its layers.
 
     Memory is reserved on construction, but touched (so really taken) only as blocks are written; what
-    an unwritten block holds is undefined. Block 0 is the null block, which nobody writes or reads.
+    an unwritten block holds is undefined. Block 0 is the null block, which no request writes or reads.
     """
 
     def __init__(self, spec: ModelSpec, num_blocks: int, block_size: int, dtype: str, kernels: Kernels) -> None:
@@ -28,6 +28,11 @@ class KVStorage:
         self._data = kernels.empty_cache(
             (spec.num_layers_per_kv_group, 2, num_blocks, block_size, spec.num_kv_heads, spec.head_dim), dtype
         )
+
+    def warm_up(self) -> None:
+        """Write the null block, which brings in the pages that each layer's first blocks share with it: huge ones,
+        whose clearing (a tenth of a second in all) would else be part of the first token."""
+        self._data[:, :, 0] = 0
 
     @property
     def num_bytes(self) -> int:

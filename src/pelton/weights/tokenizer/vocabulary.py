@@ -61,7 +61,7 @@ class Vocabulary:
         return list(dict.fromkeys([*self.of_type(TokenType.CONTROL), *(token for token in named if token is not None)]))
 
     def of_type(self, *types: TokenType) -> list[str]:
-        kinds = frozenset(types)
+        kinds = frozenset(map(int, types))
         return [token for token, kind in zip(self.tokens, self.token_types, strict=True) if kind in kinds]
 
 
@@ -91,17 +91,11 @@ class VocabularyDecoder:
         special = set(vocabulary.special_tokens())
         whole = special.union(vocabulary.of_type(TokenType.USER_DEFINED))
         ends = set(end_tokens)
-        self._special_ids: set[int] = set()
-        self._bytes_of_id: dict[int, bytes] = {}
-        end_ids = []
-        for token_id, token in enumerate(self._tokens):
-            if token in whole:
-                self._bytes_of_id[token_id] = token.encode()
-                if token in special:
-                    self._special_ids.add(token_id)
-            if token in ends:
-                end_ids.append(token_id)
-        self.eos_token_ids = frozenset(end_ids)
+        marked = whole | ends
+        found = [(token_id, token) for token_id, token in enumerate(self._tokens) if token in marked]
+        self._special_ids = frozenset(token_id for token_id, token in found if token in special)
+        self._bytes_of_id = {token_id: token.encode() for token_id, token in found if token in whole}
+        self.eos_token_ids = frozenset(token_id for token_id, token in found if token in ends)
 
     def token_bytes(self, token_id: int) -> bytes:
         """Bytes that the token adds in mid-text; b"" for an id outside the vocabulary."""

@@ -6,6 +6,7 @@ weights are loaded.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -52,10 +53,11 @@ def build_executor(
     num_threads = worker_config.threads or num_available_cores()
     kernels = make_kernels(worker_config.kernel_backend, dtype, num_threads)
     kv_dtype = _resolve_kv_dtype(worker_config.kv_cache_dtype, kernels)
-    model = _load(files, model_config, worker_config, kernels)
+    model = load_weights(files, model_config, worker_config, kernels)
     plan = plan_kv_cache(spec, engine_config, DTYPE_BYTES[kv_dtype], num_available_memory_bytes())
     kv = _allocate_kv(spec, plan, engine_config.block_size, kv_dtype, kernels)
     sampler = kernels.make_sampler(spec.vocab_size, eos_token_ids)
+    threading.Thread(target=kv.warm_up, name="pelton-kv-warm-up", daemon=True).start()
     runner = ModelRunner(model, kv, sampler, block_size=engine_config.block_size)
     info = EngineInfo(
         max_model_len=plan.max_model_len,
@@ -92,7 +94,7 @@ def _weight_cache_path(files: ModelFiles, model_config: ModelConfig, config: Wor
     return packed_path(folder, files.path)
 
 
-def _load(files: ModelFiles, model_config: ModelConfig, worker_config: WorkerConfig, kernels: Kernels) -> Model:
+def load_weights(files: ModelFiles, model_config: ModelConfig, worker_config: WorkerConfig, kernels: Kernels) -> Model:
     """Checked by size first: Linux grants memory that it does not have, and kills the process later."""
     if model_config.load_format == "dummy":
         return make_dummy_model(files.spec, kernels)

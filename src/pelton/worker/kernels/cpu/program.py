@@ -29,13 +29,22 @@ class NativeProgram:
         self._body = pelton_cpu.Program(runtime, [native_shape(shape, bf16) for shape in shapes], len(keys))
         recorder = Recorder()
         hidden = model.forward(recorder, None, [_recorded_context(cache) for cache in caches])
-        recorder.build(self._body, hidden)
+        self._labels = recorder.build(self._body, hidden)
         self._head = pelton_cpu.Program(runtime, [], 0)
         recorder = Recorder()
         logits = model.compute_logits(recorder, recorder.select_rows(hidden.buffer.width))
-        recorder.build(self._head, logits)
+        self._labels += recorder.build(self._head, logits)
         self._hidden = _Rows(hidden.buffer.width)
         self._logits = _Rows(logits.buffer.width)
+
+    def time_ops(self) -> None:
+        """From now on every op is timed."""
+        self._body.time_ops()
+        self._head.time_ops()
+
+    def take_times(self) -> list[tuple[str, float]]:
+        """Label and seconds of every op in the order of a step, summed over the calls since this was last asked."""
+        return list(zip(self._labels, [*self._body.take_times(), *self._head.take_times()], strict=True))
 
     def forward(self, batch: ForwardBatch) -> None:
         groups = [(group.slot_mapping, group.cos, group.sin, group.block_tables) for group in batch.groups]

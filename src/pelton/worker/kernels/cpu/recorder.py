@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,21 +36,25 @@ class GroupInput:
     group_id: int
 
 
+Op = tuple[str, tuple[Any, ...]]
+
+
 class Recorder:
     """Implements `ops.Ops` on `Value`. Nothing is computed; what is not a value must outlive the program."""
 
     def __init__(self) -> None:
-        self._ops: list[tuple[str, tuple[Any, ...]]] = []
+        self._ops: list[Op] = []
 
-    def build(self, program: pelton_cpu.Program, result: Value) -> None:
-        """Add the ops to `program`, whose first slot becomes `result`.
+    def build(self, program: pelton_cpu.Program, result: Value) -> list[str]:
+        """Add the ops to `program`, whose first slot becomes `result`; what each is called, products with widths.
 
         Buffers whose lives do not overlap share a slot where they are equally wide.
         """
-        last_use = {buffer: i for i, (_, args) in enumerate(self._ops) for buffer in _buffers(args)}
+        ops = _with_fused_mlps(self._ops)
+        last_use = {buffer: i for i, (_, args) in enumerate(ops) for buffer in _buffers(args)}
         slots = {result.buffer: program.add_slot(result.buffer.width)}
         free: dict[int, list[int]] = defaultdict(list)
-        for i, (name, args) in enumerate(self._ops):
+        for i, (name, args) in enumerate(ops):
             for buffer in _buffers(args):
                 if buffer not in slots:
                     vacant = free[buffer.width]
@@ -59,6 +64,7 @@ class Recorder:
             for buffer in _buffers(args):
                 if last_use[buffer] == i and buffer is not result.buffer:
                     free[buffer.width].append(slots[buffer])
+        return [_label(name, args) for name, args in ops]
 
     def select_rows(self, width: int) -> Value:
         """The rows that a head is run on."""
@@ -154,5 +160,34 @@ def _new(width: int) -> Value:
     return Value(Buffer(width), (width,))
 
 
+def _label(name: str, args: tuple[Any, ...]) -> str:
+    """A product also by its widths."""
+    if name not in ("linear", "gated_mlp"):
+        return name
+    widths = [arg.num_inputs for arg in args if hasattr(arg, "num_inputs")]
+    return " ".join([name, *(f"{width} ->" for width in widths), str(args[-1].buffer.width)])
+
+
 def _buffers(args: tuple[Any, ...]) -> set[Buffer]:
     return {arg.buffer for arg in args if isinstance(arg, Value)}
+
+
+def _with_fused_mlps(ops: Sequence[Op]) -> list[Op]:
+    """`ops` with every gated feed-forward layer as one op: its wide results need not go through memory."""
+    num_uses = Counter(buffer for _, args in ops for buffer in _buffers(args))
+    fused: list[Op] = []
+    i = 0
+    while i < len(ops):
+        mlp = _try_fuse_mlp(ops[i : i + 3], num_uses)
+        fused.append(mlp or ops[i])
+        i += 3 if mlp else 1
+    return fused
+
+
+def _try_fuse_mlp(ops: Sequence[Op], num_uses: Mapping[Buffer, int]) -> Op | None:
+    if [name for name, _ in ops] != ["linear", "gated", "linear"]:
+        return None
+    (wide_weight, x, wide_bias, wide), (gelu, gate_up, _, gated), (weight, narrow, bias, out) = [a for _, a in ops]
+    is_chain = gate_up is wide and narrow is gated and num_uses[wide.buffer] == num_uses[gated.buffer] == 2
+    is_packed = all(isinstance(each, pelton_cpu.LinearWeight) for each in (wide_weight, weight))
+    return ("gated_mlp", (gelu, wide_weight, wide_bias, weight, bias, x, out)) if is_chain and is_packed else None

@@ -20,10 +20,11 @@ bool request_tiles() {
 }
 
 const KernelTable& amx_kernels() {
-    static const TileKernels tiles = {amx::pack_rows,    amx::linear_panels, amx::can_attend,
-                                      amx::store_values, amx::attend,        amx::attend_chunk,
-                                      amx::merge_chunks, amx::PartialSums::num_floats,
-                                      amx::HeadColumns::scratch_floats};
+    static const TileKernels tiles = {amx::pack_rows,    amx::linear_panels,
+                                      amx::gated_rows,   amx::can_attend,
+                                      amx::store_values, amx::attend,
+                                      amx::attend_chunk, amx::merge_chunks,
+                                      amx::PartialSums::num_floats, amx::HeadColumns::scratch_floats};
     static const KernelTable table = [] {
         KernelTable made = avx512_kernels();
         made.name = "amx";

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #define PELTON_ISA avx512
+#include "activation_avx512.h"
 #include "attention_avx512.h"
 #include "dense_generic.h"
 #include "kernel_table.h"
@@ -39,33 +40,21 @@ void rms_norm_row(const float* x, float* residual, const float* weight, int size
     }
 }
 
-// 1 / (1 + exp(-x)), without overflow: exp only of what is negative.
-__m512 sigmoid(__m512 x) {
-    const __m512 e = exp_negative(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_abs_ps(x)));
-    const __m512 one = _mm512_set1_ps(1.0f);
-    const __mmask16 negative = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ);
-    return _mm512_div_ps(_mm512_mask_mov_ps(one, negative, e), _mm512_add_ps(one, e));
-}
-
 void silu_mul_row(const float* gate_up, int size, float* out) {
     for (int i = 0; i < size; i += 16) {
         const __mmask16 mask = tail(i, size);
         const __m512 gate = _mm512_maskz_loadu_ps(mask, gate_up + i);
         const __m512 up = _mm512_maskz_loadu_ps(mask, gate_up + size + i);
-        _mm512_mask_storeu_ps(out + i, mask, _mm512_mul_ps(_mm512_mul_ps(gate, sigmoid(gate)), up));
+        _mm512_mask_storeu_ps(out + i, mask, silu_mul(gate, up));
     }
 }
 
 void gelu_tanh_mul_row(const float* gate_up, int size, float* out) {
     for (int i = 0; i < size; i += 16) {
         const __mmask16 mask = tail(i, size);
-        const __m512 x = _mm512_maskz_loadu_ps(mask, gate_up + i);
+        const __m512 gate = _mm512_maskz_loadu_ps(mask, gate_up + i);
         const __m512 up = _mm512_maskz_loadu_ps(mask, gate_up + size + i);
-        __m512 inner = _mm512_fmadd_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(0.044715f), _mm512_set1_ps(1.0f));
-        inner = _mm512_mul_ps(_mm512_mul_ps(inner, x), _mm512_set1_ps(0.7978845608f));
-        const __m512 half = _mm512_mul_ps(x, _mm512_set1_ps(0.5f));
-        const __m512 gelu = _mm512_fmadd_ps(half, tanh_of(inner), half);
-        _mm512_mask_storeu_ps(out + i, mask, _mm512_mul_ps(gelu, up));
+        _mm512_mask_storeu_ps(out + i, mask, gelu_tanh_mul(gate, up));
     }
 }
 

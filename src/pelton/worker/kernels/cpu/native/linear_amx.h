@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "activation_avx512.h"
 #include "linear_avx512.h"
 #include "tile_registers.h"
 #include "tiles.h"
@@ -307,16 +308,34 @@ inline void linear_panels(const PackedMatrix& matrix, PanelRange panels, GroupRa
     }
 }
 
-inline void pack_rows(const float* x, int num_rows, int num_inputs, uint16_t* to) {
+// 32 inputs in the order of `tile_input`.
+inline __m512i tile_order() {
     alignas(64) uint16_t order[32];
     for (int place = 0; place < 32; ++place) order[place] = static_cast<uint16_t>(tile_input(place));
-    const __m512i places = _mm512_load_si512(order);
+    return _mm512_load_si512(order);
+}
+
+inline void store_tile_row(uint16_t* to, __m512 first, __m512 second, __m512i order) {
+    const __m512bh pairs = _mm512_cvtne2ps_pbh(second, first);
+    _mm512_store_si512(to, _mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(pairs)));
+}
+
+inline void pack_rows(const float* x, int num_rows, int num_inputs, uint16_t* to) {
+    const __m512i order = tile_order();
     for (int row = 0; row < num_rows; ++row, x += num_inputs) {
         uint16_t* at = to + row * 32;
         for (int i = 0; i < num_inputs; i += 32, at += kTileValues) {
-            const __m512bh pairs = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + i + 16), _mm512_loadu_ps(x + i));
-            _mm512_store_si512(at, _mm512_permutexvar_epi16(places, reinterpret_cast<__m512i>(pairs)));
+            store_tile_row(at, _mm512_loadu_ps(x + i), _mm512_loadu_ps(x + i + 16), order);
         }
+    }
+}
+
+inline void gated_rows(bool gelu, const float* gate, const float* up, int64_t ld, int num_rows, uint16_t* to) {
+    const __m512i order = tile_order();
+    const auto act = gelu ? avx512::gelu_tanh_mul : avx512::silu_mul;
+    for (int row = 0; row < num_rows; ++row, gate += ld, up += ld, to += 32) {
+        store_tile_row(to, act(_mm512_loadu_ps(gate), _mm512_loadu_ps(up)),
+                       act(_mm512_loadu_ps(gate + 16), _mm512_loadu_ps(up + 16)), order);
     }
 }
 

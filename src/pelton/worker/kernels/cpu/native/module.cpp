@@ -13,6 +13,7 @@
 #include <stdexcept>
 
 #include "attention_plan.h"
+#include "ceilings.h"
 #include "dense.h"
 #include "embedding.h"
 #include "program_module.h"
@@ -116,6 +117,15 @@ void rotate_and_store(Runtime& runtime, std::tuple<int, int, int, int, bool> hea
                              {num_tokens, at<const int64_t>(slots), at<const float>(cos), at<const float>(sin), half},
                              {at<float>(queries), ld_queries, at<float>(keys), ld_keys, at<const float>(values), ld_values},
                              at<void>(key_cache), at<void>(value_cache));
+}
+
+std::vector<std::tuple<std::string, double, double>> ceiling_tuples(int num_threads, size_t dram_bytes) {
+    if (num_threads < 1) throw std::invalid_argument("at least one thread is needed");
+    std::vector<std::tuple<std::string, double, double>> tuples;
+    for (const Ceiling& ceiling : measure_ceilings(num_threads, dram_bytes)) {
+        tuples.emplace_back(ceiling.name, ceiling.one_thread, ceiling.all_threads);
+    }
+    return tuples;
 }
 
 using Ids = std::vector<int64_t>;
@@ -225,6 +235,10 @@ NB_MODULE(pelton_cpu, m) {
     const auto no_gil = nb::call_guard<nb::gil_scoped_release>();
 
     m.attr("FORMATS") = nb::cast(std::vector<std::string>(kFormatNames, kFormatNames + kNumFormats));
+    m.def("dram_buffer_bytes", &dram_buffer_bytes);
+    m.def("l2_cache_bytes", &l2_cache_bytes);
+    m.def("l3_cache_bytes", &l3_cache_bytes);
+    m.def("measure_ceilings", &ceiling_tuples, "num_threads"_a, "dram_bytes"_a, no_gil);
 
     m.def("packed_num_bytes", &packed_num_bytes, "format"_a, "num_outputs"_a, "num_inputs"_a);
 

@@ -1,5 +1,6 @@
 #include "program.h"
 
+#include <chrono>
 #include <cstring>
 
 namespace pelton {
@@ -84,6 +85,15 @@ void Program::add_rms_norm(View x, View residual, const float* weight, int size,
             runtime_.kernels().rms_norm_row(from.row(row), sum.row(row), weight, size, eps, to.row(row));
         });
     });
+}
+
+void Program::gated_mlp(const GatedWeights& weights, View x, View out) {
+    if (weights.gate_up->num_outputs != 2 * weights.down->num_inputs) {
+        throw std::invalid_argument("gate and up do not fit down");
+    }
+    check_whole(x, weights.gate_up->num_inputs);
+    check_whole(out, weights.down->num_outputs);
+    ops_.push_back([=, this] { runtime_.gated_mlp(weights, at(x).data, inputs_.num_rows, at(out).data); });
 }
 
 void Program::gated(bool gelu, View gate_up, int size, View out) {
@@ -175,7 +185,15 @@ void Program::run(const ProgramInputs& inputs, float* result) {
     for (size_t slot = 1; slot < widths_.size(); ++slot) {
         memory_.push_back(reinterpret_cast<float*>(memory + offsets[slot]));
     }
-    for (const auto& op : ops_) op();
+    if (times_s_.size() != ops_.size()) {
+        for (const auto& op : ops_) op();
+        return;
+    }
+    for (size_t i = 0; i < ops_.size(); ++i) {
+        const auto start = std::chrono::steady_clock::now();
+        ops_[i]();
+        times_s_[i] += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    }
 }
 
 }  // namespace pelton

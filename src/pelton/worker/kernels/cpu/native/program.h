@@ -71,6 +71,7 @@ public:
     void rms_norm(View x, int num_heads, const float* weight, int size, float eps, View out);
     // out = norm(x + residual); residual becomes x + residual.
     void add_rms_norm(View x, View residual, const float* weight, int size, float eps, View out);
+    void gated_mlp(const GatedWeights& weights, View x, View out);
     void gated(bool gelu, View gate_up, int size, View out);
     void softcap(View x, int size, float cap);
     void rotate_and_store(int group, View query, View key, View value, CachePair cache);
@@ -81,6 +82,12 @@ public:
     void run(const ProgramInputs& inputs, float* result);
 
     const std::vector<int>& slot_widths() const { return widths_; }
+    // From now on every op of a run is timed: two looks at the clock each.
+    void time_ops() { times_s_.assign(ops_.size(), 0.0); }
+
+    // Seconds of each op, in the order of recording, since `time_ops` or the last call.
+    std::vector<double> take_times() { return std::exchange(times_s_, std::vector<double>(times_s_.size())); }
+
     int result_width() const { return widths_.empty() ? 0 : widths_[0]; }
     size_t num_groups() const { return groups_.size(); }
 
@@ -104,6 +111,7 @@ private:
     int64_t num_blocks_;
     std::vector<int> widths_;
     std::vector<Op> ops_;
+    std::vector<double> times_s_;  // of each op; empty: none is timed
 
     // Of the run under way.
     ProgramInputs inputs_;

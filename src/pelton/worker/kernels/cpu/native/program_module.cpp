@@ -121,6 +121,13 @@ void bind_program(nb::module_& m) {
              [](Program& self, ViewPair x, ViewPair residual, Address weight, int size, float eps, ViewPair out) {
                  self.add_rms_norm(view_of(x), view_of(residual), floats_of(weight), size, eps, view_of(out));
              })
+        .def("gated_mlp",
+             [](Program& self, bool gelu, const LinearWeight& gate_up, Address gate_up_bias, const LinearWeight& down,
+                Address down_bias, ViewPair x, ViewPair out) {
+                 self.gated_mlp({&gate_up, floats_of(gate_up_bias), &down, floats_of(down_bias), gelu}, view_of(x),
+                                view_of(out));
+             },
+             nb::keep_alive<1, 3>(), nb::keep_alive<1, 5>())
         .def("gated",
              [](Program& self, bool gelu, ViewPair gate_up, int size, ViewPair out) {
                  self.gated(gelu, view_of(gate_up), size, view_of(out));
@@ -137,6 +144,8 @@ void bind_program(nb::module_& m) {
                 ViewPair out) {
                  self.attend(group, view_of(query), caches_of(keys, values), scale, softcap, view_of(out));
              })
+        .def("time_ops", &Program::time_ops)
+        .def("take_times", &Program::take_times)
         .def("run_step", &run_step, "token_ids"_a.noconvert(), "query_start_loc"_a.noconvert(), "seq_lens"_a.noconvert(),
              "groups"_a.noconvert(), "result"_a.noconvert())
         .def("run_rows", &run_rows, "hidden"_a.noconvert(), "rows"_a.noconvert(), "result"_a.noconvert());

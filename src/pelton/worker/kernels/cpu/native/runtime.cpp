@@ -14,6 +14,7 @@ constexpr int kChunkBytes = 512 * 1024;
 // The same for tiles: a chunk of rows times a range of groups.
 constexpr int kTileChunkRows = 512;
 constexpr int kTileChunkGroups = 32;
+constexpr int kFewPanels = 8;
 
 constexpr size_t aligned(size_t num_bytes) { return (num_bytes + kAlign - 1) / kAlign * kAlign; }
 
@@ -38,8 +39,8 @@ size_t LinearWeight::num_bytes() const {
 }
 
 void Runtime::linear(const LinearWeight& weight, const float* x, int num_rows, const float* bias, float* out) {
-    if (kernels_.tiles != nullptr) {
-        multiply_tiles(weight, x, num_rows, bias, out);
+    if (multiplies_tiles()) {
+        multiply_tiles(weight, pack_tiles(x, num_rows, weight.num_inputs), bias, out);
     } else {
         multiply_quantized(weight, x, num_rows, bias, out);
     }
@@ -86,26 +87,33 @@ void Runtime::multiply_quantized(const LinearWeight& weight, const float* x, int
     });
 }
 
-void Runtime::multiply_tiles(const LinearWeight& weight, const float* x, int num_rows, const float* bias, float* out) {
-    const int num_inputs = weight.num_inputs, num_groups = num_inputs / kGroup;
-    const int num_blocks = (num_rows + kTileHeight - 1) / kTileHeight;
-    const int64_t block_values = static_cast<int64_t>(kTileHeight) * num_inputs;
+TiledRows Runtime::reserve_tiles(Buffer& buffer, int num_rows, int num_inputs) {
     // Blocks are read in pairs; what lies past the last row is never part of a result.
-    auto* values = static_cast<uint16_t*>(activations_.reserve((num_blocks + 1) * block_values * sizeof(uint16_t)));
-    pool_.run(num_blocks, [&](int block, int) {
+    const int64_t num_blocks = (num_rows + kTileHeight - 1) / kTileHeight + 1;
+    return {num_rows, num_inputs,
+            static_cast<uint16_t*>(buffer.reserve(num_blocks * kTileHeight * num_inputs * sizeof(uint16_t)))};
+}
+
+TiledRows Runtime::pack_tiles(const float* x, int num_rows, int num_inputs) {
+    const TiledRows rows = reserve_tiles(activations_, num_rows, num_inputs);
+    pool_.run((num_rows + kTileHeight - 1) / kTileHeight, [&](int block, int) {
         const int row = block * kTileHeight;
         kernels_.tiles->pack_rows(x + static_cast<int64_t>(row) * num_inputs, std::min(kTileHeight, num_rows - row),
-                                  num_inputs, values + block * block_values);
+                                  num_inputs, rows.block(block));
     });
-    const int groups_at_once = num_rows <= 2 * kTileHeight ? num_groups : kTileChunkGroups;
-    const size_t scratch_bytes = tile_scratch_bytes(std::min(num_rows, kTileChunkRows));
+    return rows;
+}
+
+void Runtime::multiply_tiles(const LinearWeight& weight, const TiledRows& x, const float* bias, float* out) {
+    const int num_groups = weight.num_inputs / kGroup;
+    const int groups_at_once = x.num_rows <= 2 * kTileHeight ? num_groups : kTileChunkGroups;
+    const size_t scratch_bytes = tile_scratch_bytes(std::min(x.num_rows, kTileChunkRows));
     auto* scratch = static_cast<uint8_t*>(scratch_.reserve(scratch_bytes * pool_.num_threads()));
-    for (int row = 0; row < num_rows; row += kTileChunkRows) {
-        const TiledRows rows = {std::min(kTileChunkRows, num_rows - row), num_inputs,
-                                values + static_cast<int64_t>(row / kTileHeight) * block_values};
+    for (int row = 0; row < x.num_rows; row += kTileChunkRows) {
+        const TiledRows rows = x.from(row, kTileChunkRows);
         for (int group = 0; group < num_groups; group += groups_at_once) {
             const GroupRange groups = {group, std::min(group + groups_at_once, num_groups)};
-            run_panels(weight, [&](const PackedMatrix& part, PanelRange panels, int column, int thread) {
+            run_panels(weight.parts, [&](const PackedMatrix& part, PanelRange panels, int column, int thread) {
                 const LinearResult result = {bias != nullptr ? bias + column : nullptr,
                                              out + static_cast<int64_t>(row) * weight.num_outputs + column,
                                              weight.num_outputs};
@@ -113,6 +121,55 @@ void Runtime::multiply_tiles(const LinearWeight& weight, const float* x, int num
             });
         }
     }
+}
+
+// Panels of gate and up are multiplied side by side, and their activation goes straight into tiles: for many rows
+// the two wide results would cost as much time in memory as the products.
+void Runtime::gated_mlp(const GatedWeights& weights, const float* x, int num_rows, float* out) {
+    const int size = weights.down->num_inputs;
+    if (!multiplies_tiles() || weights.gate_up->parts.size() != 2) {
+        auto* wide = static_cast<float*>(mlp_.reserve(static_cast<size_t>(num_rows) * size * 3 * sizeof(float)));
+        float* narrow = wide + static_cast<size_t>(num_rows) * size * 2;
+        linear(*weights.gate_up, x, num_rows, weights.gate_up_bias, wide);
+        gated(weights.gelu, wide, num_rows, size, narrow);
+        linear(*weights.down, narrow, num_rows, weights.down_bias, out);
+        return;
+    }
+    const auto& parts = weights.gate_up->parts;
+    const float* bias[2] = {weights.gate_up_bias, weights.gate_up_bias == nullptr ? nullptr : weights.gate_up_bias + size};
+    const TiledRows rows = pack_tiles(x, num_rows, weights.gate_up->num_inputs);
+    const TiledRows hidden = reserve_tiles(mlp_, num_rows, size);
+    const bool few = num_rows <= 2 * kTileHeight;
+    const int chunk_rows = few ? num_rows : std::max(2 * kTileHeight, kTileChunkRows * kTileChunkGroups * kGroup / rows.num_inputs / (2 * kTileHeight) * (2 * kTileHeight));
+    const int panels_at_once = few ? kFewPanels : 1;
+    const int64_t ld = panels_at_once * kPanel;
+    const size_t side_bytes = aligned(static_cast<size_t>(std::min(num_rows, chunk_rows)) * ld * sizeof(float));
+    const size_t work_bytes = tile_scratch_bytes(std::min(num_rows, chunk_rows)) + 2 * side_bytes;
+    auto* scratch = static_cast<uint8_t*>(scratch_.reserve(work_bytes * pool_.num_threads()));
+    for (int row = 0; row < num_rows; row += chunk_rows) {
+        const TiledRows chunk = rows.from(row, chunk_rows), to = hidden.from(row, chunk_rows);
+        run_panels(std::span(parts).first(1), [&](const PackedMatrix&, PanelRange panels, int, int thread) {
+            uint8_t* work = scratch + thread * work_bytes;
+            float* sides[2] = {reinterpret_cast<float*>(work), reinterpret_cast<float*>(work + side_bytes)};
+            for (int first = panels.first; first < panels.last; first += panels_at_once) {
+                const PanelRange some = {first, std::min(first + panels_at_once, panels.last)};
+                for (int side = 0; side < 2; ++side) {
+                    kernels_.tiles->linear_panels(parts[side], some, {0, rows.num_inputs / kGroup}, chunk,
+                                                  {bias[side], sides[side] - first * kPanel, ld}, work + 2 * side_bytes);
+                }
+                for (int panel = some.first; panel < some.last; ++panel) {
+                    const int64_t column = (panel - some.first) * kPanel;
+                    for (int block = 0; block * kTileHeight < chunk.num_rows; ++block) {
+                        const int64_t at = block * kTileHeight * ld + column;
+                        kernels_.tiles->gated_rows(weights.gelu, sides[0] + at, sides[1] + at, ld,
+                                                   std::min(kTileHeight, chunk.num_rows - block * kTileHeight),
+                                                   to.block(block) + static_cast<int64_t>(panel) * kTileValues);
+                    }
+                }
+            }
+        });
+    }
+    multiply_tiles(*weights.down, hidden, weights.down_bias, out);
 }
 
 void Runtime::rms_norm(const float* x, float* residual, const float* weight, int num_rows, int size, float eps,

@@ -35,6 +35,15 @@ struct LinearWeight {
     size_t num_bytes() const;
 };
 
+// Of a gated feed-forward layer; biases may be null.
+struct GatedWeights {
+    const LinearWeight* gate_up;
+    const float* gate_up_bias;
+    const LinearWeight* down;
+    const float* down_bias;
+    bool gelu;
+};
+
 struct Tokens {
     int num_tokens;
     const int64_t* slots;  // [T]
@@ -70,6 +79,9 @@ public:
     // out [S, H] of x [S, H]; residual [S, H] (may be null) becomes x + residual.
     void rms_norm(const float* x, float* residual, const float* weight, int num_rows, int size, float eps, float* out);
 
+    // out [S, O] = down(act(gate) * up) with (gate, up) [S, 2F] = gate_up(x) for x [S, I].
+    void gated_mlp(const GatedWeights& weights, const float* x, int num_rows, float* out);
+
     // [S, 2F] -> [S, F].
     void gated(bool gelu, const float* gate_up, int num_rows, int size, float* out);
 
@@ -87,20 +99,23 @@ private:
     }
 
     void multiply_quantized(const LinearWeight& weight, const float* x, int num_rows, const float* bias, float* out);
-    void multiply_tiles(const LinearWeight& weight, const float* x, int num_rows, const float* bias, float* out);
+    bool multiplies_tiles() const { return kernels_.tiles != nullptr; }
+    TiledRows reserve_tiles(Buffer& buffer, int num_rows, int num_inputs);
+    TiledRows pack_tiles(const float* x, int num_rows, int num_inputs);
+    void multiply_tiles(const LinearWeight& weight, const TiledRows& x, const float* bias, float* out);
 
     // Calls run(part, panels, first column, thread) for all panels, some neighbours at a time: streams of memory
     // are long, and the kernel prefetches a next panel that is its own.
     template <typename Run>
-    void run_panels(const LinearWeight& weight, const Run& run) {
+    void run_panels(std::span<const PackedMatrix> parts, const Run& run) {
         int num_panels = 0;
-        for (const auto& part : weight.parts) num_panels += part.num_panels();
+        for (const auto& part : parts) num_panels += part.num_panels();
         const int num_tasks = std::min(num_panels, pool_.num_threads() * kTasksPerThread);
         pool_.run(num_tasks, [&](int task, int thread) {
             int first = static_cast<int>(static_cast<int64_t>(num_panels) * task / num_tasks);
             int last = static_cast<int>(static_cast<int64_t>(num_panels) * (task + 1) / num_tasks);
             int column = 0;
-            for (const auto& part : weight.parts) {
+            for (const auto& part : parts) {
                 const PanelRange panels = {std::max(first, 0), std::min(last, part.num_panels())};
                 if (panels.first < panels.last) run(part, panels, column, thread);
                 first -= part.num_panels();
@@ -118,6 +133,7 @@ private:
     Buffer activations_;
     Buffer scratch_;
     Buffer parts_;
+    Buffer mlp_;
 };
 
 }  // namespace pelton

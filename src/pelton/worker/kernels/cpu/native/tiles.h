@@ -5,6 +5,7 @@
 // to the bit in a step of one row and of five hundred (law 3).
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <span>
 
@@ -25,10 +26,13 @@ static_assert(kTileRing <= kTileStrip);
 struct TiledRows {
     int num_rows;
     int num_inputs;
-    const uint16_t* values;
+    uint16_t* values;
 
-    const uint16_t* block(int index) const {
-        return values + static_cast<int64_t>(index) * kTileHeight * num_inputs;
+    uint16_t* block(int index) const { return values + static_cast<int64_t>(index) * kTileHeight * num_inputs; }
+
+    // `count` rows or those that are left from `first` on, a multiple of 16.
+    TiledRows from(int first, int count) const {
+        return {std::min(count, num_rows - first), num_inputs, block(first / kTileHeight)};
     }
 };
 
@@ -71,6 +75,9 @@ struct TileKernels {
     // be. `scratch`: tile_scratch_bytes(num_rows), aligned to 64.
     void (*linear_panels)(const PackedMatrix& matrix, PanelRange panels, GroupRange groups, const TiledRows& rows,
                           const LinearResult& result, uint8_t* scratch);
+
+    // act(gate) * up of a group of 32 columns [num_rows <= 16, 32], rows `ld` apart, as a tile.
+    void (*gated_rows)(bool gelu, const float* gate, const float* up, int64_t ld, int num_rows, uint16_t* to);
 
     // Whether tiles fit the shape. Its values then lie transposed in the cache: [num_blocks, K, D, block_size].
     bool (*can_attend)(const AttentionShape& shape);
