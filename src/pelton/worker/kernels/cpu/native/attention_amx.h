@@ -105,9 +105,11 @@ public:
         };
         queries_ = reinterpret_cast<uint16_t*>(take(static_cast<int64_t>(num_tiles_) * dim_ * kColumns / 2));
         totals_ = take(num_tiles_ * PartialSums::num_floats(dim_));
-        part_ = take(PartialSums::num_floats(dim_));
-        scores_ = take(kChunkPositions * kColumns);
-        probabilities_ = reinterpret_cast<uint16_t*>(take(kChunkPositions * kColumns / 2));
+        for (auto& part : parts_) part = take(PartialSums::num_floats(dim_));
+        for (auto& scores : scores_) scores = take(kChunkPositions * kColumns);
+        for (auto& probabilities : probabilities_) {
+            probabilities = reinterpret_cast<uint16_t*>(take(kChunkPositions * kColumns / 2));
+        }
         for (auto& edge : edges_) {
             edge.values = reinterpret_cast<uint16_t*>(take(static_cast<int64_t>(dim_) * kBlockPositions / 2));
         }
@@ -121,8 +123,8 @@ public:
 
     static int64_t scratch_floats(int dim, int num_columns) {
         const int64_t tiles = (num_columns + kColumns - 1) / kColumns;
-        return tiles * dim * kColumns / 2 + (tiles + 1) * PartialSums::num_floats(dim) +
-               kChunkPositions * kColumns * 3 / 2 + 2 * dim * kBlockPositions / 2;
+        return tiles * dim * kColumns / 2 + (tiles + 2) * PartialSums::num_floats(dim) +
+               kChunkPositions * kColumns * 3 + 2 * dim * kBlockPositions / 2;
     }
 
     // All that the columns see; writes their results.
@@ -132,10 +134,12 @@ public:
         const int first = first_visible(first_position_);
         load_edge(edges_[0], first / kBlockPositions * kBlockPositions);
         load_edge(edges_[1], last_position_ / kBlockPositions * kBlockPositions);
-        const PartialSums part = {part_, dim_};
+        const PartialSums parts[2] = {{parts_[0], dim_}, {parts_[1], dim_}};
         for (int start = first / kChunkPositions * kChunkPositions; start <= last_position_; start += kChunkPositions) {
-            for (int tile = 0; tile < num_tiles_; ++tile) {
-                if (add_chunk(tile, start, part)) total(tile).add(part, 0, 0xffff);
+            for (int tile = 0; tile < num_tiles_; tile += 2) {
+                const int count = std::min(2, num_tiles_ - tile);
+                add_chunk(tile, count, start, parts);
+                for (int i = 0; i < count; ++i) total(tile + i).add(parts[i], 0, 0xffff);
             }
         }
         for (int tile = 0; tile < num_tiles_; ++tile) {
@@ -149,9 +153,10 @@ public:
         begin();
         load_edge(edges_[0], std::max(first_visible(first_position_), start) / kBlockPositions * kBlockPositions);
         load_edge(edges_[1], std::min(last_position_, start + kChunkPositions - 1) / kBlockPositions * kBlockPositions);
-        for (int tile = 0; tile < num_tiles_; ++tile) {
-            const PartialSums part = {parts + tile * PartialSums::num_floats(dim_), dim_};
-            if (!add_chunk(tile, start, part)) part.clear();
+        for (int tile = 0; tile < num_tiles_; tile += 2) {
+            const PartialSums pair[2] = {{parts + tile * PartialSums::num_floats(dim_), dim_},
+                                         {parts + (tile + 1) * PartialSums::num_floats(dim_), dim_}};
+            add_chunk(tile, std::min(2, num_tiles_ - tile), start, pair);
         }
         release_tiles();
     }
@@ -222,31 +227,83 @@ private:
         }
     }
 
-    // False, and nothing done, where no column of the tile sees any of the chunk.
-    bool add_chunk(int tile, int start, const PartialSums& part) {
-        int first = last_position_, last = -1;
-        for (int i = 0; i < num_columns(tile); ++i) {
-            const AttentionColumn& column = run_.columns[tile * kColumns + i];
-            positions_[i] = column.query == nullptr ? -1 : column.position;
-            oldest_[i] = first_visible(positions_[i]);
-            if (column.query == nullptr) continue;
-            first = std::min(first, column.position);
-            last = std::max(last, column.position);
+    // What a tile's columns see.
+    struct Sight {
+        int first;  // positions of the columns
+        int last;
+        alignas(64) int positions[kColumns];  // -1 where there is no column
+        alignas(64) int oldest[kColumns];
+    };
+
+    void look(int tile, Sight& sight) const {
+        sight.first = last_position_;
+        sight.last = -1;
+        for (int i = 0; i < kColumns; ++i) {
+            const bool is_column = i < num_columns(tile) && run_.columns[tile * kColumns + i].query != nullptr;
+            sight.positions[i] = is_column ? run_.columns[tile * kColumns + i].position : -1;
+            sight.oldest[i] = is_column ? first_visible(sight.positions[i]) : 0;
+            if (!is_column) continue;
+            sight.first = std::min(sight.first, sight.positions[i]);
+            sight.last = std::max(sight.last, sight.positions[i]);
         }
-        std::fill(positions_ + num_columns(tile), positions_ + kColumns, -1);
-        std::fill(oldest_ + num_columns(tile), oldest_ + kColumns, 0);
-        const int first_block = std::max(0, first_visible(first) - start) / kBlockPositions;
-        const int end_block = std::min(last - start, kChunkPositions - 1) / kBlockPositions + 1;
-        if (start > last || first_block >= end_block) return false;
-        for (int block = first_block; block < end_block; block += 4) {
-            score_blocks(tile, start, block, std::min(block + 4, end_block));
+    }
+
+    // The sums of one or two neighbouring tiles over a chunk. Two share what is loaded of keys and values.
+    void add_chunk(int tile, int num_tiles, int start, const PartialSums* parts) {
+        Sight sights[2];
+        int first = kChunkPositions, end = 0;  // of the chunk, what any column sees
+        for (int i = 0; i < num_tiles; ++i) {
+            look(tile + i, sights[i]);
+            first = std::min(first, std::max(0, first_visible(sights[i].first) - start));
+            end = std::max(end, std::min(sights[i].last - start + 1, kChunkPositions));
         }
-        // Every column that there is sees every position: nothing to hide.
-        const int begin = start + first_block * kBlockPositions, end = start + end_block * kBlockPositions;
-        hide(start, first_block, end_block, end - 1 > first || begin < first_visible(last));
-        soften(first_block, end_block, part);
-        for (int d = 0; d < dim_; d += 4 * kColumns) add_values(start, first_block, end_block, d, part.data);
-        return true;
+        const int first_block = first / kBlockPositions, end_block = (end + kBlockPositions - 1) / kBlockPositions;
+        if (first_block >= end_block) {
+            for (int i = 0; i < num_tiles; ++i) parts[i].clear();
+            return;
+        }
+        if (num_tiles == 2) {
+            for (int block = first_block; block < end_block; block += 2) {
+                score_pair(tile, start, block, block + 1 < end_block);
+            }
+        } else {
+            for (int block = first_block; block < end_block; block += 4) {
+                if (num_tiles_ == 1) prefetch(start, block, std::min(block + 8, end_block));
+                score_blocks(tile, start, block, std::min(block + 4, end_block));
+            }
+        }
+        for (int i = 0; i < num_tiles; ++i) {
+            hide(scores_[i], sights[i], start, first_block * kBlockPositions, end_block * kBlockPositions);
+            soften(i, first_block, end_block, parts[i]);
+        }
+        if (num_tiles == 2) {
+            for (int d = 0; d < dim_; d += 2 * kColumns) add_values_pair(start, first_block, end_block, d, parts);
+        } else {
+            for (int d = 0; d < dim_; d += 4 * kColumns) add_values(start, first_block, end_block, d, parts[0].data);
+        }
+    }
+
+    // Values of four blocks and keys of the next four. Only where a tile is alone: others read from the caches.
+    void prefetch(int start, int first, int end) const {
+        const int64_t row_values = static_cast<int64_t>(shape_.num_kv_heads) * dim_;
+        for (int block = first; block < end; ++block) {
+            const int position = start + block * kBlockPositions;
+            if (block < first + 4) {
+                const uint16_t* values = values_at(position);
+                for (int d = 0; d < dim_; ++d) {
+                    if (shape_.block_size > kBlockPositions || d % 2 == 0) {
+                        _mm_prefetch(reinterpret_cast<const char*>(values + d * shape_.block_size), _MM_HINT_T0);
+                    }
+                }
+            } else {
+                const uint16_t* keys = keys_at(position);
+                for (int row = 0; row < kBlockPositions; ++row) {
+                    for (int d = 0; d < dim_; d += 32) {
+                        _mm_prefetch(reinterpret_cast<const char*>(keys + row * row_values + d), _MM_HINT_T0);
+                    }
+                }
+            }
+        }
     }
 
     // Scores [positions, 16] of up to four blocks.
@@ -276,20 +333,49 @@ private:
                 multiply_tiles<3, 4, 5>();
             }
         }
-        float* to = scores_ + first * kBlockPositions * kColumns;
+        float* to = scores_[0] + first * kBlockPositions * kColumns;
         store_tile<0>(to, 64);
         if (end - first > 1) store_tile<1>(to + 256, 64);
         if (end - first > 2) store_tile<2>(to + 512, 64);
         if (end - first > 3) store_tile<3>(to + 768, 64);
     }
 
+    // Scores of one or two blocks for two tiles of columns.
+    void score_pair(int tile, int start, int block, bool has_second) {
+        const int64_t row_bytes = static_cast<int64_t>(shape_.num_kv_heads) * dim_ * 2;
+        const uint16_t* first = keys_at(start + block * kBlockPositions);
+        const uint16_t* second = has_second ? keys_at(start + (block + 1) * kBlockPositions) : first;
+        const uint16_t *left = query_tiles(tile), *right = query_tiles(tile + 1);
+        zero_tile<0>();
+        zero_tile<1>();
+        zero_tile<2>();
+        zero_tile<3>();
+        for (int d = 0; d < dim_; d += 32) {
+            load_tile<4>(first + d, row_bytes);
+            load_tile<5>(left + d * kColumns, 64);
+            multiply_tiles<0, 4, 5>();
+            load_tile<5>(right + d * kColumns, 64);
+            multiply_tiles<1, 4, 5>();
+            load_tile<4>(second + d, row_bytes);
+            multiply_tiles<3, 4, 5>();
+            load_tile<5>(left + d * kColumns, 64);
+            multiply_tiles<2, 4, 5>();
+        }
+        const int at = block * kBlockPositions * kColumns;
+        store_tile<0>(scores_[0] + at, 64);
+        store_tile<1>(scores_[1] + at, 64);
+        if (!has_second) return;
+        store_tile<2>(scores_[0] + at + 256, 64);
+        store_tile<3>(scores_[1] + at + 256, 64);
+    }
+
     // Scores to probabilities relative to the chunk's own maximum.
-    void soften(int first_block, int end_block, const PartialSums& part) {
+    void soften(int tile, int first_block, int end_block, const PartialSums& part) {
         const int begin = first_block * kBlockPositions, end = end_block * kBlockPositions;
         __m512 maxima[4];
         for (auto& maximum : maxima) maximum = _mm512_set1_ps(kHidden);
         for (int i = begin; i < end; i += 4) {
-            for (int j = 0; j < 4; ++j) maxima[j] = _mm512_max_ps(maxima[j], _mm512_load_ps(scores_ + (i + j) * kColumns));
+            for (int j = 0; j < 4; ++j) maxima[j] = _mm512_max_ps(maxima[j], _mm512_load_ps(scores_[tile] + (i + j) * kColumns));
         }
         const __m512 scale = _mm512_set1_ps(shape_.softcap > 0.0f ? 1.0f : shape_.scale * kLog2E);
         const __m512 most = _mm512_max_ps(_mm512_max_ps(maxima[0], maxima[1]), _mm512_max_ps(maxima[2], maxima[3]));
@@ -302,38 +388,49 @@ private:
         // The sum's order is that of positions, two strands of it, whatever block comes first.
         __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
         for (int i = begin; i < end; i += 2) {
-            const float* scores = scores_ + i * kColumns;
+            const float* scores = scores_[tile] + i * kColumns;
             const __m512 even = exp2_negative(_mm512_fmsub_ps(_mm512_load_ps(scores), scale, largest));
             const __m512 odd = exp2_negative(_mm512_fmsub_ps(_mm512_load_ps(scores + kColumns), scale, largest));
             sums[0] = _mm512_add_ps(sums[0], even);
             sums[1] = _mm512_add_ps(sums[1], odd);
             const auto pairs = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even));
-            _mm512_store_si512(probabilities_ + i * kColumns, _mm512_permutexvar_epi16(interleave, pairs));
+            _mm512_store_si512(probabilities_[tile] + i * kColumns, _mm512_permutexvar_epi16(interleave, pairs));
         }
         _mm512_storeu_ps(part.sums(), _mm512_add_ps(sums[0], sums[1]));
         _mm512_storeu_ps(part.maxima(), _mm512_mask_mov_ps(_mm512_set1_ps(kHidden), sees, largest));
     }
 
     // Caps scores (and scales them, as powers of 2), and overwrites those of positions that a column does not see.
-    void hide(int start, int first_block, int end_block, bool some_are_hidden) {
-        const int begin = first_block * kBlockPositions, end = end_block * kBlockPositions;
+    void hide(float* scores, const Sight& sight, int start, int begin, int end) const {
         if (shape_.softcap > 0.0f) {
             const __m512 in = _mm512_set1_ps(shape_.scale / shape_.softcap);
             const __m512 out = _mm512_set1_ps(shape_.softcap * kLog2E);
             for (int i = begin; i < end; ++i) {
-                const __m512 score = _mm512_load_ps(scores_ + i * kColumns);
-                _mm512_store_ps(scores_ + i * kColumns, _mm512_mul_ps(avx512::tanh_of(_mm512_mul_ps(score, in)), out));
+                const __m512 score = _mm512_mul_ps(_mm512_load_ps(scores + i * kColumns), in);
+                _mm512_store_ps(scores + i * kColumns, _mm512_mul_ps(avx512::tanh_of(score), out));
             }
         }
-        if (!some_are_hidden) return;
-        const __m512i last = _mm512_load_si512(positions_), first = _mm512_load_si512(oldest_);
+        if (start + end - 1 <= sight.first && start + begin >= first_visible(sight.last)) return;
+        const __m512i last = _mm512_load_si512(sight.positions), first = _mm512_load_si512(sight.oldest);
         const __m512 hidden = _mm512_set1_ps(kHidden);
         for (int i = begin; i < end; ++i) {
             const __m512i position = _mm512_set1_epi32(start + i);
             const __mmask16 seen = _mm512_cmple_epi32_mask(position, last) & _mm512_cmpge_epi32_mask(position, first);
-            float* score = scores_ + i * kColumns;
+            float* score = scores + i * kColumns;
             _mm512_store_ps(score, _mm512_mask_mov_ps(hidden, seen, _mm512_load_ps(score)));
         }
+    }
+
+    struct StridedValues {
+        const uint16_t* values;
+        int64_t stride;  // from one dimension to the next
+    };
+
+    StridedValues readable_values(int position) const {
+        for (const Edge& edge : edges_) {
+            if (position == edge.start) return {edge.values, kBlockPositions};
+        }
+        return {values_at(position), shape_.block_size};
     }
 
     // part [64 dimensions from d on][16] = values times probabilities.
@@ -344,13 +441,9 @@ private:
         zero_tile<2>();
         zero_tile<3>();
         for (int block = first; block < end; ++block) {
-            const int position = start + block * kBlockPositions;
-            const Edge* edge = position == edges_[0].start   ? &edges_[0]
-                               : position == edges_[1].start ? &edges_[1]
-                                                             : nullptr;
-            const int64_t stride = edge != nullptr ? kBlockPositions : shape_.block_size;
-            const uint16_t* values = (edge != nullptr ? edge->values : values_at(position)) + d * stride;
-            load_tile<7>(probabilities_ + block * kBlockPositions * kColumns, 64);
+            const auto [base, stride] = readable_values(start + block * kBlockPositions);
+            const uint16_t* values = base + d * stride;
+            load_tile<7>(probabilities_[0] + block * kBlockPositions * kColumns, 64);
             load_tile<6>(values, 2 * stride);
             multiply_tiles<0, 6, 7>();
             load_tile<6>(values + 16 * stride, 2 * stride);
@@ -369,6 +462,32 @@ private:
         store_tile<3>(to + 768, 64);
     }
 
+    // The same for two tiles: parts [32 dimensions from d on][16] of each.
+    void add_values_pair(int start, int first, int end, int d, const PartialSums* parts) const {
+        zero_tile<0>();
+        zero_tile<1>();
+        zero_tile<2>();
+        zero_tile<3>();
+        for (int block = first; block < end; ++block) {
+            const auto [base, stride] = readable_values(start + block * kBlockPositions);
+            const uint16_t* values = base + d * stride;
+            const int at = block * kBlockPositions * kColumns;
+            load_tile<6>(values, 2 * stride);
+            load_tile<7>(probabilities_[0] + at, 64);
+            multiply_tiles<0, 6, 7>();
+            load_tile<7>(probabilities_[1] + at, 64);
+            multiply_tiles<1, 6, 7>();
+            load_tile<6>(values + 16 * stride, 2 * stride);
+            multiply_tiles<3, 6, 7>();
+            load_tile<7>(probabilities_[0] + at, 64);
+            multiply_tiles<2, 6, 7>();
+        }
+        store_tile<0>(parts[0].data + d * kColumns, 64);
+        store_tile<1>(parts[1].data + d * kColumns, 64);
+        store_tile<2>(parts[0].data + (d + 16) * kColumns, 64);
+        store_tile<3>(parts[1].data + (d + 16) * kColumns, 64);
+    }
+
     const AttentionShape& shape_;
     const ColumnRun& run_;
     const uint16_t* keys_;
@@ -380,13 +499,11 @@ private:
     int last_position_;
     uint16_t* queries_;
     float* totals_;
-    float* part_;
-    float* scores_;            // [kChunkPositions][16]
-    uint16_t* probabilities_;  // [kChunkPositions / 2][16][2]
+    // Of the two tiles at hand.
+    float* parts_[2];
+    float* scores_[2];            // [kChunkPositions][16]
+    uint16_t* probabilities_[2];  // [kChunkPositions / 2][16][2]
     Edge edges_[2];
-    // Of the tile at hand; -1 where there is no column.
-    alignas(64) int positions_[kColumns];
-    alignas(64) int oldest_[kColumns];
 };
 
 inline bool can_attend(const AttentionShape& shape) {

@@ -226,22 +226,27 @@ void multiply_many(const PackedMatrix& matrix, int panel, GroupRange groups, con
     const Columns columns(matrix, panel, result);
     const int num_blocks = (rows.num_rows + 2 * kTileHeight - 1) / (2 * kTileHeight) * 2;
     const int64_t next_block = rows.block(1) - rows.block(0);
-    uint8_t* strip = scratch;
-    auto* sums = reinterpret_cast<float*>(scratch + kTileStrip * kTileGroupBytes);
+    auto* sums = reinterpret_cast<float*>(scratch + 2 * kTileStripBytes);
     alignas(64) float bias[kPanel];
     columns.load_bias(bias);
     avx512::PackedSource<kFormat> source(matrix.panel(panel) +
                                          static_cast<size_t>(groups.first) * traits_of(kFormat).group_bytes());
+    const auto strip_at = [&](int group) {
+        return scratch + (group - groups.first) / kTileStrip % 2 * kTileStripBytes +
+               (group - groups.first) % kTileStrip * kTileGroupBytes;
+    };
+    const auto unpack = [&](int group) {
+        unpack_group<kFormat>(source, strip_at(group));
+        source.next();
+    };
     // Whole pairs of blocks go straight to and from the result.
     const auto is_direct = [&](int block) {
         return columns.count == kPanel && (block + 2) * kTileHeight <= rows.num_rows;
     };
     const auto num_rows_of = [&](int block) { return std::min(2 * kTileHeight, rows.num_rows - block * kTileHeight); };
+    for (int group = groups.first; group < std::min(groups.first + kTileStrip, groups.last); ++group) unpack(group);
     for (int group = groups.first; group < groups.last; group += kTileStrip) {
         const int end = std::min(group + kTileStrip, groups.last);
-        for (int i = group; i < end; ++i, source.next()) {
-            unpack_group<kFormat>(source, strip + (i - group) * kTileGroupBytes);
-        }
         for (int block = 0; block < num_blocks; block += 2) {
             float* own = sums + static_cast<int64_t>(block) * kTileHeight * kPanel;
             float* out = columns.out + static_cast<int64_t>(block) * kTileHeight * columns.ld_out;
@@ -259,7 +264,9 @@ void multiply_many(const PackedMatrix& matrix, int panel, GroupRange groups, con
             }
             const uint16_t* values = rows.block(block) + static_cast<int64_t>(group) * kTileValues;
             for (int i = group; i < end; ++i, values += kTileValues) {
-                add_group<true>(values, next_block, strip + (i - group) * kTileGroupBytes);
+                add_group<true>(values, next_block, strip_at(i));
+                // The vector units unpack the next strip while the tiles multiply this one.
+                if (block + 2 >= num_blocks && i + kTileStrip < groups.last) unpack(i + kTileStrip);
             }
             if (end == groups.last && is_direct(block)) {
                 store_sums<true>(out, columns.ld_out);

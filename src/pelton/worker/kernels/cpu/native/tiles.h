@@ -19,7 +19,8 @@ constexpr int kTileValues = kTileHeight * 32;  // bfloat16 in a tile
 constexpr int kTileGroupBytes = 2 * kTileValues * 2;  // a panel's group of weights
 constexpr int kTileRing = 8;   // groups of few rows' products in flight
 constexpr int kTileStrip = 8;  // groups that stay in L1 while all rows pass by
-static_assert(kTileRing <= kTileStrip);
+constexpr int kTileStripBytes = kTileStrip * kTileGroupBytes;
+static_assert(kTileRing <= 2 * kTileStrip);
 
 // Activations as tiles: [ceil(num_rows / 16)][num_inputs / 32][16][32] bfloat16. Within a group of 32,
 // inputs lie in the order that unpacks weights fastest (tile_input).
@@ -62,7 +63,7 @@ struct LinearResult {
 // Bytes that linear_panels needs for so many rows, which take up to twice 16 more.
 constexpr size_t tile_scratch_bytes(int num_rows) {
     const int padded = (num_rows + 2 * kTileHeight - 1) / (2 * kTileHeight) * 2 * kTileHeight;
-    return kTileStrip * kTileGroupBytes + static_cast<size_t>(padded) * kPanel * sizeof(float);
+    return 2 * kTileStripBytes + static_cast<size_t>(padded) * kPanel * sizeof(float);
 }
 
 // What a processor with tiles does with them.
