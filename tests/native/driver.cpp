@@ -19,8 +19,10 @@
 
 namespace pelton {
 
+#if defined(__x86_64__)
 // bf16_attention.cpp: the products of bfloat16 pairs, which only some processors choose.
 bool check_bf16_attention();
+#endif
 
 namespace {
 
@@ -217,10 +219,12 @@ void check(const char* isa) {
 }  // namespace pelton
 
 int main() {
-    for (const char* isa : {"portable", "avx2", "avx512"}) pelton::check(isa);
+    for (const char* isa : {"portable", "neon_dotprod", "avx2", "avx2_vnni", "avx512"}) pelton::check(isa);
+#if defined(__x86_64__)
     if (pelton::find_kernels("avx512") != nullptr && !pelton::check_bf16_attention()) {
         std::fprintf(stderr, "products of bfloat16 pairs are off\n");
         return 1;
     }
+#endif
     return 0;
 }

@@ -36,7 +36,7 @@ def _runs(isa: str) -> bool:
     return True
 
 
-ISAS = [isa for isa in ("avx512", "avx2", "portable") if _runs(isa)]
+ISAS = [isa for isa in ("avx512", "avx2_vnni", "avx2", "neon_dotprod", "portable") if _runs(isa)]
 
 
 @cache

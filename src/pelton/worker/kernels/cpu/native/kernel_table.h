@@ -51,8 +51,11 @@ inline size_t linear_scratch_bytes(int num_inputs) {
 
 const KernelTable& portable_kernels();
 #if defined(__x86_64__)
-const KernelTable& avx2_kernels();    // AVX2, FMA, F16C
-const KernelTable& avx512_kernels();  // AVX-512 F, BW, VL, DQ, VNNI, BF16
+const KernelTable& avx2_kernels();       // AVX2, FMA, F16C
+const KernelTable& avx2_vnni_kernels();  // and AVX-VNNI
+const KernelTable& avx512_kernels();     // AVX-512 F, BW, VL, DQ, VNNI, BF16
+#elif defined(__aarch64__)
+const KernelTable& neon_dotprod_kernels();
 #endif
 
 // The fastest table that this processor runs, or the one named. Null where that does not run here.
