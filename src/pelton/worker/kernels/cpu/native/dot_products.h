@@ -30,7 +30,7 @@ struct Dot {
 
 #elif defined(__AVX2__)
 
-constexpr bool kSignedWeights = false;
+constexpr bool kSignedWeights = true;  // those of 8 bits
 
 // vpmaddubsw adds two products in 16 bits, and saturates: every sum below stays under 2^15.
 inline __m256i multiply_pairs(Bytes weights, const int8_t* x) {
@@ -63,22 +63,22 @@ struct Dot<4> {
     Ints sum() const { return bits_as<Ints>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1))); }
 };
 
-// 8 bits are two times 4.
+// 8 bits, shifted down by 128: sizes of weights times activations with the weights' signs, 2 * 128 * 127.
 template <>
 struct Dot<8> {
-    static constexpr int kTileRows = 3;
-    __m256i low = _mm256_setzero_si256(), high = _mm256_setzero_si256();
+    static constexpr int kTileRows = 6;
+    __m256i total = _mm256_setzero_si256();
 
     void add(Bytes first, const int8_t* x, Bytes second) {
-        low = _mm256_add_epi16(low, multiply_pairs(first & 15, x));
-        high = _mm256_add_epi16(high, multiply_pairs(first >> 4, x));
-        low = _mm256_add_epi16(low, multiply_pairs(second & 15, x + 4));
-        high = _mm256_add_epi16(high, multiply_pairs(second >> 4, x + 4));
+        add_four(bits_as<__m256i>(first ^ 128), x);
+        add_four(bits_as<__m256i>(second ^ 128), x + 4);
     }
-    Ints sum() const {
-        return bits_as<Ints>(_mm256_add_epi32(_mm256_madd_epi16(low, _mm256_set1_epi16(1)),
-                                              _mm256_madd_epi16(high, _mm256_set1_epi16(16))));
+    void add_four(__m256i weights, const int8_t* x) {
+        const __m256i activations = _mm256_sign_epi8(_mm256_set1_epi32(load_four(x)), weights);
+        const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(weights), activations);
+        total = _mm256_add_epi32(total, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
     }
+    Ints sum() const { return bits_as<Ints>(total); }
 };
 
 #elif defined(__aarch64__)
@@ -108,6 +108,33 @@ struct Dot {
         const int16x8_t low = vmull_s8(vget_low_s8(weights), vget_low_s8(x));
         total = vpadalq_s16(total, vpaddq_s16(low, vmull_high_s8(weights, x)));
 #endif
+    }
+    Ints sum() const { return bits_as<Ints>(total); }
+};
+
+#elif defined(__x86_64__)
+
+constexpr bool kSignedWeights = false;
+
+// SSE2, which every x86-64 has: products in 16 bits.
+template <int kBits>
+struct Dot {
+    static constexpr int kTileRows = 4;
+    __m128i total = _mm_setzero_si128();
+
+    void add(Bytes first, const int8_t* x, Bytes second) {
+        add_four(bits_as<__m128i>(first), x);
+        add_four(bits_as<__m128i>(second), x + 4);
+    }
+    void add_four(__m128i weights, const int8_t* x) {
+        const __m128i bytes = _mm_set1_epi32(load_four(x));
+        const __m128i activations = _mm_srai_epi16(_mm_unpacklo_epi8(bytes, bytes), 8);
+        const __m128i zero = _mm_setzero_si128();
+        const Floats low = bits_as<Floats>(_mm_madd_epi16(_mm_unpacklo_epi8(weights, zero), activations));
+        const Floats high = bits_as<Floats>(_mm_madd_epi16(_mm_unpackhi_epi8(weights, zero), activations));
+        const __m128i even = bits_as<__m128i>(_mm_shuffle_ps(low, high, 0x88));
+        const __m128i odd = bits_as<__m128i>(_mm_shuffle_ps(low, high, 0xdd));
+        total = _mm_add_epi32(total, _mm_add_epi32(even, odd));
     }
     Ints sum() const { return bits_as<Ints>(total); }
 };
@@ -144,6 +171,14 @@ inline Bytes spread_bits(const uint8_t* bits, uint8_t value) {
     const __m256i selected = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201));
     const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(bytes, selected), selected);
     return bits_as<Bytes>(_mm256_and_si256(set, _mm256_set1_epi8(static_cast<char>(value))));
+#elif defined(__x86_64__)
+    __m128i bytes = _mm_cvtsi32_si128(load<uint16_t>(bits));
+    bytes = _mm_unpacklo_epi8(bytes, bytes);
+    bytes = _mm_unpacklo_epi16(bytes, bytes);
+    bytes = _mm_unpacklo_epi32(bytes, bytes);
+    const __m128i selected = _mm_set1_epi64x(static_cast<int64_t>(0x8040201008040201));
+    const __m128i set = _mm_cmpeq_epi8(_mm_and_si128(bytes, selected), selected);
+    return bits_as<Bytes>(_mm_and_si128(set, _mm_set1_epi8(static_cast<char>(value))));
 #elif defined(__aarch64__)
     const uint8x16_t bytes = vcombine_u8(vdup_n_u8(bits[0]), vdup_n_u8(bits[1]));
     const uint8x16_t selected = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201));
