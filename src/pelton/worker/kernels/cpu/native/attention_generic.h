@@ -8,7 +8,7 @@
 #include <limits>
 
 #include "attention.h"
-#include "vector.h"
+#include "vector_math.h"
 
 namespace pelton::PELTON_ISA {
 

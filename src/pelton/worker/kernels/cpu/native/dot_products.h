@@ -162,32 +162,4 @@ struct Dot {
 
 #endif
 
-// 4 * kLanes bytes: `value` where the bit of that number is set, else 0.
-inline Bytes spread_bits(const uint8_t* bits, uint8_t value) {
-#if defined(__AVX2__)
-    const __m256i bytes = _mm256_shuffle_epi8(
-        _mm256_set1_epi32(load<int32_t>(bits)),
-        _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303));
-    const __m256i selected = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201));
-    const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(bytes, selected), selected);
-    return bits_as<Bytes>(_mm256_and_si256(set, _mm256_set1_epi8(static_cast<char>(value))));
-#elif defined(__x86_64__)
-    __m128i bytes = _mm_cvtsi32_si128(load<uint16_t>(bits));
-    bytes = _mm_unpacklo_epi8(bytes, bytes);
-    bytes = _mm_unpacklo_epi16(bytes, bytes);
-    bytes = _mm_unpacklo_epi32(bytes, bytes);
-    const __m128i selected = _mm_set1_epi64x(static_cast<int64_t>(0x8040201008040201));
-    const __m128i set = _mm_cmpeq_epi8(_mm_and_si128(bytes, selected), selected);
-    return bits_as<Bytes>(_mm_and_si128(set, _mm_set1_epi8(static_cast<char>(value))));
-#elif defined(__aarch64__)
-    const uint8x16_t bytes = vcombine_u8(vdup_n_u8(bits[0]), vdup_n_u8(bits[1]));
-    const uint8x16_t selected = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201));
-    return bits_as<Bytes>(vandq_u8(vtstq_u8(bytes, selected), vdupq_n_u8(value)));
-#else
-    Bytes result;
-    for (int i = 0; i < 4 * kLanes; ++i) result[i] = (bits[i / 8] >> (i % 8)) & 1 ? value : 0;
-    return result;
-#endif
-}
-
 }  // namespace pelton::PELTON_ISA

@@ -22,6 +22,11 @@ struct KernelTable {
     void (*linear_panel)(const PackedMatrix& matrix, int panel, const QuantizedRows& rows, const float* bias,
                          float* out, int64_t ld_out, uint8_t* scratch);
 
+    // As linear_panel, but of float activations, and weights of any format: float32 products, one
+    // multiply-add per input, in order. `scratch`: dense_scratch_bytes(num_inputs), aligned to 64.
+    void (*dense_panel)(const PackedMatrix& matrix, int panel, const FloatRows& rows, const float* bias, float* out,
+                        int64_t ld_out, uint8_t* scratch);
+
     // out [H] = rms_norm(x + residual) * weight; residual becomes x + residual. residual may be null.
     void (*rms_norm_row)(const float* x, float* residual, const float* weight, int size, float eps, float* out);
 
@@ -48,6 +53,9 @@ struct KernelTable {
 inline size_t linear_scratch_bytes(int num_inputs) {
     return static_cast<size_t>(num_inputs / kGroup) * (1024 + 4 * kPanel * 4);
 }
+
+// A panel of quantized weights as float32 [inputs][32].
+inline size_t dense_scratch_bytes(int num_inputs) { return static_cast<size_t>(num_inputs) * kPanel * 4; }
 
 const KernelTable& portable_kernels();
 #if defined(__x86_64__)

@@ -1,10 +1,13 @@
 // AVX-512 with VNNI and BF16 (Zen 4 and 5, Sapphire Rapids and later).
 
+#define PELTON_ISA avx512
+
 #include <immintrin.h>
 
 #include <cmath>
 
 #include "attention_avx512.h"
+#include "dense_tiles.h"
 #include "kernel_table.h"
 #include "linear_avx512.h"
 
@@ -131,8 +134,9 @@ int64_t argmax_row(const float* x, int64_t size) {
 
 const KernelTable& avx512_kernels() {
     using namespace avx512;
-    static const KernelTable table = {"avx512",     quantize_row, linear_panel, rms_norm_row, silu_mul_row,
-                                      gelu_tanh_mul_row, rotate_head,  store_kv,     attend_head,  argmax_row};
+    static const KernelTable table = {"avx512",     quantize_row,      linear_panel, dense_panel, rms_norm_row,
+                                      silu_mul_row, gelu_tanh_mul_row, rotate_head,  store_kv,    attend_head,
+                                      argmax_row};
     return table;
 }
 

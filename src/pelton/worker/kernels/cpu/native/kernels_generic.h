@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention_generic.h"
+#include "dense_tiles.h"
 #include "kernel_table.h"
 #include "linear_tiles.h"
 #include "rows_generic.h"
@@ -10,8 +11,9 @@
 namespace pelton::PELTON_ISA {
 
 inline KernelTable make_table(const char* name) {
-    return {name,        quantize_row, linear_panel, rms_norm_row, silu_mul_row, gelu_tanh_mul_row,
-            rotate_head, store_kv,     attend_head,  argmax_row};
+    return {name,         quantize_row,      linear_panel, dense_panel, rms_norm_row,
+            silu_mul_row, gelu_tanh_mul_row, rotate_head,  store_kv,    attend_head,
+            argmax_row};
 }
 
 }  // namespace pelton::PELTON_ISA

@@ -8,68 +8,9 @@
 
 #include "dot_products.h"
 #include "kernel_table.h"
+#include "packed_groups.h"
 
 namespace pelton::PELTON_ISA {
-
-constexpr int kHalf = 16;
-constexpr int kHalfVectors = kHalf / kLanes;
-constexpr int kVectorBytes = 4 * kLanes;
-constexpr int kGroupsAhead = 4;
-
-template <bool kF16>
-inline Floats load_scales(const uint8_t* p, int index) {
-    if constexpr (!kF16) {
-        return load<Floats>(p + 4 * index);
-    } else {
-#if defined(__F16C__)
-        return _mm256_cvtph_ps(load<__m128i>(p + 2 * index));
-#elif defined(__aarch64__)
-        return vcvt_f32_f16(load<float16x4_t>(p + 2 * index));
-#else
-        Floats scales;
-        for (int i = 0; i < kLanes; ++i) scales[i] = half_to_float(load<uint16_t>(p + 2 * (index + i)));
-        return scales;
-#endif
-    }
-}
-
-// Groups as they lie in the packed matrix.
-template <Format kFormat>
-struct PackedGroups {
-    static constexpr FormatTraits kTraits = traits_of(kFormat);
-    const uint8_t* group;
-
-    explicit PackedGroups(const uint8_t* panel) : group(panel) {}
-    void next() {
-        group += kTraits.group_bytes();
-        const uint8_t* ahead = group + kGroupsAhead * kTraits.group_bytes();
-        for (int line = 0; line < kTraits.group_bytes(); line += 64) __builtin_prefetch(ahead + line);
-    }
-
-    void load_pair(int pair, int half, int vector, Bytes& first, Bytes& second) const {
-        const int at = vector * kVectorBytes;
-        if constexpr (kTraits.bits == 8) {
-            first = load<Bytes>(group + (4 * pair + half) * 64 + at);
-            second = load<Bytes>(group + (4 * pair + 2 + half) * 64 + at);
-        } else {
-            const Bytes nibbles = load<Bytes>(group + (2 * pair + half) * 64 + at);
-            first = nibbles & 15;
-            second = nibbles >> 4;
-            for (int plane = 0; plane < kTraits.bits - 4; ++plane) {
-                const uint8_t* bits = group + kTraits.low_bytes() + plane * 128 + (2 * pair + half) * 16 + at / 8;
-                first |= spread_bits(bits, static_cast<uint8_t>(16 << plane));
-                second |= spread_bits(bits + 8, static_cast<uint8_t>(16 << plane));
-            }
-        }
-    }
-    Floats scale(int sub, int half, int vector) const {
-        return load_scales<kTraits.f16_scales>(scales(), sub * kPanel + half * kHalf + vector * kLanes);
-    }
-    Floats minimum(int half, int vector) const {
-        return load_scales<kTraits.f16_scales>(scales() + kTraits.scale_bytes(), half * kHalf + vector * kLanes);
-    }
-    const uint8_t* scales() const { return group + kTraits.low_bytes() + kTraits.high_bytes(); }
-};
 
 // Groups unpacked to bytes and floats by `unpack`.
 template <Format kFormat>
@@ -235,6 +176,9 @@ inline void linear_panel(const PackedMatrix& matrix, int panel, const QuantizedR
         case Format::Q4_K: return multiply_panel<Format::Q4_K>(matrix, panel, rows, bias, out, ld_out, scratch);
         case Format::Q5_K: return multiply_panel<Format::Q5_K>(matrix, panel, rows, bias, out, ld_out, scratch);
         case Format::Q6_K: return multiply_panel<Format::Q6_K>(matrix, panel, rows, bias, out, ld_out, scratch);
+        case Format::INT4: return multiply_panel<Format::INT4>(matrix, panel, rows, bias, out, ld_out, scratch);
+        case Format::INT8: return multiply_panel<Format::INT8>(matrix, panel, rows, bias, out, ld_out, scratch);
+        default: return;  // dense: dense_panel's
     }
 }
 

@@ -26,7 +26,15 @@ T* at(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
-constexpr const char* kFormatNames[kNumFormats] = {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"};
+constexpr const char* kFormatNames[kNumFormats] = {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K",
+                                                "Q6_K", "INT4", "INT8", "BF16", "F16",  "F32"};
+
+ActivationType activation_of(const std::string& name) {
+    if (name == "auto") return ActivationType::Auto;
+    if (name == "int8") return ActivationType::INT8;
+    if (name == "float32") return ActivationType::F32;
+    throw std::invalid_argument("no products of " + name + " activations with these kernels");
+}
 
 Format format_of(const std::string& name) {
     for (int i = 0; i < kNumFormats; ++i) {
@@ -132,9 +140,7 @@ NB_MODULE(pelton_cpu, m) {
     nb::class_<LinearWeight>(m, "LinearWeight")
         .def("__init__",
              [](LinearWeight* self, int num_inputs) {
-                 if (num_inputs <= 0 || num_inputs % kGroup != 0) {
-                     throw std::invalid_argument("the inputs are no multiple of 32");
-                 }
+                 if (num_inputs <= 0) throw std::invalid_argument("a weight without inputs");
                  new (self) LinearWeight(num_inputs);
              })
         .def("add", &add_part, "runtime"_a, "format"_a, "num_outputs"_a, "data"_a, "num_bytes"_a, no_gil)
@@ -158,13 +164,14 @@ NB_MODULE(pelton_cpu, m) {
 
     nb::class_<Runtime>(m, "Runtime")
         .def("__init__",
-             [](Runtime* self, std::optional<std::string> isa, int num_threads, const std::vector<int>& cpus) {
+             [](Runtime* self, std::optional<std::string> isa, int num_threads, const std::vector<int>& cpus,
+                const std::string& activation_type) {
                  const KernelTable* kernels = find_kernels(isa ? isa->c_str() : nullptr);
                  if (kernels == nullptr) throw std::invalid_argument("no kernels " + *isa + " on this processor");
                  if (num_threads < 1) throw std::invalid_argument("at least one thread is needed");
-                 new (self) Runtime(*kernels, num_threads, cpus);
+                 new (self) Runtime(*kernels, num_threads, cpus, activation_of(activation_type));
              },
-             "isa"_a.none(), "num_threads"_a, "cpus"_a)
+             "isa"_a.none(), "num_threads"_a, "cpus"_a, "activation_type"_a = "auto")
         .def_prop_ro("isa", [](const Runtime& self) { return self.kernels().name; })
         .def_prop_ro("num_threads", [](Runtime& self) { return self.pool().num_threads(); })
         .def("linear",

@@ -35,6 +35,26 @@ void k_scale_min(const uint8_t* p, int index, int& scale, int& min) {
     }
 }
 
+uint32_t load_u32(const uint8_t* p) {
+    uint32_t value;
+    std::memcpy(&value, p, 4);
+    return value;
+}
+
+// Blocks of compressed safetensors as weights/ writes them: float32 scale (INT4: and minimum), then codes.
+void decode_integers(Format format, const uint8_t* block, DecodedGroup& out) {
+    out.scale[0] = bits_to_float(load_u32(block));
+    if (format == Format::INT8) {
+        for (int k = 0; k < kGroup; ++k) out.q[k] = static_cast<uint8_t>(static_cast<int8_t>(block[4 + k]) + 128);
+        return;
+    }
+    out.min[0] = bits_to_float(load_u32(block + 4));
+    for (int k = 0; k < 16; ++k) {
+        out.q[k] = block[8 + k] & 15;
+        out.q[k + 16] = block[8 + k] >> 4;
+    }
+}
+
 void decode_legacy(Format format, const uint8_t* block, DecodedGroup& out) {
     out.scale_bits = load_u16(block);
     const bool has_min = format == Format::Q4_1 || format == Format::Q5_1;
@@ -91,7 +111,9 @@ void decode_group(Format format, const uint8_t* row, int group, DecodedGroup& ou
     const FormatTraits traits = traits_of(format);
     const int groups_per_block = traits.file_block_values / kGroup;
     const uint8_t* block = row + static_cast<size_t>(group / groups_per_block) * traits.file_block_bytes;
-    if (groups_per_block == 1) {
+    if (format == Format::INT4 || format == Format::INT8) {
+        decode_integers(format, block, out);
+    } else if (groups_per_block == 1) {
         decode_legacy(format, block, out);
     } else if (format == Format::Q6_K) {
         decode_k6(block, group % groups_per_block, out);
@@ -128,6 +150,17 @@ void place(const FormatTraits& traits, uint8_t* group, int output, const Decoded
     }
 }
 
+// One output's values of a dense format.
+void place_dense(Format format, uint8_t* panel, int output, const uint8_t* row, int num_inputs) {
+    const FormatTraits traits = traits_of(format);
+    const size_t size = traits.file_block_bytes;
+    for (int k = 0; k < num_inputs; ++k) {
+        const size_t at = format == Format::BF16 ? static_cast<size_t>(k / 2) * 2 * kPanel + 2 * output + k % 2
+                                                 : static_cast<size_t>(k) * kPanel + output;
+        std::memcpy(panel + at * size, row + k * size, size);
+    }
+}
+
 }  // namespace
 
 PackedMatrix make_packed_matrix(Format format, int num_outputs, int num_inputs) {
@@ -152,6 +185,10 @@ void repack(PackedMatrix& matrix, const uint8_t* source, int first_output, int n
         for (int output = 0; output < kPanel; ++output) {
             const int row = panel * kPanel + output - first_output;
             if (row < 0 || row >= num_outputs) continue;
+            if (traits.is_dense()) {
+                place_dense(matrix.format, target, output, source + row * row_bytes, matrix.num_inputs);
+                continue;
+            }
             for (int group = 0; group < matrix.num_groups(); ++group) {
                 DecodedGroup decoded{};
                 decode_group(matrix.format, source + row * row_bytes, group, decoded);

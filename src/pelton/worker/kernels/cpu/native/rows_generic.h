@@ -8,7 +8,7 @@
 
 #include "attention.h"
 #include "quantized_group.h"
-#include "vector.h"
+#include "vector_math.h"
 
 namespace pelton::PELTON_ISA {
 

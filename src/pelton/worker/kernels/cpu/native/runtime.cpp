@@ -33,8 +33,12 @@ size_t LinearWeight::num_bytes() const {
     return total;
 }
 
-void Runtime::linear(const LinearWeight& weight, const float* x, int num_rows, const float* bias, float* out) {
-    const int num_inputs = weight.num_inputs, num_groups = num_inputs / kGroup;
+bool Runtime::takes_floats(const PackedMatrix& part) const {
+    return activation_ == ActivationType::F32 || traits_of(part.format).is_dense();
+}
+
+QuantizedRows Runtime::quantize(const float* x, int num_rows, int num_inputs) {
+    const int num_groups = num_inputs / kGroup;
     const size_t value_bytes = aligned(static_cast<size_t>(num_rows) * num_inputs);
     const size_t scale_bytes = aligned(static_cast<size_t>(num_rows) * num_groups * sizeof(float));
     auto* memory = static_cast<uint8_t*>(quantized_.reserve(value_bytes + 3 * scale_bytes + kAlign));
@@ -46,29 +50,49 @@ void Runtime::linear(const LinearWeight& weight, const float* x, int num_rows, c
         kernels_.quantize_row(x + static_cast<size_t>(row) * num_inputs, num_inputs,
                               values + static_cast<size_t>(row) * num_inputs, scales + group, sums + 2 * group);
     });
+    return {num_rows, num_inputs, values, scales, sums};
+}
 
+void Runtime::linear(const LinearWeight& weight, const float* x, int num_rows, const float* bias, float* out) {
+    const int num_inputs = weight.num_inputs;
     int num_panels = 0;
-    for (const auto& part : weight.parts) num_panels += part.num_panels();
-    const size_t scratch_bytes = aligned(linear_scratch_bytes(num_inputs));
+    bool any_floats = false, any_quantized = false;
+    for (const auto& part : weight.parts) {
+        num_panels += part.num_panels();
+        (takes_floats(part) ? any_floats : any_quantized) = true;
+    }
+    const QuantizedRows quantized = any_quantized ? quantize(x, num_rows, num_inputs) : QuantizedRows{};
+    const int padded_inputs = (num_inputs + kGroup - 1) / kGroup * kGroup;
+    const size_t scratch_bytes = aligned(
+        std::max(linear_scratch_bytes(padded_inputs), any_floats ? dense_scratch_bytes(padded_inputs) : 0));
     auto* scratch = static_cast<uint8_t*>(scratch_.reserve(scratch_bytes * pool_.num_threads()));
-    const int chunk_rows = std::max(48, kChunkBytes / num_inputs);
+    const int chunk_rows = std::max(48, kChunkBytes / (any_floats ? 4 * num_inputs : num_inputs));
     const int num_chunks = (num_rows + chunk_rows - 1) / chunk_rows;
     pool_.run(num_panels * num_chunks, [&](int task, int thread) {
         const int first = static_cast<int>(static_cast<int64_t>(num_rows) * (task / num_panels) / num_chunks);
         const int last = static_cast<int>(static_cast<int64_t>(num_rows) * (task / num_panels + 1) / num_chunks);
-        const size_t group = static_cast<size_t>(first) * num_groups;
-        const QuantizedRows rows = {last - first, num_inputs, values + static_cast<size_t>(first) * num_inputs,
-                                    scales + group, sums + 2 * group};
         int panel = task % num_panels, column = 0;
         for (const auto& part : weight.parts) {
-            if (panel < part.num_panels()) {
-                kernels_.linear_panel(part, panel, rows, bias != nullptr ? bias + column : nullptr,
-                                      out + static_cast<int64_t>(first) * weight.num_outputs + column,
-                                      weight.num_outputs, scratch + thread * scratch_bytes);
-                return;
+            if (panel >= part.num_panels()) {
+                panel -= part.num_panels();
+                column += part.num_outputs;
+                continue;
             }
-            panel -= part.num_panels();
-            column += part.num_outputs;
+            const float* offsets = bias != nullptr ? bias + column : nullptr;
+            float* to = out + static_cast<int64_t>(first) * weight.num_outputs + column;
+            uint8_t* memory = scratch + thread * scratch_bytes;
+            const size_t value = static_cast<size_t>(first) * num_inputs;
+            if (takes_floats(part)) {
+                kernels_.dense_panel(part, panel, {last - first, num_inputs, x + value}, offsets, to,
+                                     weight.num_outputs, memory);
+            } else {
+                const size_t group = value / kGroup;
+                kernels_.linear_panel(part, panel,
+                                      {last - first, num_inputs, quantized.values + value, quantized.scales + group,
+                                       quantized.sums + 2 * group},
+                                      offsets, to, weight.num_outputs, memory);
+            }
+            return;
         }
     });
 }

@@ -33,6 +33,14 @@ struct LinearWeight {
     size_t num_bytes() const;
 };
 
+// What activations are rounded to as they enter a product.
+enum class ActivationType {
+    Auto,  // the fastest: 8 bits with quantized weights, float32 with dense ones
+    INT8,
+    BF16,
+    F32,
+};
+
 struct Tokens {
     int num_tokens;
     const int64_t* slots;  // [T]
@@ -54,8 +62,9 @@ struct HeadRows {
 // One operation at a time: not thread-safe.
 class Runtime {
 public:
-    Runtime(const KernelTable& kernels, int num_threads, const std::vector<int>& cpus)
-        : kernels_(kernels), pool_(num_threads, cpus) {}
+    Runtime(const KernelTable& kernels, int num_threads, const std::vector<int>& cpus,
+            ActivationType activation = ActivationType::Auto)
+        : kernels_(kernels), activation_(activation), pool_(num_threads, cpus) {}
 
     const KernelTable& kernels() const { return kernels_; }
     ThreadPool& pool() { return pool_; }
@@ -79,7 +88,12 @@ public:
     void argmax(const float* logits, int num_rows, int64_t size, int64_t* out);
 
 private:
+    bool takes_floats(const PackedMatrix& part) const;
+    // Rows in 8 bits, in memory that the next call reuses.
+    QuantizedRows quantize(const float* x, int num_rows, int num_inputs);
+
     const KernelTable& kernels_;
+    ActivationType activation_;
     ThreadPool pool_;
     Buffer quantized_;
     Buffer scratch_;
