@@ -85,7 +85,7 @@ void add_random_part(LinearWeight& weight, Format format, int num_outputs, Threa
     const int num_blocks = num_outputs * (weight.num_inputs / traits.file_block_values);
     const auto source = random_bytes(static_cast<size_t>(num_blocks) * traits.file_block_bytes);
     PackedMatrix matrix = make_packed_matrix(format, num_outputs, weight.num_inputs);
-    repack(matrix, source.data(), 0, num_outputs, pool);
+    repack(matrix, source.data(), pool);
     weight.num_outputs += num_outputs;
     weight.parts.push_back(std::move(matrix));
 }

@@ -21,6 +21,7 @@ from pelton.weights.catalog import Catalog, PullPhase, PullProgress, resolve_mod
 from pelton.weights.catalog.entries import ENTRIES, CatalogEntry
 from pelton.weights.catalog.sources import HubModel, PackageParts, UrlFile, WantedFile
 from pelton.weights.config import DEFAULT_MODEL, ModelConfig
+from pelton.weights.packed_files import packed_folder, packed_path
 from tests.weights.make_models import TINY_CONFIGS, random_tensors, write_gguf
 from tests.weights.model_server import ModelServer, serve_models
 
@@ -308,11 +309,17 @@ def test_list_show_remove(tmp_path: Path, server: ModelServer) -> None:
     catalog = make_catalog(tmp_path / "cache", UrlFile(server.url("/tiny.gguf")))
     assert [(row.name, row.installed) for row in catalog.list()] == [("tiny", False)]
     assert catalog.show("tiny").license == "Apache-2.0"
-    catalog.pull("tiny")
+    model = catalog.pull("tiny")
     assert [(row.name, row.installed) for row in catalog.list()] == [("tiny", True)]
+    kept = packed_path(packed_folder(ModelConfig(cache_dir=str(tmp_path / "cache"))), model)
+    others = packed_path(kept.parent, tmp_path / "other.gguf")
+    kept.parent.mkdir()
+    for path in (kept, kept.with_suffix(".lock"), kept.with_suffix(".tmp"), others):
+        path.touch()
     catalog.remove("Someone/Tiny-GGUF")
     assert [(row.name, row.installed) for row in catalog.list()] == [("tiny", False)]
     assert not (tmp_path / "cache/tiny").exists()
+    assert list(kept.parent.iterdir()) == [others]
     with pytest.raises(ModelNotFoundError, match="tiny is not on disk"):
         catalog.remove("tiny")
     with pytest.raises(ModelNotFoundError, match="did you mean tiny"):

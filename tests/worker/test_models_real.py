@@ -169,3 +169,38 @@ def test_loading_leaves_one_copy_of_the_weights(model_path: Path) -> None:
     assert 0.99 * 4 * num_values < held < 1.02 * 4 * num_values + 50e6
     # At the peak, beside the weights: the file's own pages, and a buffer for one matrix.
     assert peak < 1.02 * 4 * num_values + files.path.stat().st_size + 300e6
+
+
+START = """
+import hashlib, sys, threading
+from pathlib import Path
+import torch
+from pelton.engine.config import EngineConfig
+from pelton.weights.config import ModelConfig
+from pelton.weights.model_files import open_model
+from pelton.worker.config import WorkerConfig
+from pelton.worker.executors import build_worker
+from pelton.worker.kernels.ops import make_kernels
+
+config = WorkerConfig(weight_cache_dir=sys.argv[2])
+model = build_worker._load(
+    open_model(Path(sys.argv[1])), ModelConfig(), config, torch.float32, make_kernels("native", num_threads=2)
+)
+for thread in threading.enumerate():
+    if thread.name == "pelton-weight-cache":
+        thread.join()
+status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+hidden = torch.linspace(-1, 1, 3 * model.spec.hidden_size).view(3, -1)
+logits = model.compute_logits(hidden)
+print(sys.argv[2] in Path("/proc/self/maps").read_text(), int(status["RssAnon"].split()[0]) // 1024)
+print(hashlib.sha256(logits.numpy()).hexdigest())
+"""
+
+
+def test_weights_are_kept_for_the_next_start(default_model_path: Path, tmp_path: Path) -> None:
+    """Both starts end up with pages of the same file instead of memory of their own."""
+    command = [sys.executable, "-c", START, str(default_model_path), str(tmp_path)]
+    starts = [subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() for _ in range(2)]
+    assert [is_mapped for is_mapped, _, _ in starts] == ["True", "True"]
+    assert starts[0][2] == starts[1][2]
+    assert all(int(anonymous_mb) < 300 for _, anonymous_mb, _ in starts)  # 540 with the weights

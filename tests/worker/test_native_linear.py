@@ -13,8 +13,8 @@ import torch
 
 from pelton.weights.tensors import WeightTensor
 from pelton.worker.kernels.cpu import pelton_cpu
-from pelton.worker.kernels.cpu.backend import NativeKernels, is_packable
-from tests.worker.native import ISAS, PACKED_FORMATS, decoded, native, random_packed
+from pelton.worker.kernels.cpu.backend import NativeKernels
+from tests.worker.native import DENSE_FORMATS, ISAS, PACKED_FORMATS, decoded, native, random_packed
 
 pytestmark = pytest.mark.torch
 
@@ -36,6 +36,62 @@ def load(kernels: NativeKernels, tensors: Sequence[WeightTensor]) -> Any:
 def input_width(format_name: str) -> int:
     """The narrowest matrix of a format."""
     return 256 if format_name.endswith("K") else GROUP
+
+
+def dense_kernels(isa: str, num_threads: int = 1) -> NativeKernels:
+    """Float32 products whatever the weights."""
+    return native(isa, num_threads, "float32")
+
+
+def assert_float_products(x: torch.Tensor, matrix: torch.Tensor, result: torch.Tensor) -> None:
+    exact = x.double() @ matrix.T
+    assert result.shape == exact.shape
+    assert ((result.double() - exact).abs() <= 2e-6 * (x.double().abs() @ matrix.abs().T) + 1e-30).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("format_name", PACKED_FORMATS + DENSE_FORMATS)
+def test_float_products_see_the_very_weights(isa: str, format_name: str) -> None:
+    """One input of 1 picks a column: bit for bit what weights/dequantize.py makes of it."""
+    kernels = dense_kernels(isa)
+    tensor = random_packed(format_name, 41, 256)
+    result = kernels.linear(torch.eye(256), load(kernels, [tensor]))
+    assert torch.equal(result.T, decoded([tensor]).float())
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("format_name", [*PACKED_FORMATS, *DENSE_FORMATS])
+def test_float_products_do_not_depend_on_their_company(isa: str, format_name: str) -> None:
+    torch.manual_seed(0)
+    tensors = [random_packed(format_name, 70, 512), random_packed("Q8_0", 33, 512)]
+    kernels = native(isa) if format_name in DENSE_FORMATS else dense_kernels(isa)
+    x, bias = torch.randn(600, 512) * torch.logspace(-3, 3, 600)[:, None], torch.randn(103)
+    weight = load(kernels, tensors)
+    expected = kernels.linear(x, weight, bias)
+    assert_float_products(x[::7], decoded(tensors[:1]), kernels.linear(x, weight)[::7, :70])
+    for num_rows in range(1, 41):
+        first = 13 * num_rows
+        part = kernels.linear(x[first : first + num_rows], weight, bias)
+        assert torch.equal(part, expected[first : first + num_rows])
+    threaded = native(isa, 3) if format_name in DENSE_FORMATS else dense_kernels(isa, 3)
+    assert torch.equal(threaded.linear(x, weight, bias), expected)
+    assert torch.equal(threaded.linear(x[:9], load(threaded, tensors), bias), expected[:9])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("num_inputs", [1, 2, 31, 33, 97])
+@pytest.mark.parametrize("format_name", DENSE_FORMATS)
+def test_dense_weights_may_have_any_width(isa: str, format_name: str, num_inputs: int) -> None:
+    kernels = native(isa)
+    tensor = random_packed(format_name, 35, num_inputs)
+    weight, matrix = load(kernels, [tensor]), decoded([tensor])
+    x = torch.randn(14, num_inputs)
+    x[3, -1], x[5, 0] = math.nan, -math.inf
+    result = kernels.linear(x, weight)
+    clean = [i for i in range(14) if i not in (3, 5)]
+    assert_float_products(x[clean], matrix, result[clean])
+    assert not result[[3, 5]].isfinite().any()
+    assert torch.equal(kernels.linear(x[6:7], weight), result[6:7])
 
 
 def assert_within_bound(
@@ -179,14 +235,14 @@ def test_instruction_sets_agree() -> None:
         assert (result - results[0]).abs().max() <= 1e-5 * results[0].abs().max()
 
 
-@pytest.mark.parametrize("format_name", PACKED_FORMATS)
-def test_memory_is_bounded_beforehand(kernels: NativeKernels, format_name: str) -> None:
+@pytest.mark.parametrize("format_name", [*PACKED_FORMATS, *DENSE_FORMATS, "IQ4_XS"])
+def test_memory_is_known_beforehand(kernels: NativeKernels, format_name: str) -> None:
     for num_outputs in (1, 33, 128):
         tensor = random_packed(format_name, num_outputs, 256)
-        held = load(kernels, [tensor]).num_bytes
-        assert held <= kernels.num_weight_bytes(tensor, torch.float32)
+        assert load(kernels, [tensor]).num_bytes == kernels.num_weight_bytes(tensor, torch.float32)
         assert kernels.num_weight_bytes(tensor, torch.bfloat16) == num_outputs * 256 * 2  # decoded
-    assert kernels.num_weight_bytes(tensor, torch.float32) < 2 * tensor.data.nbytes
+    if format_name != "IQ4_XS":
+        assert kernels.num_weight_bytes(tensor, torch.float32) < 2 * tensor.data.nbytes
 
 
 @pytest.mark.parametrize("num_bytes", [-1, 1, -144])
@@ -201,14 +257,17 @@ def test_wrong_sizes_are_refused(kernels: NativeKernels, format_name: str, num_b
 def test_what_has_no_kernel_is_refused(kernels: NativeKernels) -> None:
     weight = pelton_cpu.LinearWeight(64)
     data = np.zeros(4096, dtype=np.uint8)
-    for format_name in ("Q2_K", "F32", "", "q4_0"):
+    for format_name in ("Q2_K", "", "q4_0"):
         with pytest.raises(ValueError, match="no native kernel"):
             weight.add(kernels.runtime, format_name, 1, data.ctypes.data, 36)
     with pytest.raises(ValueError, match="multiple of a block"):
         weight.add(kernels.runtime, "Q4_K", 1, data.ctypes.data, 36)
+    for format_name in PACKED_FORMATS:
+        with pytest.raises(ValueError, match="multiple of a block"):
+            pelton_cpu.LinearWeight(33).add(kernels.runtime, format_name, 1, data.ctypes.data, 36)
     assert weight.num_outputs == 0
-    for num_inputs in (0, -32, 33):
-        with pytest.raises(ValueError, match="multiple of 32"):
+    for num_inputs in (0, -32):
+        with pytest.raises(ValueError, match="without inputs"):
             pelton_cpu.LinearWeight(num_inputs)
     with pytest.raises(ValueError, match="64"):
         kernels.linear(torch.zeros(1, 32), weight)
@@ -216,20 +275,20 @@ def test_what_has_no_kernel_is_refused(kernels: NativeKernels) -> None:
         NativeKernels(1, "abacus")
     with pytest.raises(ValueError, match="thread"):
         NativeKernels(0)
+    with pytest.raises(ValueError, match="int3 activations"):
+        NativeKernels(1, activation_dtype="int3")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_cannot_be_packed_is_decoded(kernels: NativeKernels, dtype: torch.dtype) -> None:
-    """Formats without a kernel, packed matrices beside such, and activations that are not float32."""
-    packed = random_packed("Q4_K", 5, 256)
-    dense = torch.randn(4, 256)
-    other = WeightTensor("w", (4, 256), "F32", dense.numpy().reshape(-1).view(np.uint8))
-    assert is_packable(packed)
-    assert not is_packable(other)
-    x = torch.randn(3, 256).to(dtype)
-    result = kernels.linear(x, kernels.make_linear_loader(dtype).load([packed, other]))
-    expected = x.double() @ torch.cat([decoded([packed]), dense.double()]).T
-    assert result.dtype is dtype
-    assert (result.double() - expected).abs().max() <= (2e-6 if dtype is torch.float32 else 0.02) * expected.abs().max()
-    alone = kernels.make_linear_loader(torch.bfloat16).load([packed])
-    assert not isinstance(alone, pelton_cpu.LinearWeight)
+def test_what_has_no_kernel_is_kept_in_float32(kernels: NativeKernels) -> None:
+    """Formats that are only read, beside others, and widths that are no whole groups of a format."""
+    tensors = [random_packed(name, 5, 256, seed=i) for i, name in enumerate(("IQ4_XS", "Q4_K", "BF16"))]
+    x = torch.randn(3, 256)
+    weight = load(kernels, tensors)
+    assert_float_products(x, decoded(tensors[:1]), kernels.linear(x, weight)[:, :5])
+    assert_float_products(x, decoded(tensors[2:]), kernels.linear(x, weight)[:, 10:])
+    wide = kernels.make_linear_loader(torch.bfloat16).load(tensors)
+    assert not isinstance(wide, pelton_cpu.LinearWeight)
+    result = kernels.linear(x.bfloat16(), wide)
+    assert result.dtype is torch.bfloat16
+    exact = x.bfloat16().double() @ decoded(tensors).T
+    assert (result.double() - exact).abs().max() <= 0.02 * exact.abs().max()

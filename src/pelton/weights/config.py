@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from pelton.core.config import setting
 
 DEFAULT_MODEL = "qwen2.5-coder-0.5b-instruct"
+DEFAULT_CACHE_DIR = "~/.cache/pelton/models"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,3 +20,8 @@ class ModelConfig:
     load_format: str = setting(
         "auto", "how weights are read; dummy: random ones", choices=("auto", "gguf", "safetensors", "dummy")
     )
+
+
+def model_cache_root(cache_dir: str | Path | None) -> Path:
+    """The folder of pulled models, given the setting."""
+    return Path(cache_dir or DEFAULT_CACHE_DIR).expanduser().absolute()

@@ -48,6 +48,12 @@ def map_file(path: Path) -> mmap.mmap:
         raise ModelFileError(path, f"cannot be opened: {error.strerror}") from error
 
 
+def drop_pages(data: mmap.mmap) -> None:
+    """Unmap the pages of a read-only map that were touched; the next access maps them again."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        data.madvise(mmap.MADV_DONTNEED)
+
+
 def read_text(path: Path, max_bytes: int = MAX_JSON_BYTES) -> str:
     check_regular_file(path)
     try:

@@ -93,6 +93,9 @@ class GGUFModelFiles:
         tensor = WeightTensor(name, info.shape, info.format, self._file.tensor_data(gguf_name))
         return restore_layout(tensor, self.spec)
 
+    def drop_pages(self) -> None:
+        self._file.drop_pages()
+
 
 class SafetensorsModelFiles:
     """Implements `ModelFiles` for a folder of Hugging Face."""
@@ -128,6 +131,10 @@ class SafetensorsModelFiles:
         stored = file.tensor(stored_name)
         _check_shape(self.path, name, stored.shape, self._shapes[name])
         return WeightTensor(name, stored.shape, stored.format, stored.data)
+
+    def drop_pages(self) -> None:
+        for file in {id(file): file for file, _ in self._places.values()}.values():
+            file.drop_pages()
 
 
 def _text_name(stored_name: str) -> str | None:

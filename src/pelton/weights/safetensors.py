@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pelton.core.errors import ModelFileError, UnsupportedModelError
-from pelton.weights.mapped_file import map_file, parse_json_object, read_json_object, shown
+from pelton.weights.mapped_file import drop_pages, map_file, parse_json_object, read_json_object, shown
 from pelton.weights.tensors import WeightTensor
 
 MAX_HEADER_BYTES = 64 * 2**20
@@ -81,6 +81,10 @@ class SafetensorsFile:
             self._data, dtype=np.uint8, count=info.num_bytes, offset=info.offset
         )
         return WeightTensor(name, info.shape, info.dtype, data)
+
+    def drop_pages(self) -> None:
+        """See `ModelFiles.drop_pages`."""
+        drop_pages(self._data)
 
 
 def holds_safetensors(folder: Path) -> bool:

@@ -51,3 +51,7 @@ class ModelFiles(Protocol):
     def tensor(self, name: str) -> WeightTensor:
         """Raises `ModelFileError` where the tensor is missing or its bytes are out of bounds."""
         ...
+
+    def drop_pages(self) -> None:
+        """Take the pages read so far out of this process's memory; the system still has them in its cache."""
+        ...

@@ -3,6 +3,7 @@
     <cache>/<name>/                 a whole model: its files and pelton-manifest.json
     <cache>/.partial/<name>/<kind>/ what an unfinished pull has brought so far
     <cache>/.locks/<name>           held while a pull runs
+    <cache>/.packed/                repacked weights, see `packed_files.py`
 
 A model folder appears by one rename of a folder that is complete and on disk, so it is there whole
 or not at all, whenever a pull is killed.
@@ -21,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from pelton.core.errors import DownloadError
+from pelton.weights.config import model_cache_root
+from pelton.weights.packed_files import PACKED_FOLDER, remove_packed
 
 MANIFEST = "pelton-manifest.json"  # a hub folder may hold a manifest.json of its own
-DEFAULT_CACHE_DIR = "~/.cache/pelton/models"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +42,7 @@ class InstalledModel:
 
 class ModelStore:
     def __init__(self, cache_dir: str | Path | None = None) -> None:
-        self.root = Path(cache_dir or DEFAULT_CACHE_DIR).expanduser().absolute()
+        self.root = model_cache_root(cache_dir)
 
     def try_installed(self, name: str) -> InstalledModel | None:
         folder = self.root / name
@@ -106,6 +108,8 @@ class ModelStore:
             partial = self.root / ".partial" / name
             found = folder.exists() or partial.exists()
             if folder.exists():
+                for model in (folder, *folder.rglob("*.gguf")):
+                    remove_packed(self.root / PACKED_FOLDER, model)
                 # Renamed first, so that no half-removed model is ever seen.
                 grave = self.staging(name, "removed") / "model"
                 folder.rename(grave)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from pelton.core.errors import ModelFileError, UnsupportedModelError
 from pelton.weights.gguf.formats import FORMATS, GGML_TYPE_NAMES
-from pelton.weights.mapped_file import map_file, shown
+from pelton.weights.mapped_file import drop_pages, map_file, shown
 
 MAGIC = b"GGUF"
 SUPPORTED_VERSIONS = (2, 3)
@@ -87,6 +87,10 @@ class GGUFFile:
         """The packed bytes of a tensor, uint8 `[num_bytes]`, a read-only view of the map."""
         info = self.tensors[name]
         return np.frombuffer(self._data, dtype=np.uint8, count=info.num_bytes, offset=info.offset)
+
+    def drop_pages(self) -> None:
+        """See `ModelFiles.drop_pages`."""
+        drop_pages(self._data)
 
 
 def read_gguf(path: Path) -> GGUFFile:

@@ -10,6 +10,7 @@ import contextlib
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -19,6 +20,7 @@ from pelton.core.model_spec import ModelSpec
 from pelton.core.protocols import Executor
 from pelton.engine.config import EngineConfig
 from pelton.weights.config import ModelConfig
+from pelton.weights.packed_files import packed_folder, packed_path
 from pelton.weights.tensors import ModelFiles
 from pelton.worker.config import WorkerConfig
 from pelton.worker.executors.host_resources import num_available_cores, num_available_memory_bytes
@@ -53,7 +55,7 @@ def build_executor(
     num_threads = _set_threads(worker_config.threads)
     kernels = make_kernels(worker_config.kernel_backend, dtype, num_threads)
     kv_dtype = _resolve_dtype(worker_config.kv_cache_dtype, kernels.kv_dtype or dtype)
-    model = _load(files, model_config, dtype, kernels)
+    model = _load(files, model_config, worker_config, dtype, kernels)
     plan = plan_kv_cache(spec, engine_config, kv_dtype.itemsize, num_available_memory_bytes())
     kv = _allocate_kv(spec, plan, engine_config.block_size, kv_dtype)
     runner = ModelRunner(model, kv, block_size=engine_config.block_size, eos_token_ids=eos_token_ids)
@@ -94,9 +96,18 @@ def _set_threads(wanted: int | None) -> int:
     return num_threads
 
 
-def _load(files: ModelFiles, config: ModelConfig, dtype: torch.dtype, kernels: Kernels) -> Model:
+def _weight_cache_path(files: ModelFiles, model_config: ModelConfig, config: WorkerConfig) -> Path | None:
+    if not config.enable_weight_cache:
+        return None
+    folder = Path(config.weight_cache_dir).expanduser() if config.weight_cache_dir else packed_folder(model_config)
+    return packed_path(folder, files.path)
+
+
+def _load(
+    files: ModelFiles, model_config: ModelConfig, worker_config: WorkerConfig, dtype: torch.dtype, kernels: Kernels
+) -> Model:
     """Checked by size first: Linux grants memory that it does not have, and kills the process later."""
-    if config.load_format == "dummy":
+    if model_config.load_format == "dummy":
         return make_dummy_model(files.spec, dtype, kernels)
     num_bytes = sum(kernels.num_weight_bytes(files.tensor(name), dtype) for name in files.tensor_names())
     num_free = num_available_memory_bytes()
@@ -106,9 +117,12 @@ def _load(files: ModelFiles, config: ModelConfig, dtype: torch.dtype, kernels: K
             "--dtype bfloat16"
         )
     try:
-        return load_model(files, dtype, kernels)
+        with kernels.weight_cache(files, _weight_cache_path(files, model_config, worker_config)):
+            model = load_model(files, dtype, kernels)
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise ConfigError(f"out of memory while loading the weights ({_gib(num_bytes)} as {dtype})") from error
+    files.drop_pages()
+    return model
 
 
 def _allocate_kv(spec: ModelSpec, plan: KVPlan, block_size: int, dtype: torch.dtype) -> KVStorage:

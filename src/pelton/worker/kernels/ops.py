@@ -13,13 +13,15 @@ N query heads, K key-value heads, D head size, B blocks in a table, I and O in a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from pelton.core.errors import ConfigError
-from pelton.weights.tensors import WeightTensor
+from pelton.weights.tensors import ModelFiles, WeightTensor
 
 
 class LinearLoader(Protocol):
@@ -52,6 +54,11 @@ class Kernels(Protocol):
 
     def make_linear_loader(self, dtype: torch.dtype) -> LinearLoader:
         """Loader of weights for products in `dtype`."""
+        ...
+
+    def weight_cache(self, files: ModelFiles, path: Path | None) -> AbstractContextManager[None]:
+        """Within it, loaders map weights of `files` that an earlier start left at `path` in the backend's layout,
+        or leave theirs there. A cache that is off (None), or cannot be read or written, costs time, never a start."""
         ...
 
     def linear(self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -1,31 +1,28 @@
 """The native backend: `pelton_cpu`, C++ kernels over packed weights. Activations and results are float32.
 
-Weights stay in their 4 to 8 bits, repacked without loss; activations are quantized to 8 bits, per row and
-group of 32, as they enter a product. What has no native kernel falls back on the reference.
+Quantized weights stay in their 4 to 8 bits, repacked without loss; activations are quantized to 8 bits, per row
+and group of 32, as they enter a product with them. Dense weights are multiplied in float32, and so is everything
+where the activations are to stay float32. Activations of another type than float32 go through the reference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from pelton.weights.tensors import WeightTensor
+from pelton.weights.tensors import ModelFiles, WeightTensor
 from pelton.worker.kernels.cpu import pelton_cpu
+from pelton.worker.kernels.cpu.packed_weights import PackedWeights, PlacedMatrix
+from pelton.worker.kernels.cpu.weight_cache import open_weight_cache
 from pelton.worker.kernels.ops import AttentionShape
 from pelton.worker.kernels.reference import ReferenceKernels
 
-_FORMATS = frozenset(pelton_cpu.FORMATS)
-_GROUP = 32  # inputs
-_PANEL = 32  # outputs
 _LARGE_VALUES = 1 << 20
 _KV_TYPES = (torch.float32, torch.bfloat16)
-
-
-def is_packable(tensor: WeightTensor) -> bool:
-    """Whether there is a native kernel for a matrix of this format and width."""
-    return tensor.format in _FORMATS and tensor.shape[-1] % _GROUP == 0
 
 
 class NativeLoader:
@@ -37,14 +34,11 @@ class NativeLoader:
         self._dtype = dtype
 
     def load(self, tensors: Sequence[WeightTensor]) -> Any:
-        in_features = tensors[0].shape[1]
-        if self._dtype is not torch.float32 or not all(map(is_packable, tensors)):
+        if self._dtype is not torch.float32:
             return self._dense.load(tensors)
-        weight = pelton_cpu.LinearWeight(in_features)
+        weight = pelton_cpu.LinearWeight(tensors[0].shape[1])
         for tensor in tensors:
-            weight.add(
-                self._kernels.runtime, tensor.format, tensor.shape[0], tensor.data.ctypes.data, tensor.data.nbytes
-            )
+            self._kernels.packed_weights.add_to(weight, tensor)
         return weight
 
 
@@ -53,20 +47,27 @@ class NativeKernels(ReferenceKernels):
 
     kv_dtype: torch.dtype | None = torch.bfloat16
 
-    def __init__(self, num_threads: int, isa: str | None = None, cpus: Sequence[int] = ()) -> None:
-        self.runtime = pelton_cpu.Runtime(isa, num_threads, list(cpus))
+    def __init__(
+        self, num_threads: int, isa: str | None = None, cpus: Sequence[int] = (), activation_dtype: str = "auto"
+    ) -> None:
+        self.runtime = pelton_cpu.Runtime(isa, num_threads, list(cpus), activation_dtype)
         self.name = f"native ({self.runtime.isa})"
+        self.packed_weights = PackedWeights(self.runtime)
         self._large: dict[int, torch.Tensor] = {}
 
     def make_linear_loader(self, dtype: torch.dtype) -> NativeLoader:  # type: ignore[override]
         return NativeLoader(self, dtype)
 
+    @contextmanager
+    def weight_cache(self, files: ModelFiles, path: Path | None) -> Iterator[None]:
+        with open_weight_cache(self.runtime, files, path) as self.packed_weights:
+            yield
+        self.packed_weights = PackedWeights(self.runtime)
+
     def num_weight_bytes(self, tensor: WeightTensor, dtype: torch.dtype) -> int:
-        if dtype is not torch.float32 or not is_packable(tensor):
+        if dtype is not torch.float32 or len(tensor.shape) != 2:
             return super().num_weight_bytes(tensor, dtype)
-        num_outputs = tensor.shape[0]
-        padded = -(-num_outputs // _PANEL) * _PANEL
-        return tensor.data.nbytes // num_outputs * padded * 3 // 2  # K formats get a float32 for each scale
+        return PlacedMatrix.of(tensor).num_bytes
 
     def linear(self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None = None) -> torch.Tensor:
         if not isinstance(weight, pelton_cpu.LinearWeight):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 
-from pelton.weights.tensors import WeightTensor
+from pelton.weights.tensors import ModelFiles, WeightTensor
 from pelton.worker.kernels.reference.activation import gelu_tanh_mul, silu_mul, softcap
 from pelton.worker.kernels.reference.attention import paged_attention
 from pelton.worker.kernels.reference.attention_plan import plan_attention
@@ -25,6 +27,11 @@ class ReferenceKernels:
 
     def num_weight_bytes(self, tensor: WeightTensor, dtype: torch.dtype) -> int:
         return math.prod(tensor.shape) * dtype.itemsize
+
+    def weight_cache(self, files: ModelFiles, path: Path | None) -> AbstractContextManager[None]:
+        """Nothing is kept."""
+        del files, path
+        return nullcontext()
 
     linear = staticmethod(linear)
     embedding = staticmethod(embedding)

@@ -3,6 +3,7 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -11,6 +12,7 @@
 #include <stdexcept>
 
 #include "runtime.h"
+#include "weight_memory.h"
 
 namespace nb = nanobind;
 using nb::literals::operator""_a;
@@ -43,21 +45,47 @@ Format format_of(const std::string& name) {
     throw std::invalid_argument("format " + name + " has no native kernel");
 }
 
-// Adds a matrix of `num_outputs` rows, repacked from the file's blocks at `data`.
-void add_part(LinearWeight& weight, Runtime& runtime, const std::string& format_name, int num_outputs,
-              Address data, size_t num_bytes) {
-    const Format format = format_of(format_name);
-    const FormatTraits traits = traits_of(format);
-    if (weight.num_inputs % traits.file_block_values != 0) {
-        throw std::invalid_argument("the inputs are no multiple of a block of " + format_name);
+Format checked_format(const std::string& name, int num_outputs, int num_inputs) {
+    const Format format = format_of(name);
+    if (num_outputs <= 0 || num_inputs <= 0 || num_inputs % traits_of(format).file_block_values != 0) {
+        throw std::invalid_argument("the inputs are no multiple of a block of " + name);
     }
+    return format;
+}
+
+size_t packed_num_bytes(const std::string& format_name, int num_outputs, int num_inputs) {
+    return PackedMatrix{checked_format(format_name, num_outputs, num_inputs), num_outputs, num_inputs, nullptr}.num_bytes();
+}
+
+void add_matrix(LinearWeight& weight, PackedMatrix matrix) {
+    weight.num_outputs += matrix.num_outputs;
+    weight.parts.push_back(std::move(matrix));
+}
+
+// Adds a matrix that lies repacked at `offset` of `memory`.
+void add_packed(LinearWeight& weight, const std::string& format_name, int num_outputs,
+                const std::shared_ptr<WeightMemory>& memory, size_t offset) {
+    PackedMatrix matrix{checked_format(format_name, num_outputs, weight.num_inputs), num_outputs, weight.num_inputs, nullptr};
+    matrix.data = part_of(memory, offset, matrix.num_bytes());
+    add_matrix(weight, std::move(matrix));
+}
+
+// Adds a matrix of `num_outputs` rows, repacked from the file's blocks at `data` to `offset` of `memory`, if given.
+void add_part(LinearWeight& weight, Runtime& runtime, const std::string& format_name, int num_outputs, Address data,
+              size_t num_bytes, const std::shared_ptr<WeightMemory>& memory, size_t offset) {
+    const Format format = checked_format(format_name, num_outputs, weight.num_inputs);
+    const FormatTraits traits = traits_of(format);
     const size_t expected = static_cast<size_t>(num_outputs) * (weight.num_inputs / traits.file_block_values) *
                             traits.file_block_bytes;
     if (num_bytes != expected) throw std::invalid_argument("the matrix has the wrong number of bytes");
-    PackedMatrix matrix = make_packed_matrix(format, num_outputs, weight.num_inputs);
-    repack(matrix, at<const uint8_t>(data), 0, num_outputs, runtime.pool());
-    weight.num_outputs += num_outputs;
-    weight.parts.push_back(std::move(matrix));
+    PackedMatrix matrix{format, num_outputs, weight.num_inputs, nullptr};
+    if (memory == nullptr) {
+        matrix = make_packed_matrix(format, num_outputs, weight.num_inputs);
+    } else {
+        matrix.data = part_of(memory, offset, matrix.num_bytes());
+    }
+    repack(matrix, at<const uint8_t>(data), runtime.pool());
+    add_matrix(weight, std::move(matrix));
 }
 
 // One request as Python has it: first row of query and out, tokens, length, its row of the block tables.
@@ -137,13 +165,27 @@ NB_MODULE(pelton_cpu, m) {
 
     m.attr("FORMATS") = nb::cast(std::vector<std::string>(kFormatNames, kFormatNames + kNumFormats));
 
+    m.def("packed_num_bytes", &packed_num_bytes, "format"_a, "num_outputs"_a, "num_inputs"_a);
+
+    nb::class_<WeightMemory>(m, "WeightMemory")
+        .def(nb::init<size_t>(), "num_bytes"_a)
+        .def_static(
+            "map", [](int file, size_t num_bytes) { return std::make_shared<WeightMemory>(file, num_bytes); }, "file"_a,
+            "num_bytes"_a)
+        .def_prop_ro("address", [](const WeightMemory& self) { return reinterpret_cast<Address>(self.data()); })
+        .def_prop_ro("num_bytes", &WeightMemory::num_bytes)
+        .def("replace_with", &WeightMemory::replace_with, "file"_a, "num_bytes"_a, no_gil)
+        .def("prefetch", &WeightMemory::prefetch, no_gil);
+
     nb::class_<LinearWeight>(m, "LinearWeight")
         .def("__init__",
              [](LinearWeight* self, int num_inputs) {
                  if (num_inputs <= 0) throw std::invalid_argument("a weight without inputs");
                  new (self) LinearWeight(num_inputs);
              })
-        .def("add", &add_part, "runtime"_a, "format"_a, "num_outputs"_a, "data"_a, "num_bytes"_a, no_gil)
+        .def("add", &add_part, "runtime"_a, "format"_a, "num_outputs"_a, "data"_a, "num_bytes"_a,
+             "memory"_a.none() = nb::none(), "offset"_a = 0, no_gil)
+        .def("add_packed", &add_packed, "format"_a, "num_outputs"_a, "memory"_a, "offset"_a)
         .def_ro("num_inputs", &LinearWeight::num_inputs)
         .def_ro("num_outputs", &LinearWeight::num_outputs)
         .def_prop_ro("num_bytes", &LinearWeight::num_bytes);
@@ -165,13 +207,13 @@ NB_MODULE(pelton_cpu, m) {
     nb::class_<Runtime>(m, "Runtime")
         .def("__init__",
              [](Runtime* self, std::optional<std::string> isa, int num_threads, const std::vector<int>& cpus,
-                const std::string& activation_type) {
+                const std::string& activation_dtype) {
                  const KernelTable* kernels = find_kernels(isa ? isa->c_str() : nullptr);
                  if (kernels == nullptr) throw std::invalid_argument("no kernels " + *isa + " on this processor");
                  if (num_threads < 1) throw std::invalid_argument("at least one thread is needed");
-                 new (self) Runtime(*kernels, num_threads, cpus, activation_of(activation_type));
+                 new (self) Runtime(*kernels, num_threads, cpus, activation_of(activation_dtype));
              },
-             "isa"_a.none(), "num_threads"_a, "cpus"_a, "activation_type"_a = "auto")
+             "isa"_a.none(), "num_threads"_a, "cpus"_a, "activation_dtype"_a = "auto")
         .def_prop_ro("isa", [](const Runtime& self) { return self.kernels().name; })
         .def_prop_ro("num_threads", [](Runtime& self) { return self.pool().num_threads(); })
         .def("linear",

@@ -73,7 +73,7 @@ struct PackedMatrix {
     Format format;
     int num_outputs;  // as in the file; panels are padded with zeros
     int num_inputs;
-    std::unique_ptr<uint8_t, FreeAligned> data;
+    std::shared_ptr<uint8_t> data;  // its own, or part of a `WeightMemory`, which may be read-only
 
     int num_groups() const { return (num_inputs + kGroup - 1) / kGroup; }
     int num_panels() const { return (num_outputs + kPanel - 1) / kPanel; }
@@ -99,10 +99,11 @@ struct FloatRows {
 
 class ThreadPool;
 
-// `source`: rows of file blocks, [num_outputs, num_inputs / file_block_values].
-// Writes rows [first_output, first_output + num_outputs) of `matrix`.
-void repack(PackedMatrix& matrix, const uint8_t* source, int first_output, int num_outputs, ThreadPool& pool);
+// `source`: rows of file blocks, [num_outputs, num_inputs / file_block_values]. Writes every byte of `matrix`.
+// What it writes is kept on disk: whoever changes that raises LAYOUT_VERSION in cpu/weight_cache.py.
+void repack(PackedMatrix& matrix, const uint8_t* source, ThreadPool& pool);
 
+// With memory of its own, not yet written.
 PackedMatrix make_packed_matrix(Format format, int num_outputs, int num_inputs);
 
 }  // namespace pelton

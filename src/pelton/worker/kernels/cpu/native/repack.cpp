@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cstring>
 #include <new>
 
@@ -9,19 +10,21 @@ namespace pelton {
 
 namespace {
 
-// One output's 32 weights of a group, decoded as far as is exact.
+// A group of 32 inputs of all outputs of a panel, decoded as far as is exact.
 struct DecodedGroup {
-    uint8_t q[kGroup];
-    float scale[2];
-    float min[2];
-    uint16_t scale_bits;  // as the file has them, where the format's scales are float16
-    uint16_t min_bits;
+    alignas(64) uint8_t q[kPanel][kGroup];
+    uint8_t* scales;  // of the packed group; minima follow
 };
 
 uint16_t load_u16(const uint8_t* p) {
     uint16_t value;
     std::memcpy(&value, p, 2);
     return value;
+}
+
+template <typename T>
+void store(uint8_t* values, int index, T value) {
+    std::memcpy(values + index * sizeof(T), &value, sizeof(T));
 }
 
 // Six-bit scale and minimum `index` of a 4- or 5-bit K block (ggml's packing of 12 bytes).
@@ -35,130 +38,198 @@ void k_scale_min(const uint8_t* p, int index, int& scale, int& min) {
     }
 }
 
-uint32_t load_u32(const uint8_t* p) {
-    uint32_t value;
-    std::memcpy(&value, p, 4);
-    return value;
-}
-
-// Blocks of compressed safetensors as weights/ writes them: float32 scale (INT4: and minimum), then codes.
-void decode_integers(Format format, const uint8_t* block, DecodedGroup& out) {
-    out.scale[0] = bits_to_float(load_u32(block));
-    if (format == Format::INT8) {
-        for (int k = 0; k < kGroup; ++k) out.q[k] = static_cast<uint8_t>(static_cast<int8_t>(block[4 + k]) + 128);
-        return;
-    }
-    out.min[0] = bits_to_float(load_u32(block + 4));
-    for (int k = 0; k < 16; ++k) {
-        out.q[k] = block[8 + k] & 15;
-        out.q[k + 16] = block[8 + k] >> 4;
+// Bit k of `bits` to bit 4 of q[k].
+void add_fifth_bits(uint8_t* q, uint32_t bits) {
+    for (int byte = 0; byte < 4; ++byte) {
+        uint64_t spread = ((bits >> (8 * byte)) & 255) * 0x0101010101010101u & 0x8040201008040201u;
+        // A byte that is not zero has one bit: adding 127 carries it into the highest.
+        spread = ((spread + 0x7f7f7f7f7f7f7f7fu) & 0x8080808080808080u) >> 3;
+        uint64_t values;
+        std::memcpy(&values, q + 8 * byte, 8);
+        values |= spread;
+        std::memcpy(q + 8 * byte, &values, 8);
     }
 }
 
-void decode_legacy(Format format, const uint8_t* block, DecodedGroup& out) {
-    out.scale_bits = load_u16(block);
-    const bool has_min = format == Format::Q4_1 || format == Format::Q5_1;
+template <Format kFormat>
+void decode_legacy(const uint8_t* block, int output, DecodedGroup& out) {
+    constexpr FormatTraits traits = traits_of(kFormat);
+    uint8_t* q = out.q[output];
+    store(out.scales, output, load_u16(block));
     const uint8_t* p = block + 2;
-    if (has_min) {
+    if constexpr (traits.has_min) {
         // The file has scale * q + min; here the minimum is subtracted.
-        out.min_bits = load_u16(p) ^ 0x8000;
+        store(out.scales + traits.scale_bytes(), output, static_cast<uint16_t>(load_u16(p) ^ 0x8000));
         p += 2;
     }
-    if (format == Format::Q8_0) {
-        for (int k = 0; k < kGroup; ++k) out.q[k] = static_cast<uint8_t>(static_cast<int8_t>(p[k]) + 128);
+    if constexpr (traits.bits == 8) {
+        for (int k = 0; k < kGroup; ++k) q[k] = p[k] ^ 128;  // + 128
         return;
     }
     uint32_t high = 0;
-    if (format == Format::Q5_0 || format == Format::Q5_1) {
+    if constexpr (traits.bits == 5) {
         std::memcpy(&high, p, 4);
         p += 4;
     }
     for (int k = 0; k < 16; ++k) {
-        out.q[k] = (p[k] & 15) | (((high >> k) & 1) << 4);
-        out.q[k + 16] = (p[k] >> 4) | (((high >> (k + 16)) & 1) << 4);
+        q[k] = p[k] & 15;
+        q[k + 16] = p[k] >> 4;
     }
+    if constexpr (traits.bits == 5) add_fifth_bits(q, high);
 }
 
-void decode_k45(Format format, const uint8_t* block, int group, DecodedGroup& out) {
-    const float d = half_to_float(load_u16(block)), dmin = half_to_float(load_u16(block + 2));
+template <Format kFormat>
+void decode_k45(const uint8_t* block, int group, int output, DecodedGroup& out) {
+    constexpr FormatTraits traits = traits_of(kFormat);
+    uint8_t* q = out.q[output];
     int scale, min;
     k_scale_min(block + 4, group, scale, min);
-    out.scale[0] = d * static_cast<float>(scale);
-    out.min[0] = dmin * static_cast<float>(min);
+    store(out.scales, output, half_to_float(load_u16(block)) * static_cast<float>(scale));
+    store(out.scales + traits.scale_bytes(), output, half_to_float(load_u16(block + 2)) * static_cast<float>(min));
     const uint8_t* high = block + 16;
-    const uint8_t* low = format == Format::Q5_K ? block + 48 : block + 16;
-    low += 32 * (group / 2);
-    for (int k = 0; k < kGroup; ++k) {
-        out.q[k] = (low[k] >> (4 * (group % 2))) & 15;
-        if (format == Format::Q5_K) out.q[k] |= ((high[k] >> group) & 1) << 4;
+    const uint8_t* low = (kFormat == Format::Q5_K ? block + 48 : block + 16) + 32 * (group / 2);
+    const int shift = 4 * (group % 2);
+    for (int k = 0; k < kGroup; ++k) q[k] = (low[k] >> shift) & 15;
+    if constexpr (kFormat == Format::Q5_K) {
+        for (int k = 0; k < kGroup; ++k) q[k] |= ((high[k] >> group) & 1) << 4;
     }
 }
 
-void decode_k6(const uint8_t* block, int group, DecodedGroup& out) {
+void decode_k6(const uint8_t* block, int group, int output, DecodedGroup& out) {
+    uint8_t* q = out.q[output];
     const float d = half_to_float(load_u16(block + 208));
     const auto* scales = reinterpret_cast<const int8_t*>(block + 192);
-    out.scale[0] = d * static_cast<float>(scales[2 * group]);
-    out.scale[1] = d * static_cast<float>(scales[2 * group + 1]);
+    store(out.scales, output, d * static_cast<float>(scales[2 * group]));
+    store(out.scales, kPanel + output, d * static_cast<float>(scales[2 * group + 1]));
     const int half = group / 4, quarter = group % 4;  // 128 values a half, 32 a quarter
     const uint8_t* low = block + 64 * half + 32 * (quarter % 2);
     const uint8_t* high = block + 128 + 32 * half;
+    const int low_shift = 4 * (quarter / 2), high_shift = 2 * quarter;
     for (int k = 0; k < kGroup; ++k) {
-        out.q[k] = ((low[k] >> (4 * (quarter / 2))) & 15) | (((high[k] >> (2 * quarter)) & 3) << 4);
+        q[k] = ((low[k] >> low_shift) & 15) | (((high[k] >> high_shift) & 3) << 4);
     }
 }
 
-void decode_group(Format format, const uint8_t* row, int group, DecodedGroup& out) {
-    const FormatTraits traits = traits_of(format);
-    const int groups_per_block = traits.file_block_values / kGroup;
-    const uint8_t* block = row + static_cast<size_t>(group / groups_per_block) * traits.file_block_bytes;
-    if (format == Format::INT4 || format == Format::INT8) {
-        decode_integers(format, block, out);
-    } else if (groups_per_block == 1) {
-        decode_legacy(format, block, out);
-    } else if (format == Format::Q6_K) {
-        decode_k6(block, group % groups_per_block, out);
+// Blocks of compressed safetensors as weights/ writes them: float32 scale (INT4: and minimum), then codes.
+template <Format kFormat>
+void decode_integers(const uint8_t* block, int output, DecodedGroup& out) {
+    uint8_t* q = out.q[output];
+    std::memcpy(out.scales + 4 * output, block, 4);
+    if constexpr (kFormat == Format::INT8) {
+        for (int k = 0; k < kGroup; ++k) q[k] = block[4 + k] ^ 128;  // + 128
     } else {
-        decode_k45(format, block, group % groups_per_block, out);
-    }
-}
-
-void place(const FormatTraits& traits, uint8_t* group, int output, const DecodedGroup& decoded) {
-    const int half = output / 16, lane = 4 * (output % 16);
-    for (int k = 0; k < kGroup; ++k) {
-        const int k4 = k / 4, at = lane + k % 4, q = decoded.q[k];
-        if (traits.bits == 8) {
-            group[(2 * k4 + half) * 64 + at] = static_cast<uint8_t>(q);
-            continue;
-        }
-        const int pair = k4 / 2, second = k4 % 2;
-        group[(2 * pair + half) * 64 + at] |= static_cast<uint8_t>((q & 15) << (4 * second));
-        for (int plane = 0; plane < traits.bits - 4; ++plane) {
-            uint8_t* bits = group + traits.low_bytes() + plane * 128 + ((2 * pair + half) * 2 + second) * 8;
-            bits[at / 8] |= static_cast<uint8_t>(((q >> (4 + plane)) & 1) << (at % 8));
-        }
-    }
-    uint8_t* scales = group + traits.low_bytes() + traits.high_bytes();
-    for (int sub = 0; sub < traits.subgroups; ++sub) {
-        const int index = sub * kPanel + output;
-        if (traits.f16_scales) {
-            std::memcpy(scales + 2 * index, &decoded.scale_bits, 2);
-            if (traits.has_min) std::memcpy(scales + traits.scale_bytes() + 2 * index, &decoded.min_bits, 2);
-        } else {
-            std::memcpy(scales + 4 * index, &decoded.scale[sub], 4);
-            if (traits.has_min) std::memcpy(scales + traits.scale_bytes() + 4 * index, &decoded.min[sub], 4);
+        std::memcpy(out.scales + traits_of(kFormat).scale_bytes() + 4 * output, block + 4, 4);
+        for (int k = 0; k < 16; ++k) {
+            q[k] = block[8 + k] & 15;
+            q[k + 16] = block[8 + k] >> 4;
         }
     }
 }
 
-// One output's values of a dense format.
-void place_dense(Format format, uint8_t* panel, int output, const uint8_t* row, int num_inputs) {
-    const FormatTraits traits = traits_of(format);
-    const size_t size = traits.file_block_bytes;
-    for (int k = 0; k < num_inputs; ++k) {
-        const size_t at = format == Format::BF16 ? static_cast<size_t>(k / 2) * 2 * kPanel + 2 * output + k % 2
-                                                 : static_cast<size_t>(k) * kPanel + output;
-        std::memcpy(panel + at * size, row + k * size, size);
+template <Format kFormat>
+void decode_group(const uint8_t* row, int group, int output, DecodedGroup& out) {
+    constexpr FormatTraits traits = traits_of(kFormat);
+    constexpr int kGroupsPerBlock = traits.file_block_values / kGroup;
+    const uint8_t* block = row + static_cast<size_t>(group / kGroupsPerBlock) * traits.file_block_bytes;
+    if constexpr (kFormat == Format::INT4 || kFormat == Format::INT8) {
+        decode_integers<kFormat>(block, output, out);
+    } else if constexpr (kGroupsPerBlock == 1) {
+        decode_legacy<kFormat>(block, output, out);
+    } else if constexpr (kFormat == Format::Q6_K) {
+        decode_k6(block, group % kGroupsPerBlock, output, out);
+    } else {
+        decode_k45<kFormat>(block, group % kGroupsPerBlock, output, out);
     }
+}
+
+// Bit `bit` of each of eight bytes, as one byte.
+uint8_t gather_bits(uint64_t bytes, int bit) {
+    return static_cast<uint8_t>((((bytes >> bit) & 0x0101010101010101u) * 0x0102040810204080u) >> 56);
+}
+
+// Low and high bits of a packed group from its codes.
+template <int kBits>
+void place_codes(const uint8_t (&q)[kPanel][kGroup], uint8_t* target) {
+    // Four consecutive inputs of an output are one word.
+    alignas(64) uint32_t words[8][2][16];  // k4, half, output
+    for (int output = 0; output < kPanel; ++output) {
+        for (int k4 = 0; k4 < 8; ++k4) std::memcpy(&words[k4][output / 16][output % 16], &q[output][4 * k4], 4);
+    }
+    if constexpr (kBits == 8) {
+        std::memcpy(target, words, sizeof(words));
+        return;
+    }
+    for (int pair = 0; pair < 4; ++pair) {
+        const uint32_t* first = words[2 * pair][0];
+        const uint32_t* second = words[2 * pair + 1][0];
+        uint32_t low[32];
+        for (int i = 0; i < 32; ++i) low[i] = (first[i] & 0x0f0f0f0fu) | ((second[i] & 0x0f0f0f0fu) << 4);
+        std::memcpy(target + pair * 128, low, sizeof(low));
+    }
+    target += 512;
+    for (int plane = 0; plane < kBits - 4; ++plane) {
+        for (int pair = 0; pair < 4; ++pair) {
+            for (int half = 0; half < 2; ++half) {
+                for (int second = 0; second < 2; ++second) {
+                    uint64_t bytes[8];
+                    std::memcpy(bytes, words[2 * pair + second][half], sizeof(bytes));
+                    for (const uint64_t eight : bytes) *target++ = gather_bits(eight, 4 + plane);
+                }
+            }
+        }
+    }
+}
+
+// `source`: the first of the panel's `num_rows` rows.
+template <Format kFormat>
+void repack_panel(const uint8_t* source, size_t row_bytes, int num_rows, int num_groups, uint8_t* target) {
+    constexpr FormatTraits traits = traits_of(kFormat);
+    DecodedGroup decoded{};
+    for (int group = 0; group < num_groups; ++group, target += traits.group_bytes()) {
+        decoded.scales = target + traits.low_bytes() + traits.high_bytes();
+        if (num_rows < kPanel) std::memset(decoded.scales, 0, traits.scale_bytes() * (traits.has_min ? 2 : 1));
+        for (int output = 0; output < num_rows; ++output) {
+            decode_group<kFormat>(source + output * row_bytes, group, output, decoded);
+        }
+        place_codes<traits.bits>(decoded.q, target);
+    }
+}
+
+// Values as they are: [inputs][32 outputs], or with pairs of inputs together.
+template <typename Value, bool kPairs>
+void repack_dense_panel(const uint8_t* source, size_t row_bytes, int num_rows, int num_groups, uint8_t* target) {
+    auto* values = reinterpret_cast<Value*>(target);
+    const int num_inputs = static_cast<int>(row_bytes / sizeof(Value)), padded_inputs = num_groups * kGroup;
+    for (int k = 0; k < padded_inputs; ++k) {
+        for (int output = 0; output < kPanel; ++output) {
+            Value value = 0;
+            if (k < num_inputs && output < num_rows) {
+                std::memcpy(&value, source + output * row_bytes + k * sizeof(Value), sizeof(Value));
+            }
+            values[kPairs ? k / 2 * 2 * kPanel + 2 * output + k % 2 : k * kPanel + output] = value;
+        }
+    }
+}
+
+using RepackPanel = void (*)(const uint8_t*, size_t, int, int, uint8_t*);
+
+RepackPanel repack_panel_of(Format format) {
+    switch (format) {
+        case Format::Q4_0: return repack_panel<Format::Q4_0>;
+        case Format::Q4_1: return repack_panel<Format::Q4_1>;
+        case Format::Q5_0: return repack_panel<Format::Q5_0>;
+        case Format::Q5_1: return repack_panel<Format::Q5_1>;
+        case Format::Q8_0: return repack_panel<Format::Q8_0>;
+        case Format::Q4_K: return repack_panel<Format::Q4_K>;
+        case Format::Q5_K: return repack_panel<Format::Q5_K>;
+        case Format::Q6_K: return repack_panel<Format::Q6_K>;
+        case Format::INT4: return repack_panel<Format::INT4>;
+        case Format::INT8: return repack_panel<Format::INT8>;
+        case Format::BF16: return repack_dense_panel<uint16_t, true>;
+        case Format::F16: return repack_dense_panel<uint16_t, false>;
+        case Format::F32: return repack_dense_panel<uint32_t, false>;
+    }
+    return nullptr;
 }
 
 }  // namespace
@@ -168,33 +239,19 @@ PackedMatrix make_packed_matrix(Format format, int num_outputs, int num_inputs) 
     const size_t size = (matrix.num_bytes() + 63) / 64 * 64;
     auto* data = static_cast<uint8_t*>(std::aligned_alloc(64, size));
     if (data == nullptr) throw std::bad_alloc();
-    std::memset(data, 0, size);
-    matrix.data.reset(data);
+    matrix.data = {data, FreeAligned()};
     return matrix;
 }
 
-void repack(PackedMatrix& matrix, const uint8_t* source, int first_output, int num_outputs, ThreadPool& pool) {
+void repack(PackedMatrix& matrix, const uint8_t* source, ThreadPool& pool) {
     const FormatTraits traits = traits_of(matrix.format);
     const size_t row_bytes =
         static_cast<size_t>(matrix.num_inputs / traits.file_block_values) * traits.file_block_bytes;
-    const int first_panel = first_output / kPanel;
-    const int last_panel = (first_output + num_outputs - 1) / kPanel;
-    pool.run(last_panel - first_panel + 1, [&](int index, int) {
-        const int panel = first_panel + index;
-        uint8_t* target = matrix.data.get() + panel * matrix.panel_bytes();
-        for (int output = 0; output < kPanel; ++output) {
-            const int row = panel * kPanel + output - first_output;
-            if (row < 0 || row >= num_outputs) continue;
-            if (traits.is_dense()) {
-                place_dense(matrix.format, target, output, source + row * row_bytes, matrix.num_inputs);
-                continue;
-            }
-            for (int group = 0; group < matrix.num_groups(); ++group) {
-                DecodedGroup decoded{};
-                decode_group(matrix.format, source + row * row_bytes, group, decoded);
-                place(traits, target + static_cast<size_t>(group) * traits.group_bytes(), output, decoded);
-            }
-        }
+    const RepackPanel repack_panel = repack_panel_of(matrix.format);
+    pool.run(matrix.num_panels(), [&](int panel, int) {
+        const int first_row = panel * kPanel;
+        repack_panel(source + first_row * row_bytes, row_bytes, std::min(kPanel, matrix.num_outputs - first_row),
+                     matrix.num_groups(), matrix.data.get() + panel * matrix.panel_bytes());
     });
 }
 
