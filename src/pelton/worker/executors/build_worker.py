@@ -53,7 +53,7 @@ def build_executor(
     wanted_model_len(spec, engine_config)
     dtype = _resolve_dtype(worker_config.dtype, torch.float32)
     num_threads = _set_threads(worker_config.threads)
-    kernels = make_kernels(worker_config.kernel_backend, dtype, num_threads)
+    kernels = make_kernels(worker_config.kernel_backend, dtype, num_threads, worker_config.activation_dtype)
     kv_dtype = _resolve_dtype(worker_config.kv_cache_dtype, kernels.kv_dtype or dtype)
     model = _load(files, model_config, worker_config, dtype, kernels)
     plan = plan_kv_cache(spec, engine_config, kv_dtype.itemsize, num_available_memory_bytes())

@@ -141,31 +141,41 @@ class Kernels(Protocol):
         ...
 
 
-def _reference(num_threads: int) -> Kernels:
+def _reference(num_threads: int, activation_dtype: str) -> Kernels:
     from pelton.worker.kernels.reference import ReferenceKernels
 
     del num_threads  # torch has its own setting
+    if activation_dtype != "auto":
+        raise ConfigError(
+            f"activation_dtype is {activation_dtype}, but only native kernels round activations; the reference keeps "
+            "them as dtype says"
+        )
     return ReferenceKernels()
 
 
-def _native(num_threads: int) -> Kernels:
+def _native(num_threads: int, activation_dtype: str) -> Kernels:
     from pelton.worker.kernels.cpu.backend import NativeKernels
 
-    return NativeKernels(num_threads)
+    try:
+        return NativeKernels(num_threads, activation_dtype=activation_dtype)
+    except ValueError as error:
+        raise ConfigError(f"activation_dtype is {activation_dtype}: {error}") from error
 
 
 # Name -> maker, imported on demand: a backend may need a compiled module or a GPU.
-BACKENDS: dict[str, Callable[[int], Kernels]] = {"native": _native, "reference": _reference}
+BACKENDS: dict[str, Callable[[int, str], Kernels]] = {"native": _native, "reference": _reference}
 
 
-def make_kernels(backend: str = "auto", dtype: torch.dtype = torch.float32, num_threads: int = 1) -> Kernels:
-    """Raises `ConfigError` for an unknown name.
+def make_kernels(
+    backend: str = "auto", dtype: torch.dtype = torch.float32, num_threads: int = 1, activation_dtype: str = "auto"
+) -> Kernels:
+    """Raises `ConfigError` for an unknown name, or activations that the backend does not round to.
 
     "auto" is the fastest backend for activations of `dtype`: native for float32, which is what it
-    computes in, else the reference.
+    computes in, else the reference. `activation_dtype` is what they are rounded to within products.
     """
     if backend == "auto":
         backend = "native" if dtype is torch.float32 else "reference"
     if backend not in BACKENDS:
         raise ConfigError(f"kernel backend {backend!r} is unknown; known are auto, {', '.join(BACKENDS)}")
-    return BACKENDS[backend](num_threads)
+    return BACKENDS[backend](num_threads, activation_dtype)

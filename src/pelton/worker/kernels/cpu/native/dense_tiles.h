@@ -1,6 +1,7 @@
 // Float32 products, 32 outputs at a time: of dense weights as they lie, and of quantized ones decoded first.
 //
-// A row's sum is one multiply-add per input, inputs in order, however many rows there are (law 3).
+// A row's sum is one multiply-add per input, inputs in order, and one addition per 256 inputs (which keeps the
+// rounding errors of long rows small), however many rows there are (law 3).
 #pragma once
 
 #include <algorithm>
@@ -21,6 +22,7 @@ constexpr int kDenseRows = 2;
 constexpr int kDenseColumns = 16;
 #endif
 constexpr int kInputsAhead = 64;
+constexpr int kBlockInputs = 256;
 
 // Weights of inputs 2 * pair and 2 * pair + 1 and of kLanes outputs from `column` on.
 struct DenseF32 {
@@ -62,17 +64,25 @@ inline void dense_columns(const Source& source, const float* x, int num_inputs, 
             for (int v = 0; v < kVectors; ++v) total[r][v] = multiply_add(factor, weights[v], total[r][v]);
         }
     };
-    Floats total[kRows][kVectors] = {};
-    for (int pair = 0; pair < (num_inputs + 1) / 2; ++pair) {
-        Floats first[kVectors], second[kVectors];
-        for (int v = 0; v < kVectors; ++v) source.load_pair(pair, first_column + v * kLanes, first[v], second[v]);
-        const uint8_t* ahead = source.panel + (2 * static_cast<size_t>(pair) + kInputsAhead) * Source::kInputBytes;
-        for (int line = 0; line < 2 * Source::kInputBytes; line += 64) __builtin_prefetch(ahead + line);
-        add_input(total, first, 2 * pair);
-        if (2 * pair + 1 < num_inputs) add_input(total, second, 2 * pair + 1);
-    }
-    for (int r = 0; r < kRows; ++r) {
-        for (int v = 0; v < kVectors; ++v) store(sums[r] + first_column + v * kLanes, total[r][v]);
+    for (int start = 0; start < num_inputs; start += kBlockInputs) {
+        const int end = std::min(start + kBlockInputs, num_inputs);
+        Floats total[kRows][kVectors] = {};
+        for (int input = start; input < end; input += 2) {
+            Floats first[kVectors], second[kVectors];
+            for (int v = 0; v < kVectors; ++v) {
+                source.load_pair(input / 2, first_column + v * kLanes, first[v], second[v]);
+            }
+            const uint8_t* ahead = source.panel + (static_cast<size_t>(input) + kInputsAhead) * Source::kInputBytes;
+            for (int line = 0; line < 2 * Source::kInputBytes; line += 64) __builtin_prefetch(ahead + line);
+            add_input(total, first, input);
+            if (input + 1 < end) add_input(total, second, input + 1);
+        }
+        for (int r = 0; r < kRows; ++r) {
+            for (int v = 0; v < kVectors; ++v) {
+                float* to = sums[r] + first_column + v * kLanes;
+                store(to, load<Floats>(to) + total[r][v]);
+            }
+        }
     }
 }
 
@@ -82,7 +92,7 @@ void dense_tile(const Source& source, const FloatRows& rows, int first_row, cons
     // One or two rows wait for memory: the whole panel in one pass.
     constexpr int kColumns = kRows <= 2 ? kPanel : kDenseColumns;
     const float* x = rows.values + static_cast<size_t>(first_row) * rows.num_inputs;
-    alignas(64) float sums[kRows][kPanel];
+    alignas(64) float sums[kRows][kPanel] = {};
     for (int column = 0; column < kPanel; column += kColumns) {
         dense_columns<Source, kRows, kColumns>(source, x, rows.num_inputs, column, sums);
     }
