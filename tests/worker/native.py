@@ -55,7 +55,11 @@ def random_packed(format_name: str, num_outputs: int, num_inputs: int, seed: int
     layout = FORMATS[format_name]
     if format_name in DENSE_FORMATS:
         values = rng.standard_normal((num_outputs, num_inputs), dtype=np.float32) * np.float32(0.1)
-        bits = {"F32": values, "F16": values.astype(np.float16), "BF16": (values.view(np.uint32) >> 16).astype(np.uint16)}
+        bits = {
+            "F32": values,
+            "F16": values.astype(np.float16),
+            "BF16": (values.view(np.uint32) >> 16).astype(np.uint16),
+        }
         return WeightTensor("w", values.shape, format_name, bits[format_name].reshape(-1).view(np.uint8))
     num_blocks = num_outputs * num_inputs // layout.block_size
     blocks = rng.integers(0, 256, (num_blocks, layout.block_bytes), dtype=np.uint8)
