@@ -70,7 +70,7 @@ class Layout:
         return {f"{module}.{part}": array for part, array in self._parts(codes, zeros, stored).items()}, values
 
     def _scales(self, rng: np.random.Generator, num_outputs: int, num_groups: int) -> tuple[np.ndarray, np.ndarray]:
-        scales = rng.uniform(1e-3, 1e-2, (num_outputs, num_groups)).astype(np.float32)
+        scales = (rng.uniform(1e-3, 1e-2, (num_outputs, num_groups)) * 16 / (1 << self.bits)).astype(np.float32)
         if self.scale_dtype == "F16":
             stored = scales.astype(np.float16)
             return stored.astype(np.float32), stored
