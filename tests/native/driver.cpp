@@ -1,6 +1,6 @@
 // Runs every native kernel over odd shapes, in buffers of the exact size, for the sanitizers to watch.
-// Built and run by scripts/check_native_sanitizers.sh. That the numbers are right is tested from Python;
-// here only that they are the same with any number of threads.
+// Built and run by scripts/check_native_sanitizers.sh and check_native_arm.sh. That the numbers are the same with
+// any number of threads is checked bit for bit; that they are right, against plain.h and from Python.
 
 #include <sys/mman.h>
 
@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "float16.h"
+#include "plain.h"
 #include "runtime.h"
 
 namespace pelton {
@@ -83,22 +84,30 @@ bool same_bits(const Exact<T>& a, const Exact<T>& b) {
 void add_random_part(LinearWeight& weight, Format format, int num_outputs, ThreadPool& pool) {
     const FormatTraits traits = traits_of(format);
     const int num_blocks = num_outputs * (weight.num_inputs / traits.file_block_values);
-    const auto source = random_bytes(static_cast<size_t>(num_blocks) * traits.file_block_bytes);
+    auto source = random_bytes(static_cast<size_t>(num_blocks) * traits.file_block_bytes);
+    // Not so float32: most random bits are numbers whose products overflow on one path before they do on another.
+    const int num_floats = format == Format::INT4 ? 2 : format == Format::INT8 || format == Format::F32 ? 1 : 0;
+    for (int i = 0; i < num_blocks * num_floats; ++i) {
+        const float value = std::normal_distribution<float>()(generator);
+        const size_t block = static_cast<size_t>(i / num_floats) * traits.file_block_bytes;
+        std::memcpy(source.data() + block + 4 * (i % num_floats), &value, 4);
+    }
     PackedMatrix matrix = make_packed_matrix(format, num_outputs, weight.num_inputs);
     repack(matrix, source.data(), pool);
     weight.num_outputs += num_outputs;
     weight.parts.push_back(std::move(matrix));
 }
 
-void check_linear(std::vector<Runtime*> runtimes) {
+void check_linear(std::vector<Runtime*> runtimes, bool in_floats) {
     for (int index = 0; index < kNumFormats; ++index) {
         const Format format = static_cast<Format>(index);
-        for (int num_inputs : {32, 64, 256, 512}) {
+        for (int num_inputs : {1, 33, 32, 256, 512}) {
             if (num_inputs % traits_of(format).file_block_values != 0) continue;
             for (int num_outputs : {1, 31, 33, 100}) {
                 LinearWeight weight(num_inputs);
                 add_random_part(weight, format, num_outputs, runtimes.back()->pool());
-                add_random_part(weight, Format::Q8_0, 5, runtimes.back()->pool());
+                const Format beside = num_inputs % kGroup == 0 ? Format::Q8_0 : Format::F32;
+                add_random_part(weight, beside, 5, runtimes.back()->pool());
                 for (int num_rows : {0, 1, 5, 6, 7, 40}) {
                     auto x = random_floats(static_cast<size_t>(num_rows) * num_inputs);
                     if (num_rows > 4) {
@@ -116,6 +125,11 @@ void check_linear(std::vector<Runtime*> runtimes) {
                         runtime->linear(weight, x.data(), num_rows, num_rows % 2 ? bias.data() : nullptr, out.data());
                         if (runtime == runtimes.front()) first = out;
                         if (!same_bits(first, out)) fail("linear depends on the threads");
+                    }
+                    if (num_rows > 7 || num_outputs != 33) continue;  // slow
+                    if (!plain::is_product(weight, x.data(), num_rows, num_rows % 2 ? bias.data() : nullptr, in_floats,
+                                           first.data())) {
+                        fail("a product is wrong, format " + std::to_string(index));
                     }
                 }
             }
@@ -190,6 +204,11 @@ void check_attention(std::vector<Runtime*> runtimes, KVType kv_type, AttentionSh
         for (float value : out) {
             if (!std::isfinite(value)) fail("attention is not finite");
         }
+        for (const AttentionRequest& request : requests) {
+            if (runtime == runtimes.front() && !plain::is_attention(shape, request, keys.data(), values.data())) {
+                fail("attention is wrong");
+            }
+        }
     }
 }
 
@@ -201,7 +220,9 @@ void check(const char* isa) {
     }
     Runtime one(*kernels, 1, {}), three(*kernels, 3, {0});
     const std::vector<Runtime*> runtimes = {&one, &three};
-    check_linear(runtimes);
+    check_linear(runtimes, false);
+    Runtime exact_one(*kernels, 1, {}, ActivationType::F32), exact_three(*kernels, 3, {0}, ActivationType::F32);
+    check_linear({&exact_one, &exact_three}, true);
     check_rows(runtimes);
     for (KVType kv_type : {KVType::F32, KVType::BF16}) {
         for (int dim : {1, 2, 15, 33, 40, 64, 80, 256}) {

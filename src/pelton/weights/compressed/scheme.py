@@ -64,9 +64,9 @@ def scheme_from_config(fields: Fields) -> CompressedScheme | None:
         return _gptq(config)
     if method == "awq":
         return _awq(config)
-    if method == "compressed-tensors":
-        return _compressed_tensors(config)
-    _refuse(config, f"method {shown(method)}; supported are gptq, awq and compressed-tensors")
+    if method != "compressed-tensors":
+        _refuse(config, f"method {shown(method)}; supported are gptq, awq and compressed-tensors")
+    return _compressed_tensors(config)
 
 
 def _refuse(config: Fields, what: str) -> NoReturn:

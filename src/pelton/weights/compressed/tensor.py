@@ -35,7 +35,13 @@ class CompressedTensor(WeightTensor):
     type or shape than the scheme asks for, `UnsupportedModelError` where inputs are out of order.
     """
 
-    __slots__ = ("_path", "_scheme", "_parts", "_scales", "_zeros")
+    __slots__ = ("_parts", "_path", "_scales", "_scheme", "_zeros")
+
+    _path: Path
+    _scheme: CompressedScheme
+    _parts: dict[str, WeightTensor]
+    _scales: F32
+    _zeros: F32
 
     def __init__(
         self, path: Path, name: str, shape: tuple[int, ...], scheme: CompressedScheme, parts: Mapping[str, WeightTensor]
@@ -52,7 +58,7 @@ class CompressedTensor(WeightTensor):
         set_field(self, "format", self._choose_format())
 
     @property
-    def data(self) -> U8:  # type: ignore[override]
+    def data(self) -> U8:
         blocks = np.empty((*self._block_shape, FORMATS[self.format].block_bytes), np.uint8)
         codes = self._read_codes().reshape(*self._block_shape, GROUP)
         repeats = self._block_shape[1] // self._scales.shape[1]

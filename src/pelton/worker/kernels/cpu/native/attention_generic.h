@@ -195,7 +195,8 @@ private:
     template <int kRows>
     void score_tile(int row, int i) {
         multiply<kRows>(queries_ + static_cast<int64_t>(row) * dim16_, dim16_, tile_keys_ + i, kTilePositions,
-                        shape_.head_dim, scores_ + static_cast<int64_t>(row) * kTilePositions + i, kTilePositions, true);
+                        shape_.head_dim, scores_ + static_cast<int64_t>(row) * kTilePositions + i, kTilePositions,
+                        true);
     }
 
     template <int kRows>

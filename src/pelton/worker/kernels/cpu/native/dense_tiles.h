@@ -56,7 +56,8 @@ struct DenseBF16 {
 };
 
 template <class Source, int kRows, int kColumns>
-inline void dense_columns(const Source& source, const float* x, int num_inputs, int first_column, float (*sums)[kPanel]) {
+inline void dense_columns(const Source& source, const float* x, int num_inputs, int first_column,
+                          float (*sums)[kPanel]) {
     constexpr int kVectors = kColumns / kLanes;
     const auto add_input = [&](Floats (&total)[kRows][kVectors], const Floats (&weights)[kVectors], int input) {
         for (int r = 0; r < kRows; ++r) {
