@@ -8,15 +8,13 @@ of 32 requests costs 32 chunks.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from typing import Any
-
-import structlog
 
 from pelton.core.output import RequestOutput, TokenLogprobs, Usage
 from pelton.core.request import FinishReason
 from pelton.serving.generation import Generation
+from pelton.serving.logs import configure_logs
 from pelton.serving.metrics import ServerMetrics
 from pelton.serving.middleware import RequestMiddleware
 from pelton.serving.openai.chunks import AnswerOptions, ChatChunkEncoder, CompletionChunkEncoder
@@ -102,7 +100,7 @@ async def run(encoder_class: Any, num_top: int | None) -> tuple[float, int]:
 
 
 def main() -> None:
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+    configure_logs("warning")
     print(f"{'stream':<28}{'us per chunk':>14}{'bytes per chunk':>18}")
     for name, encoder_class, num_top in (
         ("chat", ChatChunkEncoder, None),

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import re
 import subprocess
@@ -30,12 +31,13 @@ from pelton.core.batch import ScheduledBatch, StepResult
 from pelton.core.events import EngineInfo
 from pelton.core.model_spec import KVGroupSpec
 from pelton.core.protocols import MonotonicClock
+from pelton.engine.child import run_engine_process
 from pelton.engine.client import EngineClient
 from pelton.engine.engine import Engine
 from pelton.engine.kv.block_pool import BlockPool
 from pelton.engine.kv.manager import KVManager
 from pelton.engine.policies.fcfs import FCFSPolicy
-from pelton.engine.process import ProcessTransport, run_engine_process
+from pelton.engine.process import ProcessTransport
 from pelton.engine.scheduler import Scheduler
 
 EXECUTOR_THREAD = "executor"
@@ -206,7 +208,8 @@ def main() -> None:
     command = [sys.executable, __file__, "--role", "server", "--model", args.model]
     command += ["--step-ms", str(args.step_ms), "--port", str(args.port)]
     url = f"http://127.0.0.1:{args.port}"
-    with subprocess.Popen(command) as server:
+    # The matrix product of one thread, so that no other thread works for the executor.
+    with subprocess.Popen(command, env=os.environ | {"OPENBLAS_NUM_THREADS": "1"}) as server:
         try:
             asyncio.run(wait_ready(url))
             for _ in range(args.runs):

@@ -16,6 +16,7 @@ flags_of() {
         *avx2.cpp) echo "$avx2" ;;
         *avx2_vnni.cpp) echo "$avx2 -mavxvnni" ;;
         *avx512.cpp | *bf16_attention.cpp) echo "$avx512" ;;
+        *amx.cpp) echo "$avx512 -mamx-tile -mamx-bf16" ;;
     esac
 }
 

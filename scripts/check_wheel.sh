@@ -21,7 +21,8 @@ echo "installed $("$work/venv/bin/python" -m pip list --format=freeze | grep -vc
 "$pelton" --help >/dev/null
 "$pelton" serve --help >/dev/null
 "$pelton" models list >/dev/null
-for command in "serve" "generate --prompt x" "bench serve"; do
+"$pelton" env | grep -q '^kernel_backend  *native'
+for command in "serve --kernel-backend reference" "generate --prompt x --dtype bfloat16" "bench serve"; do
     # Without its extra a command must say which one, in one line.
     if message=$("$pelton" $command 2>&1); then
         echo "pelton $command ran without its extra" >&2

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,22 +14,20 @@ import msgspec
 
 from pelton.core.config import setting_names
 from pelton.core.errors import ConfigError
-from pelton.core.protocols import MonotonicClock
-from pelton.engine.client import EngineClient
 from pelton.engine.config import EngineConfig
-from pelton.engine.engine import Engine
-from pelton.engine.kv.block_pool import BlockPool
-from pelton.engine.kv.manager import KVManager
-from pelton.engine.policies import POLICIES
-from pelton.engine.process import ProcessTransport
-from pelton.engine.scheduler import Scheduler
-from pelton.engine.thread import ThreadTransport
 from pelton.serving.config import ServerConfig
 from pelton.weights.config import ModelConfig
 from pelton.worker.config import WorkerConfig
 
+# Parts are imported where they are joined: each process loads only its own.
 if TYPE_CHECKING:
-    from fastapi import FastAPI
+    from starlette.applications import Starlette
+
+    from pelton.bench.roofline import KernelBenchPlan, KernelReport
+    from pelton.bench.step_profile import StepProfile, StepProfilePlan
+    from pelton.core.protocols import TokenDecoder
+    from pelton.engine.client import EngineClient
+    from pelton.engine.engine import Engine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +52,8 @@ class PeltonConfig:
         values: dict[str, dict[str, Any]] = {room: {} for room in rooms}
         for name, value in settings.items():
             if name not in room_of:
+                from difflib import get_close_matches
+
                 nearest = get_close_matches(name, room_of, n=1)
                 hint = f"; the nearest is {nearest[0]}" if nearest else ""
                 raise ConfigError(f"there is no setting {name}{hint}")
@@ -61,18 +61,27 @@ class PeltonConfig:
         return cls(**{room: config_class(**values[room]) for room, config_class in rooms.items()})
 
 
-def build_engine(config: PeltonConfig) -> Engine:
-    """Load the model and join scheduler, KV manager and executor. Imports torch."""
+def build_engine(config: PeltonConfig, decoder: TokenDecoder | None = None) -> Engine:
+    """Load the model and join scheduler, KV manager and executor.
+
+    `decoder` is the model's, where the caller has it already.
+    """
+    from pelton.core.protocols import MonotonicClock
+    from pelton.engine.engine import Engine
+    from pelton.engine.kv.block_pool import BlockPool
+    from pelton.engine.kv.manager import KVManager
+    from pelton.engine.policies import POLICIES
+    from pelton.engine.scheduler import Scheduler
     from pelton.weights.catalog import resolve_model
     from pelton.weights.model_files import open_model
-    from pelton.weights.tokenizer import load_tokenizer
+    from pelton.weights.tokenizer import load_decoder
     from pelton.worker.executors.build_worker import build_executor
 
     path = resolve_model(config.model)
     files = open_model(path)
-    tokenizer = load_tokenizer(path, config.model.tokenizer)
+    decoder = decoder or load_decoder(path, config.model.tokenizer, files)
     executor, info = build_executor(
-        files, config.model, config.worker, config.engine, eos_token_ids=tokenizer.eos_token_ids
+        files, config.model, config.worker, config.engine, eos_token_ids=decoder.eos_token_ids
     )
     kv = KVManager(
         files.spec.kv_groups,
@@ -90,7 +99,7 @@ def build_engine(config: PeltonConfig) -> Engine:
         max_num_batched_tokens=info.max_num_batched_tokens,
         long_prefill_chunk=config.engine.long_prefill_chunk,
     )
-    return Engine(scheduler, executor, tokenizer, clock, info, enable_overlap=config.engine.enable_overlap)
+    return Engine(scheduler, executor, decoder, clock, info, enable_overlap=config.engine.enable_overlap)
 
 
 def build_engine_from_settings(settings: bytes) -> Engine:
@@ -99,27 +108,39 @@ def build_engine_from_settings(settings: bytes) -> Engine:
 
 
 def build_process_client(config: PeltonConfig) -> EngineClient:
-    """An engine in a process of its own."""
+    """An engine in a process of its own, which starts now and is waited for by the client's `start`."""
+    from pelton.engine.client import EngineClient
+    from pelton.engine.process import ProcessTransport
+
     command = [sys.executable, "-m", "pelton.cli.engine_process"]
-    return EngineClient(ProcessTransport(command, msgspec.json.encode(config)))
+    transport = ProcessTransport(command, msgspec.json.encode(config))
+    transport.launch()
+    return EngineClient(transport)
 
 
-def build_thread_client(config: PeltonConfig) -> EngineClient:
+def build_thread_client(config: PeltonConfig, decoder: TokenDecoder) -> EngineClient:
     """An engine on a thread of this process."""
-    return EngineClient(ThreadTransport(partial(build_engine, config)), restart=False)
+    from pelton.engine.client import EngineClient
+    from pelton.engine.thread import ThreadTransport
+
+    return EngineClient(ThreadTransport(partial(build_engine, config, decoder)), restart=False)
 
 
 def serve(config: PeltonConfig) -> int:
     """Run the HTTP server until it is told to stop; returns the exit code. The model must be on disk."""
-    from pelton.serving.server import run_server
     from pelton.weights.catalog import resolve_model
 
+    gc.disable()  # almost all that is made until the engine is ready stays
     path = resolve_model(config.model)
+    # The engine's process first: it loads the model while this one imports the web server.
     client = build_process_client(replace(config, model=replace(config.model, model=str(path))))
+
+    from pelton.serving.server import run_server
+
     return run_server(partial(build_app, config, path, client), client, config.server)
 
 
-def build_app(config: PeltonConfig, path: Path, client: EngineClient) -> FastAPI:
+def build_app(config: PeltonConfig, path: Path, client: EngineClient) -> Starlette:
     """The HTTP application over `client`, for the model at `path`."""
     from pelton.serving.app import create_app
     from pelton.serving.context import ModelCard
@@ -129,7 +150,7 @@ def build_app(config: PeltonConfig, path: Path, client: EngineClient) -> FastAPI
     files = open_model(path)
     return create_app(
         client,
-        load_tokenizer(path, config.model.tokenizer),
+        load_tokenizer(path, config.model.tokenizer, files),
         ModelCard(
             names=config.server.served_model_name or (model_name(config.model.model),),
             root=config.model.model,
@@ -162,11 +183,41 @@ def model_name(model: str) -> str:
 
 
 def describe_worker(config: WorkerConfig) -> dict[str, Any]:
-    """What the worker's settings come to on this machine. Imports torch."""
+    """What the worker's settings come to on this machine."""
     from pelton.worker.executors.host_resources import num_available_cores
     from pelton.worker.kernels.ops import make_kernels
 
     return {
-        "kernel_backend": make_kernels(config.kernel_backend).name,
+        "kernel_backend": make_kernels(
+            config.kernel_backend, "float32" if config.dtype == "auto" else config.dtype
+        ).name,
         "threads": config.threads or num_available_cores(),
     }
+
+
+def measure_kernels(
+    config: PeltonConfig, plan: KernelBenchPlan, isa: str | None, on_progress: Callable[[str], None]
+) -> KernelReport:
+    """The native kernels on the weights of a model that is on disk. Imports no torch."""
+    from pelton.weights.catalog import resolve_model
+    from pelton.weights.model_files import open_model
+    from pelton.worker.executors.host_resources import num_available_cores, num_available_memory_bytes
+    from pelton.worker.kernels.cpu.measure import kernels
+
+    files = open_model(resolve_model(config.model))
+    runtime = kernels.make_runtime(isa, config.worker.threads or num_available_cores())
+    on_progress("ceilings")
+    ceilings = kernels.measure_ceilings(runtime.num_threads, num_available_memory_bytes())
+    return kernels.measure_kernels(files, runtime, ceilings, plan, on_progress)
+
+
+def profile_steps(
+    config: PeltonConfig, plan: StepProfilePlan, isa: str | None, on_progress: Callable[[str], None]
+) -> tuple[str, list[StepProfile]]:
+    """Steps of a model that is on disk, on native kernels, op by op: the kernels' name, and where the time went."""
+    from pelton.weights.catalog import resolve_model
+    from pelton.weights.model_files import open_model
+    from pelton.worker.executors import step_profile
+
+    files = open_model(resolve_model(config.model))
+    return step_profile.profile_steps(files, (config.model, config.worker), plan, isa, on_progress)

@@ -10,10 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, TypeGuard, cast
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 from pelton.build import PeltonConfig, build_thread_client, read_chat_template
 from pelton.core.errors import InvalidRequestError, PeltonError
@@ -22,12 +19,16 @@ from pelton.core.output import RequestOutput, TokenLogprobs
 from pelton.core.request import FinishReason, Submission
 from pelton.core.sampling_params import SamplingParams
 from pelton.engine.client import EngineClient
-from pelton.serving.chat_template import ChatTemplate, Message
+from pelton.serving.template_error import Message
 from pelton.weights.catalog import resolve_model
 from pelton.weights.config import DEFAULT_MODEL
 from pelton.weights.model_files import open_model
 from pelton.weights.tensors import GenerationDefaults
 from pelton.weights.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from pelton.serving.chat_template import ChatTemplate
+    from pelton.weights.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
 Conversation = Sequence[Message]
@@ -90,16 +91,15 @@ class LLM:
         config = PeltonConfig.of({"model": model, **settings})
         path = resolve_model(config.model)
         files = open_model(path)
-        self.tokenizer = load_tokenizer(path, config.model.tokenizer)
+        self.tokenizer = load_tokenizer(path, config.model.tokenizer, files)
         self.default_sampling = _default_sampling(files.generation_defaults)
         source = read_chat_template(config.server.chat_template) or files.chat_template
-        special = {name: getattr(self.tokenizer, name) for name in ("bos_token", "eos_token", "pad_token")}
-        self._template = ChatTemplate(source, special) if source is not None else None
+        self._template = _make_template(source, self.tokenizer) if source is not None else None
         self._ids = itertools.count()
         self._event_loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._event_loop.run_forever, name="pelton-llm", daemon=True)
         self._thread.start()
-        self._client: EngineClient | None = build_thread_client(config)
+        self._client: EngineClient | None = build_thread_client(config, self.tokenizer)
         try:
             self._run(self._client.start()).result()
         except BaseException:
@@ -283,6 +283,9 @@ class _ProgressBar(_NoProgress):
     """Prompts done, output tokens and their rate, on standard error."""
 
     def __init__(self, num_prompts: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -307,6 +310,12 @@ class _ProgressBar(_NoProgress):
 
     def count_prompt(self) -> None:
         self._progress.advance(self._task)
+
+
+def _make_template(source: str, tokenizer: Tokenizer) -> ChatTemplate:
+    from pelton.serving.chat_template import ChatTemplate
+
+    return ChatTemplate(source, {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "pad_token")})
 
 
 def _default_sampling(defaults: GenerationDefaults) -> SamplingParams:

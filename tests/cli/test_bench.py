@@ -1,7 +1,11 @@
 import json
+from pathlib import Path
+
+import gguf
 
 from tests.bench.server import FakeServer, running
 from tests.cli.run import pelton
+from tests.weights.make_models import TINY_CONFIGS, random_tensors, write_gguf
 
 
 async def test_serve_prints_a_table() -> None:
@@ -56,3 +60,49 @@ async def test_compare_tells_the_faster_server() -> None:
         result = await pelton("bench", "compare", *servers, "--workload", "W5", "--passes", "1", "--json")
     ratios = {ratio["figure"]: ratio for ratio in json.loads(result.out)["workloads"]["W5"]["ratios"]}
     assert ratios["tpot_p50_ms"]["median"] < 1 < ratios["output_tokens_per_s"]["median"]
+
+
+def write_tiny(folder: Path) -> str:
+    config = TINY_CONFIGS["qwen2"]
+    quantized = gguf.GGMLQuantizationType.Q8_0
+    return str(write_gguf(folder / "tiny.gguf", config, random_tensors(config), quantized=quantized))
+
+
+async def test_kernels_prints_ceilings_and_shares(tmp_path: Path) -> None:
+    arguments = (write_tiny(tmp_path), "--rows", "1,2", "--contexts", "16", "--threads", "1", "--isa", "portable")
+    result = await pelton("bench", "kernels", *arguments, "--json", str(tmp_path / "report.json"))
+    assert result.code == 0, result.err
+    rows = [line.split() for line in result.out.splitlines()]
+    assert ["Kernels:", "portable"] in rows
+    assert next(row for row in rows if row[:1] == ["dram,"])[-1] == "GB/s"
+    down = next(row for row in rows if row[:1] == ["down"])
+    assert down[1:6] == ["64", "x", "96", "Q8_0", "1"]
+    assert down[-1].endswith("%")
+    document = json.loads((tmp_path / "report.json").read_text())
+    assert (document["isa"], document["threads"], document["model"]) == ("portable", 1, "tiny.gguf")
+    assert document["machine"]["processor"]
+    assert {kernel["kernel"] for kernel in document["kernels"]} >= {"qkv", "attention decode", "sampling, greedy"}
+
+
+async def test_step_prints_every_part(tmp_path: Path) -> None:
+    arguments = (write_tiny(tmp_path), "--decode", "2", "--prefill", "30", "--context", "10", "--isa", "portable")
+    result = await pelton(
+        "bench", "step", *arguments, "--json", str(tmp_path / "s.json"), PELTON_ENABLE_WEIGHT_CACHE="false"
+    )
+    assert result.code == 0, result.err
+    assert "decode after 10 tokens, 2 requests: " in result.out
+    rows = [line.split() for line in result.out.splitlines()]
+    assert sum(row[:1] == ["attend"] and row[1] == "3" for row in rows) == 2
+    document = json.loads((tmp_path / "s.json").read_text())
+    assert document["kernels"] == "native (portable)"
+    assert [len(step["parts"]) > 5 for step in document["steps"]] == [True, True]
+
+
+async def test_kernels_names_what_is_wrong() -> None:
+    for arguments, message in (
+        (("--rows", "1,many"), "--rows '1,many' is not a list of whole numbers"),
+        (("--rows", "0"), "rows must be one number or more, each at least 1"),
+    ):
+        result = await pelton("bench", "kernels", *arguments)
+        assert result.code == 2
+        assert message in result.err

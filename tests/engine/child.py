@@ -10,8 +10,8 @@ import sys
 import msgspec
 
 from pelton.core.errors import ConfigError
+from pelton.engine.child import run_engine_process
 from pelton.engine.engine import Engine
-from pelton.engine.process import run_engine_process
 from tests.make import ContextExecutor, make_engine
 
 

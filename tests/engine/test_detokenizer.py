@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pelton.engine.detokenizer import IncrementalDetokenizer
+from pelton.engine.detokenizer import IncrementalDetokenizer, TokenTexts
 from tests.make import ByteDecoder
 
 DECODER = ByteDecoder()
@@ -22,24 +22,24 @@ def push_all(detokenizer: IncrementalDetokenizer, data: bytes) -> list[str]:
 @given(st.text())
 def test_any_text_survives_byte_by_byte(text: str) -> None:
     data = text.encode("utf-8", "surrogatepass")
-    deltas = push_all(IncrementalDetokenizer(DECODER), data)
+    deltas = push_all(IncrementalDetokenizer(TokenTexts(DECODER)), data)
     assert "".join(deltas) == data.decode("utf-8", "replace")
 
 
 def test_a_character_is_never_split() -> None:
-    assert push_all(IncrementalDetokenizer(DECODER), "aé👩‍🚀".encode()) == [
+    assert push_all(IncrementalDetokenizer(TokenTexts(DECODER)), "aé👩‍🚀".encode()) == [
         *("a", "", "é", "", "", "", "👩", "", "", "\u200d", "", "", "", "🚀", "")
     ]
 
 
 def test_an_incomplete_character_at_the_end_is_replaced() -> None:
-    assert push_all(IncrementalDetokenizer(DECODER), "é".encode()[:1]) == ["", "\ufffd"]
+    assert push_all(IncrementalDetokenizer(TokenTexts(DECODER)), "é".encode()[:1]) == ["", "\ufffd"]
 
 
 def test_special_tokens_are_left_out_unless_wanted() -> None:
-    assert IncrementalDetokenizer(DECODER).push(256) == ""
+    assert IncrementalDetokenizer(TokenTexts(DECODER)).push(256) == ""
     # The byte decoder has no spelling for 256, so what shows is that the token passes the filter.
-    assert not IncrementalDetokenizer(DECODER, skip_special_tokens=False).push(256)
+    assert not IncrementalDetokenizer(TokenTexts(DECODER), skip_special_tokens=False).push(256)
 
 
 @given(
@@ -49,7 +49,7 @@ def test_special_tokens_are_left_out_unless_wanted() -> None:
 )
 def test_stop_strings_across_token_borders(text: str, stops: list[str], include: bool) -> None:
     """The first stop to be completed ends the text; nothing of it or after it was emitted before."""
-    detokenizer = IncrementalDetokenizer(DECODER, stops, include_stop_str_in_output=include)
+    detokenizer = IncrementalDetokenizer(TokenTexts(DECODER), stops, include_stop_str_in_output=include)
     emitted = "".join(push_all(detokenizer, text.encode()))
     ends = [end for end in range(len(text) + 1) if any(text[:end].endswith(stop) for stop in stops)]
     if not ends:
@@ -64,13 +64,25 @@ def test_stop_strings_across_token_borders(text: str, stops: list[str], include:
 
 @pytest.mark.parametrize("stop", ["é", "👩‍🚀", "a\n\nb"])
 def test_stop_strings_of_several_bytes(stop: str) -> None:
-    detokenizer = IncrementalDetokenizer(DECODER, [stop])
+    detokenizer = IncrementalDetokenizer(TokenTexts(DECODER), [stop])
     assert "".join(push_all(detokenizer, f"xy{stop}z".encode())) == "xy"
     assert detokenizer.matched_stop == stop
 
 
 def test_text_before_min_tokens_is_not_searched() -> None:
-    detokenizer = IncrementalDetokenizer(DECODER, ["a"])
+    detokenizer = IncrementalDetokenizer(TokenTexts(DECODER), ["a"])
     assert detokenizer.push(ord("a"), check_stop=False) == "a"
     assert detokenizer.push(ord("a")) == ""
     assert detokenizer.matched_stop == "a"
+
+
+def test_texts_shared_by_generations_never_split_a_character() -> None:
+    """A token whose text is known already still ends a character that was left incomplete."""
+    texts = TokenTexts(DECODER)
+    for _ in range(2):
+        detokenizer = IncrementalDetokenizer(texts)
+        assert push_all(detokenizer, b"a\xc3a\xc3\xa9b") == ["a", "", "\ufffda", "", "é", "b", ""]
+    assert set(texts.known) == {ord("a"), ord("b")}
+    special = IncrementalDetokenizer(texts, skip_special_tokens=False)
+    special.push(256)
+    assert IncrementalDetokenizer(texts).push(256) == ""

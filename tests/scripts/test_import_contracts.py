@@ -18,6 +18,7 @@ VIOLATIONS = {
     "engine": ("engine/loop.py", "import fastapi"),
     "bench": ("bench/run.py", "import pelton.serving.config"),
     "no-torch": ("serving/app.py", "import torch"),
+    "worker-no-torch": ("worker/kv_storage.py", "import torch"),
     "cli-no-torch": ("cli/chat.py", "import torch"),
     "no-web": ("worker/config.py", "import fastapi"),
     "parts": ("engine/scheduler.py", "import pelton.engine.policies.fcfs"),

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 
 import httpx2
 import openai
 import pytest
-import structlog
 
+from pelton.serving.logs import configure_logs
 from tests.serving.make import RunningServer, running_server
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _quiet() -> None:
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    configure_logs("critical")
 
 
 @pytest.fixture(scope="session")

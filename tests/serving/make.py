@@ -22,6 +22,7 @@ from pelton.engine.thread import ThreadTransport
 from pelton.serving.app import create_app
 from pelton.serving.config import ServerConfig
 from pelton.serving.context import ModelCard
+from pelton.serving.middleware import with_server_send
 from pelton.serving.server import listen
 from pelton.weights.tensors import GenerationDefaults
 from tests.make import EOS_TOKEN_ID, VOCAB_SIZE, ByteDecoder, make_engine
@@ -167,7 +168,9 @@ def running_server(
         generation_defaults=defaults or GenerationDefaults(temperature=0.0),
     )
     listener = listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1))
+    server = uvicorn.Server(
+        uvicorn.Config(with_server_send(app), log_config=None, access_log=False, timeout_graceful_shutdown=1)
+    )
     started: Future[asyncio.AbstractEventLoop] = Future()
 
     async def main() -> None:

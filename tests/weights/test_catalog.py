@@ -353,7 +353,7 @@ def test_pulled_url_is_listed_and_removed_by_name_or_url(tmp_path: Path, server:
 
 
 def test_unfinished_pull_can_be_removed(tmp_path: Path, server: ModelServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pelton.weights.catalog.sources.url._RETRY_DELAY_S", 0.01)
+    monkeypatch.setattr("pelton.weights.catalog.sources.download._RETRY_DELAY_S", 0.01)
     server.files["/m.gguf"] = CONTENT
     server.break_after = [1000, 0, 0, 0, 0]
     catalog = Catalog(tmp_path / "cache")

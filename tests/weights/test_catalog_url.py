@@ -15,7 +15,7 @@ import pytest
 
 from pelton.core.errors import DownloadError, ModelNotFoundError
 from pelton.weights.catalog import Catalog, PullPhase, PullProgress
-from pelton.weights.catalog.sources import url
+from pelton.weights.catalog.sources import download
 from tests.weights.model_server import ModelServer, serve_models
 
 CONTENT = b"GGUF" + bytes(range(256)) * 8192  # 2 MiB and a little
@@ -32,7 +32,7 @@ def server() -> Iterator[ModelServer]:
 
 @pytest.fixture
 def catalog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Catalog:
-    monkeypatch.setattr(url, "_RETRY_DELAY_S", 0.01)
+    monkeypatch.setattr(download, "_RETRY_DELAY_S", 0.01)
     return Catalog(tmp_path / "cache")
 
 

@@ -146,3 +146,13 @@ def test_parts_that_do_not_fit_are_refused(
     write_tensors(tmp_path / "model.safetensors", stored)
     with pytest.raises(error, match=problem):
         _ = open_model(tmp_path).tensor(MATRIX).data
+
+
+def test_embeddings_in_integers_are_refused(tmp_path: Path) -> None:
+    """Their rows are looked up in the file's own bytes."""
+    name = "model.embed_tokens.weight"
+    stored, meant = write_compressed(tmp_path, LAYOUTS["w8a8"])
+    stored[name] = np.zeros(meant[name].shape, np.int8)
+    write_tensors(tmp_path / "model.safetensors", stored)
+    with pytest.raises(UnsupportedModelError, match="stored as I8"):
+        open_model(tmp_path).tensor(name)

@@ -18,8 +18,13 @@ from pelton.core.errors import (
     PeltonError,
     UnsupportedModelError,
 )
-from pelton.weights.tokenizer import Tokenizer, load_tokenizer
+from pelton.core.protocols import TokenDecoder
+from pelton.weights.catalog import resolve_model
+from pelton.weights.config import ModelConfig
+from pelton.weights.model_files import open_model
+from pelton.weights.tokenizer import Tokenizer, load_decoder, load_tokenizer
 from pelton.weights.tokenizer.gguf_metadata import tokenizer_from_gguf
+from pelton.weights.tokenizer.gguf_vocabulary import decoder_from_gguf
 from tests.weights.make_tokenizers import (
     GEMMA_OPTIONS,
     byte_level_metadata,
@@ -111,6 +116,49 @@ def test_stop_ids_name_every_end_of_a_turn(tokenizers: dict[str, Tokenizer]) -> 
     assert texts["byte-level"] == {"<|im_end|>", "<|endoftext|>"}
     assert texts["llama"] == {"</s>"}
     assert texts["gemma"] == {"<eos>", "<end_of_turn>"}
+
+
+def assert_decodes_alike(decoder: TokenDecoder, tokenizer: Tokenizer) -> None:
+    ids = [-(2**40), -1, *range(tokenizer.vocab_size + 2), 2**32, 2**70]
+    assert [decoder.token_bytes(i) for i in ids] == [tokenizer.token_bytes(i) for i in ids]
+    assert [decoder.is_special(i) for i in ids] == [tokenizer.is_special(i) for i in ids]
+    assert decoder.eos_token_ids == tokenizer.eos_token_ids
+
+
+def _with_empty_token(metadata: dict[str, Any]) -> dict[str, Any]:
+    tokens = ["", *metadata["tokenizer.ggml.tokens"][1:]]
+    return metadata | {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.merges": []}
+
+
+DECODER_CASES: dict[str, dict[str, Any]] = {
+    **{family: make() for family, make in FAMILIES.items()},
+    # A token that ends a turn by its role, though it is none of the control tokens.
+    "plain end": byte_level_metadata() | {"tokenizer.ggml.eot_token_id": 5},
+    "no types": {k: v for k, v in byte_level_metadata().items() if k != "tokenizer.ggml.token_type"},
+    "empty spelling": _with_empty_token(byte_level_metadata()),
+}
+
+
+@pytest.mark.parametrize("case", DECODER_CASES)
+def test_the_quick_decoder_decodes_as_the_tokenizer(case: str) -> None:
+    metadata = DECODER_CASES[case]
+    path = Path("model.gguf")
+    assert_decodes_alike(decoder_from_gguf(path, metadata), tokenizer_from_gguf(path, metadata))
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("model", ["qwen2.5-coder-0.5b-instruct", "gemma-3-270m"])
+def test_the_quick_decoder_on_real_vocabularies(model: str) -> None:
+    path = resolve_model(ModelConfig(model=model))
+    files = open_model(path)
+    assert_decodes_alike(load_decoder(path, None, files), load_tokenizer(path))
+
+
+@pytest.mark.parametrize("case", ["no tokenizer", "unknown kind", "no tokens", "too few types", "EOS outside"])
+def test_the_quick_decoder_refuses_what_the_tokenizer_refuses(case: str) -> None:
+    metadata, error, message = BROKEN_METADATA[case]
+    with pytest.raises(error, match=message):
+        decoder_from_gguf(Path("dir/model.gguf"), metadata)
 
 
 @pytest.mark.parametrize(

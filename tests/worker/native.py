@@ -1,9 +1,10 @@
-"""What the tests of the native kernels share: instruction sets, and random packed matrices."""
+"""What the tests of the native kernels share: instruction sets, torch's tensors, random packed matrices."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,12 +42,51 @@ def _runs(isa: str) -> bool:
     return True
 
 
-ISAS = [isa for isa in ("avx512", "avx2_vnni", "avx2", "neon_dotprod", "portable") if _runs(isa)]
+ISAS = [isa for isa in ("amx", "avx512", "avx2_vnni", "avx2", "neon_dotprod", "portable") if _runs(isa)]
+
+
+class OnTensors:
+    """Kernels of any backend called with tensors, which share their memory with what the backend is given."""
+
+    def __init__(self, kernels: Any) -> None:
+        self.kernels = kernels
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(self.kernels, name)
+        if not callable(attribute) or not isinstance(self.kernels, NativeKernels):
+            return attribute
+        return lambda *args, **options: _to_tensors(attribute(*map(_to_array, args), **options))
+
+    def plan_attention(self, shape: Any, query_start_loc: Sequence[int], seq_lens: Sequence[int], tables: Any) -> Any:
+        tables = _to_array(tables) if isinstance(self.kernels, NativeKernels) else tables
+        starts, lens = (np.array(values, dtype=np.int64) for values in (query_start_loc, seq_lens))
+        return self.kernels.plan_attention(shape, starts, lens, tables)
+
+
+def _to_array(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.view(torch.uint16).numpy() if value.dtype is torch.bfloat16 else value.numpy()
+
+
+def _to_tensors(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_to_tensors, value))
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
 
 
 @cache
 def native(isa: str, num_threads: int = 1, activation_dtype: str = "auto") -> NativeKernels:
     return NativeKernels(num_threads, isa, activation_dtype=activation_dtype)
+
+
+def on_tensors(isa: str, num_threads: int = 1, activation_dtype: str = "auto") -> OnTensors:
+    return OnTensors(native(isa, num_threads, activation_dtype))
+
+
+def uses_tiles(kernels: NativeKernels | OnTensors) -> bool:
+    """Products of bfloat16; elsewhere activations have 8 bits."""
+    return bool(kernels.runtime.isa == "amx")
 
 
 def random_packed(format_name: str, num_outputs: int, num_inputs: int, seed: int = 0) -> WeightTensor:

@@ -22,6 +22,7 @@ from pelton.worker.executors import build_worker
 from pelton.worker.executors.build_worker import build_executor, num_blocks_of_request, plan_kv_cache
 from pelton.worker.executors.host_resources import num_available_cores, num_available_memory_bytes
 from pelton.worker.executors.in_process import InProcessExecutor
+from pelton.worker.kernels.ops import BACKENDS
 
 pytestmark = pytest.mark.torch
 
@@ -69,9 +70,10 @@ def keep_thread_count() -> Iterator[None]:
     torch.set_num_threads(num_threads)
 
 
-@pytest.fixture
-def executor() -> Iterator[InProcessExecutor]:
-    built, _ = build_executor(SpecOnly(), DUMMY, WorkerConfig(threads=1), ENGINE, eos_token_ids={0})
+@pytest.fixture(params=list(BACKENDS))
+def executor(request: pytest.FixtureRequest) -> Iterator[InProcessExecutor]:
+    config = WorkerConfig(threads=1, kernel_backend=request.param)
+    built, _ = build_executor(SpecOnly(), DUMMY, config, ENGINE, eos_token_ids={0})
     assert isinstance(built, InProcessExecutor)
     yield built
     built.close()
@@ -121,11 +123,14 @@ def test_close_finishes_what_is_queued_and_ends_the_thread() -> None:
         executor.submit(make_batch(9))
 
 
-def test_the_thread_count_holds_on_the_executors_thread(executor: InProcessExecutor) -> None:
+def test_torchs_thread_count_holds_on_the_executors_thread() -> None:
+    config = WorkerConfig(threads=1, kernel_backend="reference")
+    executor, _ = build_executor(SpecOnly(), DUMMY, config, ENGINE, eos_token_ids={0})
     seen: list[int] = []
     future = executor.submit(make_batch(1))
     future.add_done_callback(lambda _: seen.append(torch.get_num_threads()))
     future.result(timeout=30)
+    executor.close()
     assert seen[:1] == [1]
 
 
@@ -157,16 +162,31 @@ def test_a_longer_context_than_the_models_is_refused_before_loading() -> None:
 
 def test_weights_beyond_the_free_memory_are_refused() -> None:
     files = SpecOnly(shapes=((10**6, 10**6), (7, 7)))
-    with pytest.raises(ConfigError, match=r"weights take 3725\.29 GiB as torch.float32, but .* are free"):
+    with pytest.raises(ConfigError, match=r"weights take 3725\.29 GiB as float32, but .* are free"):
         build_executor(files, ModelConfig(), WorkerConfig(), ENGINE, eos_token_ids=())
 
 
-def test_a_failed_allocation_is_a_typed_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The machine claims more memory than an address space holds, so that torch itself refuses."""
+@pytest.mark.parametrize("backend", list(BACKENDS))
+def test_a_failed_allocation_is_a_typed_error(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine claims more memory than an address space holds, so that the backend itself refuses."""
     monkeypatch.setattr(build_worker, "num_available_memory_bytes", lambda: 2**80)
     config = replace(ENGINE, kv_cache_memory_gb=float(2**30))
+    worker_config = WorkerConfig(threads=1, kernel_backend=backend)
     with pytest.raises(ConfigError, match="could not be allocated: lower num_kv_blocks or kv_cache_memory_gb"):
-        build_executor(SpecOnly(), DUMMY, WorkerConfig(threads=1), config, eos_token_ids=())
+        build_executor(SpecOnly(), DUMMY, worker_config, config, eos_token_ids=())
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"dtype": "bfloat16", "kernel_backend": "native"}, "compute in float32, not bfloat16"),
+        ({"kv_cache_dtype": "float16"}, "kv_cache_dtype is float16, but native .* store bfloat16 or float32"),
+    ],
+    ids=str,
+)
+def test_types_that_a_backend_lacks_are_refused(settings: dict[str, str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        build_executor(SpecOnly(), DUMMY, WorkerConfig(threads=1, **settings), ENGINE, eos_token_ids=())
 
 
 BLOCK_BYTES = SPEC.kv_bytes_per_block(16, 4)  # 2 layers x (K, V) x 16 x 2 heads x 8 x 4 bytes = 4 KiB

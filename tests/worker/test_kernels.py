@@ -16,6 +16,7 @@ import torch
 from pelton.core.errors import ConfigError
 from pelton.weights.tensors import WeightTensor
 from pelton.worker.kernels.ops import BACKENDS, AttentionShape, Kernels, make_kernels
+from tests.worker.native import OnTensors
 
 pytestmark = pytest.mark.torch
 
@@ -23,7 +24,17 @@ pytestmark = pytest.mark.torch
 @pytest.fixture(params=list(BACKENDS))
 def kernels(request: pytest.FixtureRequest) -> Kernels:
     torch.manual_seed(0)
-    return make_kernels(request.param)
+    return OnTensors(make_kernels(request.param))
+
+
+# The reference alone computes in these.
+NARROW = [torch.bfloat16, torch.float16]
+NARROW_REFERENCE = [("reference", dtype) for dtype in NARROW]
+
+
+def narrow_kernels(dtype: torch.dtype) -> Kernels:
+    torch.manual_seed(0)
+    return OnTensors(make_kernels("reference", str(dtype).removeprefix("torch.")))
 
 
 @pytest.fixture(params=["onednn", "plain"])
@@ -37,8 +48,8 @@ def f32_tensor(values: torch.Tensor) -> WeightTensor:
     return WeightTensor("w", tuple(values.shape), "F32", values.numpy().reshape(-1).view(np.uint8))
 
 
-def make_weight(kernels: Kernels, matrix: torch.Tensor, dtype: torch.dtype = torch.float32) -> Any:
-    return kernels.make_linear_loader(dtype).load([f32_tensor(matrix)])
+def make_weight(kernels: Kernels, matrix: torch.Tensor) -> Any:
+    return kernels.make_linear_loader().load([f32_tensor(matrix)])
 
 
 def assert_near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-6) -> None:
@@ -59,14 +70,16 @@ def test_unknown_backend_is_refused() -> None:
 def test_auto_is_native_for_float32_only() -> None:
     assert make_kernels().name.startswith("native")
     assert make_kernels(activation_dtype="float32").name.startswith("native")
-    assert make_kernels(dtype=torch.bfloat16).name == "reference"
+    assert make_kernels(dtype="bfloat16").name == "reference"
+    with pytest.raises(ConfigError, match="bfloat16: use --kernel-backend reference"):
+        make_kernels("native", "bfloat16")
 
 
 def test_num_weight_bytes_bounds_what_is_held(kernels: Kernels) -> None:
     """Of dense weights; packed ones are in test_native_linear.py."""
     tensor = f32_tensor(torch.randn(50, 64))
-    assert 50 * 64 * 4 <= kernels.num_weight_bytes(tensor, torch.float32) <= 64 * 64 * 4  # in whole panels
-    assert kernels.num_weight_bytes(tensor, torch.bfloat16) == 50 * 64 * 2
+    assert 50 * 64 * 4 <= kernels.num_weight_bytes(tensor) <= 64 * 64 * 4  # in whole panels
+    assert narrow_kernels(torch.bfloat16).num_weight_bytes(tensor) == 50 * 64 * 2
 
 
 @pytest.mark.usefixtures("matrix_library")
@@ -86,7 +99,7 @@ def test_linear(kernels: Kernels, num_rows: int, out_features: int, in_features:
 @pytest.mark.usefixtures("matrix_library")
 def test_linear_from_several_tensors(kernels: Kernels) -> None:
     """One loader for several weights: what it decodes into must not be what it gives out."""
-    loader = kernels.make_linear_loader(torch.float32)
+    loader = kernels.make_linear_loader()
     matrices = [torch.randn(rows, 24) for rows in (10, 3, 5, 40)]
     merged = loader.load([f32_tensor(matrix) for matrix in matrices[:3]])
     single = loader.load([f32_tensor(matrices[3])])
@@ -96,23 +109,26 @@ def test_linear_from_several_tensors(kernels: Kernels) -> None:
 
 
 @pytest.mark.usefixtures("matrix_library")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_linear_in_narrow_dtypes(kernels: Kernels, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", NARROW)
+def test_linear_in_narrow_dtypes(dtype: torch.dtype) -> None:
+    kernels = narrow_kernels(dtype)
     x, matrix = torch.randn(20, 128, dtype=dtype), torch.randn(30, 128).to(dtype)
-    result = kernels.linear(x, make_weight(kernels, matrix.float(), dtype))
+    result = kernels.linear(x, make_weight(kernels, matrix.float()))
     assert result.dtype is dtype
     assert_near(result, x.double() @ matrix.double().T, 0.01 if dtype is torch.bfloat16 else 0.002)
 
 
 @pytest.mark.usefixtures("matrix_library")
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("out_features", "in_features"), [(1152, 896), (896, 4864), (33, 50)])
+@pytest.mark.parametrize(("backend", "dtype"), [*[(name, torch.float32) for name in BACKENDS], *NARROW_REFERENCE])
 def test_linear_rows_do_not_depend_on_their_number(
-    kernels: Kernels, out_features: int, in_features: int, dtype: torch.dtype, num_threads: int
+    backend: str, out_features: int, in_features: int, dtype: torch.dtype, num_threads: int
 ) -> None:
+    torch.manual_seed(0)
+    kernels = OnTensors(make_kernels(backend, str(dtype).removeprefix("torch."), None))
     x = torch.randn(600, in_features, dtype=dtype)
-    weight = make_weight(kernels, torch.randn(out_features, in_features) * 0.03, dtype)
+    weight = make_weight(kernels, torch.randn(out_features, in_features) * 0.03)
     threads_before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
@@ -126,9 +142,19 @@ def test_linear_rows_do_not_depend_on_their_number(
 def test_embedding(kernels: Kernels) -> None:
     table = torch.randn(20, 12)
     token_ids = torch.tensor([3, 19, 0, 3])
-    assert torch.equal(kernels.embedding(token_ids, f32_tensor(table), torch.float32), table[token_ids])
-    narrow = kernels.embedding(token_ids, f32_tensor(table), torch.bfloat16)
+    assert torch.equal(kernels.embedding(token_ids, f32_tensor(table)), table[token_ids])
+    narrow = narrow_kernels(torch.bfloat16).embedding(token_ids, f32_tensor(table))
     assert torch.equal(narrow, table[token_ids].bfloat16())
+    for bad_id in (20, -1, 10**12):
+        with pytest.raises(IndexError):
+            kernels.embedding(torch.tensor([3, bad_id]), f32_tensor(table))
+
+
+def test_embedding_scale_is_rounded_to_the_dtype(kernels: Kernels) -> None:
+    """Gemma multiplies by sqrt(hidden size) in its own dtype: 33.94 is 34 in bfloat16."""
+    table, token_ids = f32_tensor(torch.ones(2, 4)), torch.tensor([1])
+    assert kernels.embedding(token_ids, table, 1152**0.5).tolist() == [[np.float32(1152**0.5)] * 4]
+    assert narrow_kernels(torch.bfloat16).embedding(token_ids, table, 1152**0.5).tolist() == [[34.0] * 4]
 
 
 def test_embedding_of_a_packed_table(kernels: Kernels) -> None:
@@ -137,7 +163,7 @@ def test_embedding_of_a_packed_table(kernels: Kernels) -> None:
     values = np.random.default_rng(0).integers(-127, 128, (10, 32), dtype=np.int8)
     packed = np.concatenate([scales.view(np.uint8), values.view(np.uint8)], axis=1).reshape(-1)
     table = WeightTensor("w", (5, 64), "Q8_0", packed)
-    rows = kernels.embedding(torch.tensor([4, 1]), table, torch.float32)
+    rows = kernels.embedding(torch.tensor([4, 1]), table)
     expected = (values * scales.astype(np.float64)).reshape(5, 64)[[4, 1]]
     assert_near(rows, torch.from_numpy(expected))
 
@@ -156,7 +182,7 @@ def test_rms_norm(kernels: Kernels, shape: tuple[int, ...]) -> None:
     assert_near(new_residual, total)
 
 
-@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rotary_dim", [8, 6])
 @pytest.mark.parametrize("head_dim", [8, 40, 64])
 def test_rotate_and_store(kernels: Kernels, head_dim: int, rotary_dim: int, cache_dtype: torch.dtype) -> None:
@@ -179,7 +205,8 @@ def test_rotate_and_store(kernels: Kernels, head_dim: int, rotary_dim: int, cach
     assert caches.count_nonzero() == 3 * 4 * head_dim
 
 
-def test_rotate_and_store_in_bfloat16(kernels: Kernels) -> None:
+def test_rotate_and_store_in_bfloat16() -> None:
+    kernels = narrow_kernels(torch.bfloat16)
     heads, angles = torch.randn(3, 7, 16), torch.rand(3, 8) * 100
     results = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -252,7 +279,8 @@ def test_gated_activations(
     gate, up = gate_up.double().chunk(2, dim=-1)
     op = getattr(kernels, name)
     assert_near(op(gate_up), formula(gate) * up)
-    assert_near(op(gate_up.bfloat16()), formula(gate) * up, 0.03)
+    narrow = getattr(narrow_kernels(torch.bfloat16), name)
+    assert_near(narrow(gate_up.bfloat16()), formula(gate) * up, 0.03)
 
 
 @pytest.mark.parametrize("num_threads", [1, 3])
@@ -371,7 +399,8 @@ def test_paged_attention_of_a_long_context(kernels: Kernels) -> None:
     assert_near(case.run(kernels, scale=0.5), case.expected(0.5), 5e-6)
 
 
-def test_paged_attention_in_bfloat16(kernels: Kernels) -> None:
+def test_paged_attention_in_bfloat16() -> None:
+    kernels = narrow_kernels(torch.bfloat16)
     case = AttentionCase(MIXTURES["mixed"], (4, 2, 32), None)
     expected = case.expected(0.2)
     case.query, case.caches = case.query.bfloat16(), case.caches.bfloat16()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 
 import pytest
-import torch
 
 from pelton.core.model_spec import ModelSpec, RopeSpec, make_kv_groups
+from pelton.worker.kernels.ops import BACKENDS, Kernels, make_kernels
 from pelton.worker.kv_storage import KVStorage
 
 pytestmark = pytest.mark.torch
@@ -30,54 +30,64 @@ def make_spec(windows: list[int | None]) -> ModelSpec:
     )
 
 
-def make_storage(windows: list[int | None], num_blocks: int = 6, block_size: int = 4) -> KVStorage:
-    return KVStorage(make_spec(windows), num_blocks, block_size, torch.float32, torch.device("cpu"))
+@pytest.fixture(params=list(BACKENDS))
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    return make_kernels(request.param)
 
 
-def test_layer_caches_share_one_pool() -> None:
+def make_storage(
+    windows: list[int | None], kernels: Kernels, num_blocks: int = 6, block_size: int = 4, dtype: str = "float32"
+) -> KVStorage:
+    return KVStorage(make_spec(windows), num_blocks, block_size, dtype, kernels)
+
+
+@pytest.mark.parametrize(("dtype", "element_bytes"), [("float32", 4), ("bfloat16", 2)])
+def test_layer_caches_share_one_pool(kernels: Kernels, dtype: str, element_bytes: int) -> None:
     """Five windowed layers and one full one: groups of one layer, all in the memory of one layer."""
     windows: list[int | None] = [8, 8, None, 8, 8, 8]
-    spec = make_spec(windows)
-    storage = make_storage(windows)
-    keys, values = storage.layer_cache(2)
-    assert keys.shape == values.shape == (6, 4, 2, 8)
-    assert storage.num_bytes == 6 * spec.kv_bytes_per_block(4, 4) == keys.nbytes + values.nbytes
-    assert len({storage.layer_cache(layer)[0].data_ptr() for layer in range(6)}) == 1
-    assert {storage.group_of_layer(layer) for layer in range(6)} == set(range(6))
+    storage = make_storage(windows, kernels, dtype=dtype)
+    caches = [storage.layer_cache(layer) for layer in range(6)]
+    keys, values = caches[2].keys, caches[2].values
+    assert tuple(keys.shape) == tuple(values.shape) == (6, 4, 2, 8)
+    block_bytes = make_spec(windows).kv_bytes_per_block(4, element_bytes)
+    assert storage.num_bytes == 6 * block_bytes == keys.nbytes + values.nbytes
+    caches[0].keys[3, 2] = 1
+    assert all((cache.keys[3, 2] == 1).all() for cache in caches)
+    assert {cache.group_id for cache in caches} == set(range(6))
 
 
-def test_layers_of_a_group_do_not_overlap() -> None:
-    storage = make_storage([None, None, None])
-    for layer in range(3):
-        keys, values = storage.layer_cache(layer)
-        keys.fill_(layer)
-        values.fill_(layer + 10)
-    for layer in range(3):
-        keys, values = storage.layer_cache(layer)
-        assert (keys == layer).all()
-        assert (values == layer + 10).all()
-        assert storage.group_of_layer(layer) == 0
+def test_layers_of_a_group_do_not_overlap(kernels: Kernels) -> None:
+    storage = make_storage([None, None, None], kernels)
+    caches = [storage.layer_cache(layer) for layer in range(3)]
+    for layer, cache in enumerate(caches):
+        cache.keys[...] = layer
+        cache.values[...] = layer + 10
+    for layer, cache in enumerate(caches):
+        assert (cache.keys == layer).all()
+        assert (cache.values == layer + 10).all()
+        assert cache.group_id == 0
 
 
-def test_group_of_layer_agrees_with_the_spec() -> None:
+def test_groups_of_layers_agree_with_the_spec(kernels: Kernels) -> None:
     windows: list[int | None] = [8, None, 8, 8, None, 8]
-    storage = make_storage(windows)
+    storage = make_storage(windows, kernels)
     for index, group in enumerate(make_spec(windows).kv_groups):
-        assert [storage.group_of_layer(layer) for layer in group.layer_ids] == [index] * len(group.layer_ids)
+        assert [storage.layer_cache(layer).group_id for layer in group.layer_ids] == [index] * len(group.layer_ids)
 
 
-def test_copy_blocks_copies_every_layer_in_order() -> None:
-    storage = make_storage([None, None])
-    for layer in range(2):
-        for place, cache in enumerate(storage.layer_cache(layer)):
+def test_copy_blocks_copies_every_layer_in_order(kernels: Kernels) -> None:
+    storage = make_storage([None, None], kernels)
+    caches = [storage.layer_cache(layer) for layer in range(2)]
+    for layer, cache in enumerate(caches):
+        for place, array in enumerate((cache.keys, cache.values)):
             for block in range(6):
-                cache[block] = 100 * layer + 10 * place + block
+                array[block] = 100 * layer + 10 * place + block
     storage.copy_blocks([(1, 3), (3, 5), (2, 3)])
-    for layer in range(2):
-        for place, cache in enumerate(storage.layer_cache(layer)):
-            held = (cache[:, 0, 0, 0] - 100 * layer - 10 * place).tolist()
+    for layer, cache in enumerate(caches):
+        for place, array in enumerate((cache.keys, cache.values)):
+            held = (array[:, 0, 0, 0] - 100 * layer - 10 * place).tolist()
             assert held == [0, 1, 2, 2, 4, 1]
-            assert (cache == cache[:, :1, :1, :1]).all()
+            assert (array == array[:, :1, :1, :1]).all()
 
 
 def resident_bytes() -> int:
@@ -86,9 +96,17 @@ def resident_bytes() -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_is_not_touched_before_use() -> None:
+def test_memory_is_not_touched_before_use(kernels: Kernels) -> None:
     before = resident_bytes()
-    storage = make_storage([None] * 4, num_blocks=1 << 16, block_size=64)
+    storage = make_storage([None] * 4, kernels, num_blocks=1 << 16, block_size=64)
     assert storage.num_bytes == 2 << 30
-    storage.layer_cache(3)[1][-1].fill_(1.0)
+    storage.layer_cache(3).values[-1] = 1.0
     assert resident_bytes() - before < 10e6
+
+
+def test_warming_up_changes_no_block_that_a_request_has(kernels: Kernels) -> None:
+    storage = make_storage([None, 8], kernels)
+    storage._data[:] = 7
+    storage.warm_up()
+    assert (storage._data[:, :, 0] == 0).all()
+    assert (storage._data[:, :, 1:] == 7).all()

@@ -5,6 +5,7 @@ The tests play the scheduler by hand, so that chunks, overlap, copies and lost b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -26,9 +27,11 @@ from pelton.core.model_spec import ModelSpec, RopeSpec, make_kv_groups
 from pelton.core.output import TokenLogprobs
 from pelton.core.sampling_params import SamplingParams
 from pelton.worker import model_runner
+from pelton.worker.kernels.ops import BACKENDS, make_kernels
 from pelton.worker.kv_storage import KVStorage
 from pelton.worker.model_runner import ModelRunner
 from pelton.worker.models.registry import Model, make_dummy_model
+from pelton.worker.sampling.reference import ReferenceSampler
 
 pytestmark = pytest.mark.torch
 
@@ -73,10 +76,10 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(num_threads)
 
 
-@pytest.fixture(params=list(SPECS))
+@pytest.fixture(params=[(spec, backend) for spec in SPECS for backend in BACKENDS], ids="-".join)
 def model(request: pytest.FixtureRequest) -> Model:
-    torch.manual_seed(0)
-    return make_dummy_model(SPECS[request.param], torch.float32)
+    spec, backend = request.param
+    return make_dummy_model(SPECS[spec], make_kernels(backend))
 
 
 @dataclass
@@ -104,12 +107,12 @@ class Driver:
 
     def __init__(self, model: Model, num_blocks: int = 200) -> None:
         self.groups = model.spec.kv_groups
-        self.kv = KVStorage(model.spec, num_blocks, BLOCK_SIZE, torch.float32, torch.device("cpu"))
+        self.kv = KVStorage(model.spec, num_blocks, BLOCK_SIZE, "float32", model.kernels)
         # Slots that nobody wrote hold anything at all; NaN shows whoever reads them.
         for layer_id in range(model.spec.num_layers):
-            for cache in self.kv.layer_cache(layer_id):
-                cache.fill_(float("nan"))
-        self.runner = ModelRunner(model, self.kv, block_size=BLOCK_SIZE, eos_token_ids={0})
+            cache = self.kv.layer_cache(layer_id)
+            cache.keys[...] = cache.values[...] = math.nan
+        self.runner = ModelRunner(model, self.kv, ReferenceSampler(model.spec.vocab_size, {0}), block_size=BLOCK_SIZE)
         self.requests: dict[str, Tracked] = {}
         self.free_blocks = list(range(num_blocks - 1, 0, -1))
         self.kv_ops: list[KVOp] = []
@@ -307,8 +310,7 @@ def test_preemption_and_resume_change_nothing(model: Model, sampling: SamplingPa
 
 def test_blocks_that_left_the_window_are_not_read() -> None:
     """The freed blocks of sliding-window groups, and the null block, are filled with NaN as we go."""
-    torch.manual_seed(0)
-    model = make_dummy_model(SPECS["sliding"], torch.float32)
+    model = make_dummy_model(SPECS["sliding"], make_kernels("reference"))
     prompt = make_prompt(30)
     driver = Driver(model)
     request = driver.add("a", prompt)
@@ -330,8 +332,8 @@ def test_blocks_that_left_the_window_are_not_read() -> None:
 def poison(driver: Driver, block_id: int) -> None:
     for group in driver.groups:
         for layer_id in group.layer_ids:
-            for cache in driver.kv.layer_cache(layer_id):
-                cache[block_id] = float("nan")
+            cache = driver.kv.layer_cache(layer_id)
+            cache.keys[block_id] = cache.values[block_id] = math.nan
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 16, 1000])
@@ -415,7 +417,7 @@ def test_a_step_that_raises_leaves_nothing_half_done(model: Model, monkeypatch: 
     batch = driver.schedule({"a": 1})
     ahead = driver.schedule({"a": 1})
     with monkeypatch.context() as patch:
-        patch.setattr(model, "compute_logits", raise_memory_error)
+        patch.setattr(driver.runner._program, "logits", raise_memory_error)
         with pytest.raises(MemoryError):
             driver.runner.run_step(batch)
     # What was in flight behind it cannot know its token, and says so.
@@ -426,7 +428,7 @@ def test_a_step_that_raises_leaves_nothing_half_done(model: Model, monkeypatch: 
     assert_as_alone(model, request, 8)
 
 
-def raise_memory_error(_: torch.Tensor) -> torch.Tensor:
+def raise_memory_error(_: object) -> None:
     raise MemoryError("no room for logits")
 
 

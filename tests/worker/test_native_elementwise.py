@@ -1,4 +1,4 @@
-"""Norms, activations, rotary embedding and argmax of the native kernels on every instruction set."""
+"""Norms, activations and rotary embedding of the native kernels on every instruction set."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import math
 import pytest
 import torch
 
-from pelton.worker.kernels.cpu.backend import NativeKernels
-from tests.worker.native import ISAS, native
+from tests.worker.native import ISAS, OnTensors, on_tensors
 
 pytestmark = pytest.mark.torch
 
@@ -17,9 +16,9 @@ SIZES = [1, 2, 15, 16, 17, 31, 33, 64, 100, 896, 4864]
 
 
 @pytest.fixture(params=ISAS)
-def kernels(request: pytest.FixtureRequest) -> NativeKernels:
+def kernels(request: pytest.FixtureRequest) -> OnTensors:
     torch.manual_seed(0)
-    return native(request.param)
+    return on_tensors(request.param)
 
 
 def assert_near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-6) -> None:
@@ -28,7 +27,7 @@ def assert_near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float =
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_rms_norm(kernels: NativeKernels, size: int) -> None:
+def test_rms_norm(kernels: OnTensors, size: int) -> None:
     x, residual, weight = torch.randn(5, size) * 3, torch.randn(5, size), torch.randn(size)
     wide = x.double()
     assert_near(kernels.rms_norm(x, weight, 1e-6), wide / (wide.square().mean(-1, True) + 1e-6).sqrt() * weight)
@@ -38,7 +37,7 @@ def test_rms_norm(kernels: NativeKernels, size: int) -> None:
     assert_near(normed, total / (total.square().mean(-1, True) + 0.1).sqrt() * weight)
 
 
-def test_rms_norm_of_extremes(kernels: NativeKernels) -> None:
+def test_rms_norm_of_extremes(kernels: OnTensors) -> None:
     x = torch.zeros(4, 33)
     x[1], x[2, 5], x[3] = 1e-25, math.nan, 1e15
     result = kernels.rms_norm(x, torch.ones(33), 1e-6)
@@ -50,7 +49,7 @@ def test_rms_norm_of_extremes(kernels: NativeKernels) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("op", ["silu_mul", "gelu_tanh_mul"])
-def test_gated_activations(kernels: NativeKernels, op: str, size: int) -> None:
+def test_gated_activations(kernels: OnTensors, op: str, size: int) -> None:
     values = torch.cat(
         [torch.linspace(-30, 30, 400), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 1e20, -1e20, -88.0, 88.0])]
     )
@@ -71,7 +70,7 @@ def test_gated_activations(kernels: NativeKernels, op: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("op", ["silu_mul", "gelu_tanh_mul"])
-def test_nan_gates_stay_where_they_are(kernels: NativeKernels, op: str) -> None:
+def test_nan_gates_stay_where_they_are(kernels: OnTensors, op: str) -> None:
     gate_up = torch.randn(3, 2 * 37)
     expected = getattr(kernels, op)(gate_up)
     gate_up[1, 20] = math.nan
@@ -82,9 +81,9 @@ def test_nan_gates_stay_where_they_are(kernels: NativeKernels, op: str) -> None:
 
 
 @pytest.mark.parametrize("num_threads", [2, 3])
-def test_rows_do_not_depend_on_their_company(kernels: NativeKernels, num_threads: int) -> None:
+def test_rows_do_not_depend_on_their_company(kernels: OnTensors, num_threads: int) -> None:
     x, weight = torch.randn(40, 2 * 99), torch.randn(2 * 99)
-    threaded = native(kernels.runtime.isa, num_threads)
+    threaded = on_tensors(kernels.runtime.isa, num_threads)
     for op in ("silu_mul", "gelu_tanh_mul", "rms_norm"):
         arguments = (weight, 1e-6) if op == "rms_norm" else ()
         expected = getattr(kernels, op)(x, *arguments)
@@ -95,7 +94,7 @@ def test_rows_do_not_depend_on_their_company(kernels: NativeKernels, num_threads
 
 @pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("head_dim", "rotary_dim"), [(2, 2), (33, 20), (40, 40), (64, 64), (80, 34), (256, 256)])
-def test_rotate_and_store(kernels: NativeKernels, head_dim: int, rotary_dim: int, cache_dtype: torch.dtype) -> None:
+def test_rotate_and_store(kernels: OnTensors, head_dim: int, rotary_dim: int, cache_dtype: torch.dtype) -> None:
     heads = torch.randn(9, 7, head_dim)
     angles = torch.rand(9, rotary_dim // 2) * 1000
     slots = torch.randperm(40)[:9]
@@ -108,7 +107,7 @@ def test_rotate_and_store(kernels: NativeKernels, head_dim: int, rotary_dim: int
     for num_threads in (1, 2):
         caches = torch.full((2, 8, 5, 2, head_dim), 7.0, dtype=cache_dtype)
         query, key, value = heads.clone().split([3, 2, 2], dim=1)
-        rotated = native(kernels.runtime.isa, num_threads).rotate_and_store(
+        rotated = on_tensors(kernels.runtime.isa, num_threads).rotate_and_store(
             query, key, value, cos, sin, caches[0], caches[1], slots
         )
         results.append((rotated, caches))
@@ -122,7 +121,7 @@ def test_rotate_and_store(kernels: NativeKernels, head_dim: int, rotary_dim: int
     assert torch.equal(results[0][1], results[1][1])
 
 
-def test_stored_extremes(kernels: NativeKernels) -> None:
+def test_stored_extremes(kernels: OnTensors) -> None:
     """NaN, infinities and ties of bfloat16 are stored as torch rounds them."""
     value = torch.tensor([math.nan, math.inf, -math.inf, 3.4e38, 1.00390625, 1.01171875, -0.0, 1e-30]).view(1, 1, 8)
     caches = torch.zeros(2, 1, 1, 1, 8, dtype=torch.bfloat16)
@@ -134,29 +133,3 @@ def test_stored_extremes(kernels: NativeKernels) -> None:
     for stored in caches.view(2, 8):
         assert stored.isnan().tolist() == expected.isnan().tolist()
         assert torch.equal(stored.nan_to_num(0.0, math.inf, -math.inf), expected.nan_to_num(0.0, math.inf, -math.inf))
-
-
-@pytest.mark.parametrize("size", [*SIZES, 151_936])
-def test_argmax(kernels: NativeKernels, size: int) -> None:
-    logits = torch.randn(8, size)
-    lowest = -math.inf
-    logits[1] = lowest
-    logits[2] = 3.0  # all equal: the lowest
-    logits[3, size // 2 :] = 9.0  # so are the later ones
-    logits[4, size - 1] = math.inf
-    logits[5, size // 3] = math.nan
-    logits[6] = lowest
-    logits[6, size - 1] = -3.4e38
-    logits[7] = math.nan
-    out = torch.full((8,), 77, dtype=torch.int64)
-    kernels.runtime.argmax(logits.data_ptr(), 8, size, out.data_ptr())
-    assert out.tolist() == [int(logits[0].argmax()), 0, 0, size // 2, size - 1, -1, size - 1, -1]
-
-
-def test_argmax_finds_a_nan_anywhere(kernels: NativeKernels) -> None:
-    size = 50
-    logits = torch.randn(size, size)
-    logits.fill_diagonal_(math.nan)
-    out = torch.zeros(size, dtype=torch.int64)
-    kernels.runtime.argmax(logits.data_ptr(), size, size, out.data_ptr())
-    assert (out == -1).all()

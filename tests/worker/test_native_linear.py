@@ -1,4 +1,4 @@
-"""Packed weights times activations in 8 bits: every format on every instruction set that runs here."""
+"""Packed weights times activations: every format on every instruction set that runs here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,16 @@ import torch
 from pelton.weights.tensors import WeightTensor
 from pelton.worker.kernels.cpu import pelton_cpu
 from pelton.worker.kernels.cpu.backend import NativeKernels
-from tests.worker.native import DENSE_FORMATS, ISAS, PACKED_FORMATS, decoded, native, random_packed
+from tests.worker.native import (
+    DENSE_FORMATS,
+    ISAS,
+    PACKED_FORMATS,
+    OnTensors,
+    decoded,
+    on_tensors,
+    random_packed,
+    uses_tiles,
+)
 
 pytestmark = pytest.mark.torch
 
@@ -22,13 +31,13 @@ GROUP = 32
 
 
 @pytest.fixture(params=ISAS)
-def kernels(request: pytest.FixtureRequest) -> NativeKernels:
+def kernels(request: pytest.FixtureRequest) -> OnTensors:
     torch.manual_seed(0)
-    return native(request.param)
+    return on_tensors(request.param)
 
 
-def load(kernels: NativeKernels, tensors: Sequence[WeightTensor]) -> Any:
-    weight = kernels.make_linear_loader(torch.float32).load(tensors)
+def load(kernels: OnTensors, tensors: Sequence[WeightTensor]) -> Any:
+    weight = kernels.make_linear_loader().load(tensors)
     assert isinstance(weight, pelton_cpu.LinearWeight)  # packed, not decoded
     return weight
 
@@ -38,9 +47,9 @@ def input_width(format_name: str) -> int:
     return 256 if format_name.endswith("K") else GROUP
 
 
-def dense_kernels(isa: str, num_threads: int = 1) -> NativeKernels:
+def dense_kernels(isa: str, num_threads: int = 1) -> OnTensors:
     """Float32 products whatever the weights."""
-    return native(isa, num_threads, "float32")
+    return on_tensors(isa, num_threads, "float32")
 
 
 def assert_float_products(x: torch.Tensor, matrix: torch.Tensor, result: torch.Tensor) -> None:
@@ -64,7 +73,7 @@ def test_float_products_see_the_very_weights(isa: str, format_name: str) -> None
 def test_float_products_do_not_depend_on_their_company(isa: str, format_name: str) -> None:
     torch.manual_seed(0)
     tensors = [random_packed(format_name, 70, 512), random_packed("Q8_0", 33, 512)]
-    kernels = native(isa) if format_name in DENSE_FORMATS else dense_kernels(isa)
+    kernels = on_tensors(isa) if format_name in DENSE_FORMATS else dense_kernels(isa)
     x, bias = torch.randn(600, 512) * torch.logspace(-3, 3, 600)[:, None], torch.randn(103)
     weight = load(kernels, tensors)
     expected = kernels.linear(x, weight, bias)
@@ -73,7 +82,7 @@ def test_float_products_do_not_depend_on_their_company(isa: str, format_name: st
         first = 13 * num_rows
         part = kernels.linear(x[first : first + num_rows], weight, bias)
         assert torch.equal(part, expected[first : first + num_rows])
-    threaded = native(isa, 3) if format_name in DENSE_FORMATS else dense_kernels(isa, 3)
+    threaded = on_tensors(isa, 3) if format_name in DENSE_FORMATS else dense_kernels(isa, 3)
     assert torch.equal(threaded.linear(x, weight, bias), expected)
     assert torch.equal(threaded.linear(x[:9], load(threaded, tensors), bias), expected[:9])
 
@@ -82,7 +91,7 @@ def test_float_products_do_not_depend_on_their_company(isa: str, format_name: st
 @pytest.mark.parametrize("num_inputs", [1, 2, 31, 33, 97])
 @pytest.mark.parametrize("format_name", DENSE_FORMATS)
 def test_dense_weights_may_have_any_width(isa: str, format_name: str, num_inputs: int) -> None:
-    kernels = native(isa)
+    kernels = on_tensors(isa)
     tensor = random_packed(format_name, 35, num_inputs)
     weight, matrix = load(kernels, [tensor]), decoded([tensor])
     x = torch.randn(14, num_inputs)
@@ -94,31 +103,44 @@ def test_dense_weights_may_have_any_width(isa: str, format_name: str, num_inputs
     assert torch.equal(kernels.linear(x[6:7], weight), result[6:7])
 
 
+def weight_error(kernels: OnTensors, matrix: torch.Tensor) -> torch.Tensor:
+    """What unpacking may change of each weight [O, I]. Tiles: cut off to bfloat16, and 2^-9 of a code's step."""
+    largest = matrix.abs().view(len(matrix), -1, GROUP).amax(-1, keepdim=True).expand(-1, -1, GROUP)
+    largest = largest.reshape(matrix.shape)
+    # float32 rounds the scaled code and the minimum: far less than a step from one code to the next.
+    return 2**-7 * matrix.abs() + 2**-9 * largest if uses_tiles(kernels) else 4e-7 * largest
+
+
 def assert_within_bound(
-    x: torch.Tensor, matrix: torch.Tensor, result: torch.Tensor, bias: torch.Tensor | None = None
+    kernels: OnTensors,
+    x: torch.Tensor,
+    matrix: torch.Tensor,
+    result: torch.Tensor,
+    bias: torch.Tensor | None = None,
 ) -> None:
-    """A rounded activation is off by half a step (its group's largest / 127 / 2) at most; the rest is float32."""
+    """In 8 bits an activation is off by half a step (its group's largest / 127 / 2) at most, as bfloat16 by 2^-9."""
     wide = x.double()
     exact = wide @ matrix.T + (0 if bias is None else bias.double())
-    steps = wide.view(len(x), -1, GROUP).abs().amax(-1) / 127
-    weights = matrix.abs().view(len(matrix), -1, GROUP).sum(-1)
     # A format's minimum and its scaled codes may cancel: both are larger than the weight, by 32 times at most.
-    float_error = 2e-5 * (wide.abs() @ matrix.abs().T + exact.abs()) + 1e-30
-    bound = 0.5 * steps @ weights.T + float_error
+    bound = 2e-5 * (wide.abs() @ matrix.abs().T + exact.abs()) + 1e-30
+    if uses_tiles(kernels):
+        bound += wide.abs() @ (weight_error(kernels, matrix) + 2**-9 * matrix.abs()).T
+    else:
+        steps = wide.view(len(x), -1, GROUP).abs().amax(-1) / 127
+        bound += 0.5 * steps @ matrix.abs().view(len(matrix), -1, GROUP).sum(-1).T
     assert result.shape == exact.shape
     assert ((result.double() - exact).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("num_outputs", [1, 31, 33, 100])
 @pytest.mark.parametrize("format_name", PACKED_FORMATS)
-def test_repacking_loses_nothing(kernels: NativeKernels, format_name: str, num_outputs: int) -> None:
-    """127 in one column is exact in 8 bits: what comes out is the column's weights."""
+def test_repacking_loses_nothing(kernels: OnTensors, format_name: str, num_outputs: int) -> None:
+    """127 in one column is exact in 8 bits and in bfloat16: what comes out is the column's weights."""
     tensor = random_packed(format_name, num_outputs, 256)
     matrix = decoded([tensor])
     weight = load(kernels, [tensor])
     columns = kernels.linear(127.0 * torch.eye(256), weight)
-    # float32 rounds the scaled code and the minimum: far less than a step from one code to the next.
-    assert ((columns.T.double() / 127 - matrix).abs() <= 4e-7 * matrix.abs().amax()).all()
+    assert ((columns.T.double() / 127 - matrix).abs() <= weight_error(kernels, matrix)).all()
     for first in range(0, 256, 5):  # the same by the path of few rows
         few = kernels.linear(127.0 * torch.eye(256)[first : first + 5], weight)
         assert torch.equal(few, columns[first : first + 5])
@@ -129,39 +151,39 @@ def test_repacking_loses_nothing(kernels: NativeKernels, format_name: str, num_o
     ("format_name", "num_groups"),
     [(name, n) for name in PACKED_FORMATS for n in (1, 2, 8, 16) if n * GROUP % input_width(name) == 0],
 )
-def test_products(kernels: NativeKernels, format_name: str, num_outputs: int, num_groups: int) -> None:
+def test_products(kernels: OnTensors, format_name: str, num_outputs: int, num_groups: int) -> None:
     num_inputs = num_groups * GROUP
     tensor = random_packed(format_name, num_outputs, num_inputs)
     matrix, weight = decoded([tensor]), load(kernels, [tensor])
     x = torch.randn(130, num_inputs) * torch.logspace(-3, 3, num_groups).repeat_interleave(GROUP)
     for num_rows in (1, 2, 6, 7, 40, 130):
-        assert_within_bound(x[:num_rows], matrix, kernels.linear(x[:num_rows], weight))
+        assert_within_bound(kernels, x[:num_rows], matrix, kernels.linear(x[:num_rows], weight))
     assert kernels.linear(x[:0], weight).shape == (0, num_outputs)
 
 
-def test_matrices_of_many_formats_side_by_side(kernels: NativeKernels) -> None:
+def test_matrices_of_many_formats_side_by_side(kernels: OnTensors) -> None:
     tensors = [random_packed(name, 7 + 23 * i, 256, seed=i) for i, name in enumerate(PACKED_FORMATS)]
     matrix, weight = decoded(tensors), load(kernels, tensors)
     bias = torch.randn(len(matrix)) * 10
     for num_rows in (1, 9, 60):
         x = torch.randn(num_rows, 256)
-        assert_within_bound(x, matrix, kernels.linear(x, weight), None)
-        assert_within_bound(x, matrix, kernels.linear(x, weight, bias), bias)
+        assert_within_bound(kernels, x, matrix, kernels.linear(x, weight), None)
+        assert_within_bound(kernels, x, matrix, kernels.linear(x, weight, bias), bias)
     singles = [kernels.linear(x, load(kernels, [tensor])) for tensor in tensors]
     assert torch.equal(torch.cat(singles, dim=1), kernels.linear(x, weight))
 
 
-def test_one_loader_makes_independent_weights(kernels: NativeKernels) -> None:
-    loader = kernels.make_linear_loader(torch.float32)
+def test_one_loader_makes_independent_weights(kernels: OnTensors) -> None:
+    loader = kernels.make_linear_loader()
     tensors = [random_packed("Q8_0", 5, 64, seed=seed) for seed in range(3)]
     weights = [loader.load([tensor]) for tensor in tensors]
     x = torch.randn(4, 64)
     for tensor, weight in zip(tensors, weights, strict=True):
-        assert_within_bound(x, decoded([tensor]), kernels.linear(x, weight))
+        assert_within_bound(kernels, x, decoded([tensor]), kernels.linear(x, weight))
 
 
 @pytest.mark.parametrize("format_name", PACKED_FORMATS)
-def test_extreme_values_stay_in_their_row(kernels: NativeKernels, format_name: str) -> None:
+def test_extreme_values_stay_in_their_row(kernels: OnTensors, format_name: str) -> None:
     tensor = random_packed(format_name, 33, 256)
     matrix, weight = decoded([tensor]), load(kernels, [tensor])
     bias = torch.randn(33)
@@ -189,11 +211,11 @@ def test_extreme_values_stay_in_their_row(kernels: NativeKernels, format_name: s
                 assert not own.isfinite().any(), name  # never a number that looks like an answer
             else:
                 assert own.isfinite().all(), name
-                assert_within_bound(row[None], matrix, own, bias)
+                assert_within_bound(kernels, row[None], matrix, own, bias)
 
 
 @pytest.mark.parametrize("format_name", PACKED_FORMATS)
-def test_rows_do_not_depend_on_their_company(kernels: NativeKernels, format_name: str) -> None:
+def test_rows_do_not_depend_on_their_company(kernels: OnTensors, format_name: str) -> None:
     """Law 3: alone, in any batch, at any place, by any number of threads."""
     tensors = [random_packed(format_name, 70, 512), random_packed("Q6_K", 33, 512)]
     x, bias = torch.randn(600, 512), torch.randn(103)
@@ -207,20 +229,20 @@ def test_rows_do_not_depend_on_their_company(kernels: NativeKernels, format_name
     order = torch.randperm(600)
     assert torch.equal(kernels.linear(x[order], weight, bias), expected[order])
     for num_threads in (2, 3):
-        threaded = native(kernels.runtime.isa, num_threads)
+        threaded = on_tensors(kernels.runtime.isa, num_threads)
         assert torch.equal(threaded.linear(x, weight, bias), expected)
         assert torch.equal(threaded.linear(x[7:8], weight, bias), expected[7:8])
         # And repacked by those threads.
         assert torch.equal(threaded.linear(x[:9], load(threaded, tensors), bias), expected[:9])
 
 
-def test_large_batches_are_cut_without_a_trace(kernels: NativeKernels) -> None:
+def test_large_batches_are_cut_without_a_trace(kernels: OnTensors) -> None:
     """More rows than fit the cache at once (wide inputs), and so several passes."""
     tensor = random_packed("Q4_K", 40, 4096)
     x = torch.randn(300, 4096)
     weight = load(kernels, [tensor])
     expected = kernels.linear(x, weight)
-    assert_within_bound(x[::17], decoded([tensor]), expected[::17])
+    assert_within_bound(kernels, x[::17], decoded([tensor]), expected[::17])
     assert torch.equal(kernels.linear(x[100:141], weight), expected[100:141])
     assert torch.equal(kernels.linear(x[299:], weight), expected[299:])
 
@@ -229,32 +251,31 @@ def test_instruction_sets_agree() -> None:
     torch.manual_seed(0)
     tensors = [random_packed(name, 40, 512, seed=i) for i, name in enumerate(PACKED_FORMATS)]
     x = torch.randn(9, 512)
-    results = [native(isa).linear(x, load(native(isa), tensors)) for isa in ISAS]
+    results = [on_tensors(isa).linear(x, load(on_tensors(isa), tensors)) for isa in ISAS if isa != "amx"]
     for result in results[1:]:
         # The integers are the same; only the float32 sums differ in order.
         assert (result - results[0]).abs().max() <= 1e-5 * results[0].abs().max()
 
 
 @pytest.mark.parametrize("format_name", [*PACKED_FORMATS, *DENSE_FORMATS, "IQ4_XS"])
-def test_memory_is_known_beforehand(kernels: NativeKernels, format_name: str) -> None:
+def test_memory_is_known_beforehand(kernels: OnTensors, format_name: str) -> None:
     for num_outputs in (1, 33, 128):
         tensor = random_packed(format_name, num_outputs, 256)
-        assert load(kernels, [tensor]).num_bytes == kernels.num_weight_bytes(tensor, torch.float32)
-        assert kernels.num_weight_bytes(tensor, torch.bfloat16) == num_outputs * 256 * 2  # decoded
+        assert load(kernels, [tensor]).num_bytes == kernels.num_weight_bytes(tensor)
     if format_name != "IQ4_XS":
-        assert kernels.num_weight_bytes(tensor, torch.float32) < 2 * tensor.data.nbytes
+        assert kernels.num_weight_bytes(tensor) < 2 * tensor.data.nbytes
 
 
 @pytest.mark.parametrize("num_bytes", [-1, 1, -144])
 @pytest.mark.parametrize("format_name", PACKED_FORMATS)
-def test_wrong_sizes_are_refused(kernels: NativeKernels, format_name: str, num_bytes: int) -> None:
+def test_wrong_sizes_are_refused(kernels: OnTensors, format_name: str, num_bytes: int) -> None:
     tensor = random_packed(format_name, 3, 256)
     data = np.resize(tensor.data, len(tensor.data) + num_bytes)
     with pytest.raises(ValueError, match="bytes"):
         load(kernels, [dataclasses.replace(tensor, data=data)])
 
 
-def test_what_has_no_kernel_is_refused(kernels: NativeKernels) -> None:
+def test_what_has_no_kernel_is_refused(kernels: OnTensors) -> None:
     weight = pelton_cpu.LinearWeight(64)
     data = np.zeros(4096, dtype=np.uint8)
     for format_name in ("Q2_K", "", "q4_0"):
@@ -277,18 +298,30 @@ def test_what_has_no_kernel_is_refused(kernels: NativeKernels) -> None:
         NativeKernels(0)
     with pytest.raises(ValueError, match="int3 activations"):
         NativeKernels(1, activation_dtype="int3")
+    with pytest.raises(ValueError, match="need AMX"):
+        NativeKernels(1, "portable", activation_dtype="bfloat16")
 
 
-def test_what_has_no_kernel_is_kept_in_float32(kernels: NativeKernels) -> None:
-    """Formats that are only read, beside others, and widths that are no whole groups of a format."""
+def test_what_has_no_kernel_is_kept_in_float32(kernels: OnTensors) -> None:
+    """Formats that are only read, beside others; tiles leave such a weight alone."""
     tensors = [random_packed(name, 5, 256, seed=i) for i, name in enumerate(("IQ4_XS", "Q4_K", "BF16"))]
     x = torch.randn(3, 256)
-    weight = load(kernels, tensors)
-    assert_float_products(x, decoded(tensors[:1]), kernels.linear(x, weight)[:, :5])
-    assert_float_products(x, decoded(tensors[2:]), kernels.linear(x, weight)[:, 10:])
-    wide = kernels.make_linear_loader(torch.bfloat16).load(tensors)
-    assert not isinstance(wide, pelton_cpu.LinearWeight)
-    result = kernels.linear(x.bfloat16(), wide)
-    assert result.dtype is torch.bfloat16
-    exact = x.bfloat16().double() @ decoded(tensors).T
-    assert (result.double() - exact).abs().max() <= 0.02 * exact.abs().max()
+    result = kernels.linear(x, load(kernels, tensors))
+    assert_float_products(x, decoded(tensors[:1]), result[:, :5])
+    assert_float_products(x, decoded(tensors[2:]), result[:, 10:])
+    with pytest.raises(ValueError, match="256"):
+        kernels.linear(x[:, :32], load(kernels, tensors))
+
+
+def test_tiles_are_left_out_for_8_bits() -> None:
+    if "amx" not in ISAS:
+        return
+    tensors, x = [random_packed("Q5_0", 40, 256)], torch.randn(9, 256)
+    in_bytes = on_tensors("amx", 1, "int8")
+    assert torch.equal(
+        in_bytes.linear(x, load(in_bytes, tensors)), on_tensors("avx512").linear(x, load(in_bytes, tensors))
+    )
+    in_tiles = on_tensors("amx", 1, "bfloat16")
+    assert torch.equal(
+        in_tiles.linear(x, load(in_tiles, tensors)), on_tensors("amx").linear(x, load(in_tiles, tensors))
+    )

@@ -7,10 +7,10 @@ import pytest
 from pelton.core.batch import PENDING_TOKEN_ID, RequestContext, ScheduledBatch, ScheduledRequest
 from pelton.core.sampling_params import SamplingParams
 from pelton.worker.request_state import RequestState, RequestStates
-
-pytestmark = pytest.mark.torch
+from pelton.worker.sampling.reference import ReferenceSampler
 
 GREEDY = SamplingParams(temperature=0.0)
+SAMPLER = ReferenceSampler(50, {0})
 
 
 def scheduled(
@@ -34,7 +34,7 @@ def known(states: RequestStates, request_id: str) -> RequestState:
 
 
 def test_a_request_lives_from_its_context_until_it_is_finished() -> None:
-    states = RequestStates({0}, vocab_size=50)
+    states = RequestStates(SAMPLER, vocab_size=50)
     assert (
         states.update(ScheduledBatch(1, (scheduled("a", context=context()), scheduled("b", context=context())))) == {}
     )
@@ -48,7 +48,7 @@ def test_a_request_lives_from_its_context_until_it_is_finished() -> None:
 
 
 def test_a_context_replaces_what_was_remembered() -> None:
-    states = RequestStates({0}, vocab_size=50)
+    states = RequestStates(SAMPLER, vocab_size=50)
     states.update(ScheduledBatch(1, (scheduled("a", context=context()),)))
     known(states, "a").add_output(7)
     states.update(ScheduledBatch(2, (), preempted_ids=("a",)))
@@ -57,12 +57,11 @@ def test_a_context_replaces_what_was_remembered() -> None:
     assert known(states, "a").output_token_ids == [7, 8]
     states.update(ScheduledBatch(4, (scheduled("a", context=context(outputs=(7,))),)))
     assert known(states, "a").output_token_ids == [7]
-    assert known(states, "a").seed == 9
 
 
 @pytest.mark.parametrize("bad", [context(prompt=(1, 50)), context(prompt=(-1,)), context(outputs=(2, 99))], ids=str)
 def test_ids_outside_the_vocabulary_fail_their_request_only(bad: RequestContext) -> None:
-    states = RequestStates({0}, vocab_size=50)
+    states = RequestStates(SAMPLER, vocab_size=50)
     failed = states.update(ScheduledBatch(1, (scheduled("bad", context=bad), scheduled("good", context=context()))))
     assert list(failed) == ["bad"]
     assert "vocabulary of 50" in failed["bad"]
@@ -71,12 +70,12 @@ def test_ids_outside_the_vocabulary_fail_their_request_only(bad: RequestContext)
 
 
 def test_a_request_without_state_is_reported() -> None:
-    states = RequestStates({0}, vocab_size=50)
+    states = RequestStates(SAMPLER, vocab_size=50)
     assert list(states.update(ScheduledBatch(1, (scheduled("lost"),)))) == ["lost"]
 
 
 def test_pending_tokens_are_what_was_sampled_here() -> None:
-    state = RequestState(context(prompt=(1, 2), outputs=(3,)), GREEDY, None)
+    state = RequestState(context(prompt=(1, 2), outputs=(3,)), GREEDY, SAMPLER)
     state.add_output(4)
     assert state.known_token_ids(scheduled("a", (PENDING_TOKEN_ID,), 3)) == (4,)
     assert state.known_token_ids(scheduled("a", (2, 3, PENDING_TOKEN_ID), 1)) == (2, 3, 4)
@@ -86,7 +85,7 @@ def test_pending_tokens_are_what_was_sampled_here() -> None:
 
 
 def test_block_tables_are_converted_when_they_change() -> None:
-    state = RequestState(context(), GREEDY, None)
+    state = RequestState(context(), GREEDY, SAMPLER)
     first = state.block_table(0, (3, 4))
     assert first.tolist() == [3, 4]
     assert state.block_table(0, (3, 4)) is first

@@ -1,49 +1,78 @@
-"""The sampler against slow, independent references: numpy filters, exact distributions, lone rows."""
+"""Every sampler against slow, independent references: numpy filters, exact distributions, lone rows."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from pelton.core.batch import RequestContext
 from pelton.core.sampling_params import SamplingParams
-from pelton.worker.request_state import RequestState
+from pelton.worker.kernels.cpu import pelton_cpu
+from pelton.worker.kernels.cpu.sampler import NativeSampler
 from pelton.worker.sampling.draw import draw_token
 from pelton.worker.sampling.logit_editor import LogitEditor
 from pelton.worker.sampling.logprobs import token_logprobs
-from pelton.worker.sampling.sampler import Sample, sample
+from pelton.worker.sampling.reference import ReferenceSampler
+from pelton.worker.sampling.sampler import Sampler, Samples, TokenMask
 from pelton.worker.sampling.selection import top_ids
 from pelton.worker.sampling.uniform import uniform_at
-
-pytestmark = pytest.mark.torch
+from pelton.worker.sampling.weights import ONE, weights_of
 
 EOS = 7
-Ids = tuple[int, ...]
 
 
-def make_state(
-    sampling: SamplingParams,
-    vocab_size: int,
-    prompt: tuple[int, ...] = (1,),
-    outputs: tuple[int, ...] = (),
-    seed: int = 0,
-) -> RequestState:
-    editor = None
-    if LogitEditor.is_needed(sampling):
-        editor = LogitEditor(sampling, {EOS}, vocab_size)
-        editor.add_prompt(prompt)
-        editor.add_output(outputs)
-    return RequestState(RequestContext(prompt, outputs, seed), sampling, editor)
+def _runs(isa: str) -> bool:
+    try:
+        pelton_cpu.Runtime(isa, 1, [])
+    except ValueError:
+        return False
+    return True
 
 
-def sample_one(row: torch.Tensor, state: RequestState) -> Sample:
-    return sample(row.clone().unsqueeze(0), [state])[0]
+NATIVE = [f"{isa} x {n}" for isa in ("avx512", "avx2", "portable") if _runs(isa) for n in (1, 3)]
+
+
+@cache
+def make_sampler(name: str, vocab_size: int) -> Sampler:
+    if name == "reference":
+        return ReferenceSampler(vocab_size, {EOS})
+    isa, _, num_threads = name.partition(" x ")
+    return NativeSampler(pelton_cpu.Runtime(isa, int(num_threads), []), vocab_size, {EOS})
+
+
+@dataclass(frozen=True)
+class Case:
+    """A request about to sample."""
+
+    params: SamplingParams
+    prompt: tuple[int, ...] = (1,)
+    outputs: tuple[int, ...] = ()
+    seed: int = 0
+    mask: TokenMask | None = None
+
+
+def sample(sampler_name: str, logits: np.ndarray, cases: Sequence[Case]) -> Samples:
+    sampler = make_sampler(sampler_name, logits.shape[1])
+    rows = [sampler.make_row(case.params, case.seed) for case in cases]
+    for row, case in zip(rows, cases, strict=True):
+        row.add_prompt(case.prompt)
+        row.add_output(case.outputs)
+    masks = None if all(case.mask is None for case in cases) else [case.mask for case in cases]
+    return sampler.sample(logits.copy(), rows, [len(case.outputs) for case in cases], masks)
+
+
+every_sampler = pytest.mark.parametrize("sampler", ["reference", *NATIVE])
+
+
+def randn(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
 def reference_distribution(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
@@ -86,11 +115,11 @@ FILTERS = [
 @pytest.mark.parametrize("params", FILTERS, ids=str)
 @pytest.mark.parametrize("vocab_size", [20, 130])
 def test_draws_follow_the_distribution(params: SamplingParams, vocab_size: int) -> None:
-    logits = torch.randn(vocab_size, generator=torch.Generator().manual_seed(vocab_size)) * 1.5
-    expected = reference_distribution(logits.numpy(), params)
+    logits = randn(vocab_size, seed=vocab_size) * np.float32(1.5)
+    expected = reference_distribution(logits, params)
     num_draws = 6000
-    top = logits.max().item()
-    draws = [draw_token(logits.numpy(), top, params, uniform_at(11, position)) for position in range(num_draws)]
+    top = float(logits.max())
+    draws = [draw_token(logits, top, params, uniform_at(11, position)) for position in range(num_draws)]
     observed = np.bincount(draws, minlength=vocab_size)
     assert not observed[expected == 0].any(), "drew a token that the filters leave out"
     # Cells of fewer than 5 expected draws are pooled.
@@ -117,36 +146,39 @@ def test_draws_follow_the_distribution(params: SamplingParams, vocab_size: int) 
 )
 def test_the_draw_inverts_the_reference_cdf(seed: int, vocab_size: int, spread: float, params: SamplingParams) -> None:
     """The token drawn for u is the one whose interval of the reference's CDF holds u."""
-    logits = torch.randn(vocab_size, generator=torch.Generator().manual_seed(seed)) * spread
-    expected = reference_distribution(logits.numpy(), params)
+    logits = randn(vocab_size, seed=seed) * np.float32(spread)
+    expected = reference_distribution(logits, params)
     # Where float32 could put a token on the other side of a filter's edge, there is nothing to compare.
     for nudge in (1 - 1e-4, 1 + 1e-4):
         nudged = replace(params, top_p=min(1.0, params.top_p * nudge), min_p=min(1.0, params.min_p * nudge))
-        kept = reference_distribution(logits.numpy(), nudged) > 0
+        kept = reference_distribution(logits, nudged) > 0
         assume(params.min_p == 1.0 or (kept == (expected > 0)).all())
-    ids = np.arange(vocab_size)
-    if 0 < params.top_k < vocab_size or params.top_p < 1.0:
-        order = np.lexsort((ids, -logits.numpy()))
-    else:  # by id after min-p, else by column of a matrix of 64 rows
-        order = ids if params.min_p > 0 else np.lexsort((ids, ids % -(-vocab_size // 64)))
-    ends = np.cumsum(expected[order])
-    place = {int(token_id): i for i, token_id in enumerate(order)}
+    ends = np.cumsum(expected)
     for uniform in (0.0, 0.1, 0.25, 0.5, 0.77, 0.99, 1 - 2**-53):
-        token_id = draw_token(logits.numpy(), logits.max().item(), params, uniform)
+        token_id = draw_token(logits, float(logits.max()), params, uniform)
         assert expected[token_id] > 0
-        end = ends[place[token_id]]
-        assert end - expected[token_id] - 1e-4 <= uniform <= end + 1e-4
+        assert ends[token_id] - expected[token_id] - 1e-4 <= uniform <= ends[token_id] + 1e-4
+
+
+def test_weights_are_exponentials() -> None:
+    logits = np.linspace(-60, 5, 40_001).astype(np.float32)
+    for temperature in (0.5, 1.0, 3.0):
+        weights = weights_of(logits, 5.0, temperature)
+        exact = np.exp((logits.astype(np.float64) - 5.0) / temperature) * ONE
+        np.testing.assert_allclose(weights, exact, rtol=3e-6, atol=1.0)
+        assert weights[-1] == ONE
+    assert weights_of(np.array([-math.inf, -3.4e38, 3.4e38], np.float32), 3.4e38, 1.0).tolist() == [0, 0, ONE]
 
 
 def test_top_ids_match_a_stable_sort_with_many_ties() -> None:
-    generator = torch.Generator().manual_seed(0)
+    rng = np.random.default_rng(0)
     for vocab_size in (1, 63, 64, 65, 1000, 5000):
-        row = torch.randint(0, 40, (vocab_size,), generator=generator).float()
-        row[torch.rand(vocab_size, generator=generator) < 0.3] = -math.inf
-        order = sorted(range(vocab_size), key=lambda i: (-row[i].item(), i))
+        row = rng.integers(0, 40, vocab_size).astype(np.float32)
+        row[rng.random(vocab_size) < 0.3] = -math.inf
+        order = sorted(range(vocab_size), key=lambda i: (-row[i], i))
         finite = [i for i in order if row[i] > -math.inf]
         for count in (1, 2, 20, 37, 500, vocab_size):
-            found = [i for i in top_ids(row.numpy(), count).tolist() if row[i] > -math.inf]
+            found = [i for i in top_ids(row, count).tolist() if row[i] > -math.inf]
             assert found == finite[:count]
 
 
@@ -180,41 +212,144 @@ MIXED = [
 ]
 
 
+@every_sampler
 @pytest.mark.parametrize("vocab_size", [1003, 40_001])
-def test_a_row_does_not_depend_on_its_batch(vocab_size: int) -> None:
+def test_a_row_does_not_depend_on_its_batch(sampler: str, vocab_size: int) -> None:
     """Token, logprob bits and top list, alone and at every place of a mixed batch (law 3)."""
-    generator = torch.Generator().manual_seed(1)
-    logits = torch.randn(len(MIXED), vocab_size, generator=generator) * 3
-    tokens = tuple(torch.randint(0, 1000, (30,), generator=generator).tolist())
-
-    def states() -> list[RequestState]:
-        return [make_state(p, vocab_size, tokens[:20], tokens[20 : 20 + i], seed=i) for i, p in enumerate(MIXED)]
-
-    alone = [sample_one(logits[i], state) for i, state in enumerate(states())]
+    logits = randn(len(MIXED), vocab_size, seed=1) * np.float32(3)
+    tokens = tuple(np.random.default_rng(2).integers(0, 1000, 30).tolist())
+    cases = [Case(params, tokens[:20], tokens[20 : 20 + i], seed=i) for i, params in enumerate(MIXED)]
+    alone = [sample(sampler, logits[i : i + 1], [case]) for i, case in enumerate(cases)]
     for shift in range(len(MIXED)):
         order = [(i + shift) % len(MIXED) for i in range(len(MIXED))][: len(MIXED) - shift // 2]
-        fresh = states()
-        together = sample(logits[order].clone(), [fresh[i] for i in order])
-        assert together == [alone[i] for i in order]
+        together = sample(sampler, logits[order], [cases[i] for i in order])
+        assert together.token_ids == [alone[i].token_ids[0] for i in order]
+        assert together.logprobs == {at: alone[i].logprobs[0] for at, i in enumerate(order) if alone[i].logprobs}
 
 
-def test_the_seed_and_the_position_decide_the_draw() -> None:
-    logits = torch.zeros(5000)
-    params = SamplingParams()
-    first = [sample_one(logits, make_state(params, 5000, outputs=(1,) * n, seed=5)).token_id for n in range(20)]
-    again = [sample_one(logits, make_state(params, 5000, outputs=(1,) * n, seed=5)).token_id for n in range(20)]
-    other = [sample_one(logits, make_state(params, 5000, outputs=(1,) * n, seed=6)).token_id for n in range(20)]
-    assert first == again
-    assert first != other
-    assert len(set(first)) > 15
+def random_logits(rng: np.random.Generator, vocab_size: int) -> np.ndarray:
+    """As peaked, as flat, as full of ties and as extreme as a model may make them."""
+    row = rng.standard_normal(vocab_size).astype(np.float32)
+    match rng.integers(7):
+        case 0:
+            row *= np.float32(rng.uniform(0.01, 8))
+        case 1:
+            row[rng.integers(0, vocab_size, 5)] += np.float32(rng.uniform(3, 20))
+        case 2:
+            row = np.round(row * 2)
+        case 3:
+            row = np.full_like(row, rng.choice([0.0, -0.0, -7.5, 1e30]))
+            row[rng.integers(0, vocab_size, 3)] = rng.choice([0.0, -0.0, -7.5])
+        case 4:
+            row[rng.random(vocab_size) < 0.7] = -math.inf
+            row[rng.integers(vocab_size)] = 1.0
+        case 5:
+            row *= np.float32(1e37)
+        case 6:
+            row *= np.float32(1e-39)
+    return row
 
 
-def test_greedy_ties_go_to_the_lowest_id() -> None:
-    logits = torch.zeros(3, 300)
+def random_case(rng: np.random.Generator, vocab_size: int) -> Case:
+    def maybe(value: object, otherwise: object) -> Any:
+        return value if rng.random() < 0.3 else otherwise
+
+    def ids(count: int) -> tuple[int, ...]:
+        return tuple(rng.integers(0, vocab_size + 3, count).tolist())
+
+    params = SamplingParams(
+        temperature=float(rng.choice([0.0, 0.01, 0.7, 1.0, 2.5, 1e-35])),
+        top_k=int(rng.choice([0, 0, 1, 3, 40, 600, 10**6])),
+        top_p=float(rng.choice([1.0, 1.0, 0.999, 0.9, 0.5, 1e-9])),
+        min_p=float(rng.choice([0.0, 0.0, 1e-15, 0.02, 0.5, 1.0])),
+        repetition_penalty=maybe(float(rng.uniform(0.5, 2.0)), 1.0),
+        presence_penalty=maybe(float(rng.uniform(-2, 2)), 0.0),
+        frequency_penalty=maybe(float(rng.uniform(-2, 2)), 0.0),
+        logit_bias=maybe({i: float(rng.uniform(-100, 100)) for i in ids(4)}, {}),
+        allowed_token_ids=maybe(ids(int(rng.integers(1, 200))), None),
+        banned_token_ids=maybe(ids(5), ()),
+        min_tokens=int(rng.integers(0, 30)),
+        stop_token_ids=maybe(ids(2), ()),
+        ignore_eos=bool(rng.random() < 0.5),
+        logprobs=maybe(int(rng.integers(0, 21)), None),
+    )
+    mask = rng.integers(0, 2**32, -(-vocab_size // 32), np.uint32) if rng.random() < 0.2 else None
+    prompt, outputs = rng.integers(0, vocab_size, 20).tolist(), rng.integers(0, vocab_size, rng.integers(30)).tolist()
+    return Case(params, tuple(prompt), tuple(outputs), int(rng.integers(2**63)), mask)
+
+
+@pytest.mark.parametrize("sampler", NATIVE)
+@pytest.mark.parametrize(
+    ("vocab_size", "num_batches"), [(1, 5), (63, 40), (64, 40), (65, 40), (1000, 60), (5003, 40), (151_936, 3)]
+)
+def test_native_samplers_choose_as_the_reference_does(sampler: str, vocab_size: int, num_batches: int) -> None:
+    """Tokens, problems and logprobs to the bit, over settings and logits of every kind."""
+    rng = np.random.default_rng(vocab_size)
+    for _ in range(num_batches):
+        cases = [random_case(rng, vocab_size) for _ in range(12)]
+        logits = np.stack([random_logits(rng, vocab_size) for _ in cases])
+        found, expected = sample(sampler, logits, cases), sample("reference", logits, cases)
+        assert found.problems == expected.problems
+        for i, case in enumerate(cases):
+            assert found.token_ids[i] == expected.token_ids[i], case
+        assert found.logprobs == expected.logprobs
+
+
+@pytest.mark.parametrize("sampler", NATIVE[:1])
+def test_wide_heads_are_those_of_the_reference(sampler: str) -> None:
+    """Settings that keep tens of thousands of tokens, whose order is never made in full."""
+    logits = randn(1, 60_000, seed=5)
+    for params in (
+        SamplingParams(top_p=0.95, temperature=2.0),
+        SamplingParams(top_k=20_000),
+        SamplingParams(top_k=30_000, top_p=0.99, min_p=1e-4),
+        SamplingParams(min_p=1e-6),
+    ):
+        cases = [Case(params, seed=seed) for seed in range(20)]
+        rows = np.repeat(logits, len(cases), axis=0)
+        assert sample(sampler, rows, cases).token_ids == sample("reference", rows, cases).token_ids
+        ties = np.round(rows)
+        assert sample(sampler, ties, cases).token_ids == sample("reference", ties, cases).token_ids
+
+
+@every_sampler
+def test_the_seed_and_the_position_decide_the_draw(sampler: str) -> None:
+    def draws(seed: int) -> list[int]:
+        cases = [Case(SamplingParams(), outputs=(1,) * position, seed=seed) for position in range(20)]
+        return sample(sampler, np.zeros((20, 5000), np.float32), cases).token_ids
+
+    assert draws(5) == draws(5)
+    assert draws(5) != draws(6)
+    assert len(set(draws(5))) > 15
+    assert draws(-1) == draws(2**64 - 1)
+
+
+@every_sampler
+def test_greedy_ties_go_to_the_lowest_id(sampler: str) -> None:
+    logits = np.zeros((4, 300), np.float32)
     logits[1, [70, 200]] = 2.0
     logits[2, [299]] = 1.0
-    greedy = make_state(SamplingParams(temperature=0.0), 300)
-    assert [answer.token_id for answer in sample(logits, [greedy] * 3)] == [0, 70, 299]
+    logits[3, :] = -1.0
+    logits[3, [5, 9]] = -0.0, 0.0
+    assert sample(sampler, logits, [Case(SamplingParams(temperature=0.0))] * 4).token_ids == [0, 70, 299, 5]
+
+
+@every_sampler
+@pytest.mark.parametrize("vocab_size", [5, 64, 100])
+def test_a_mask_leaves_what_a_grammar_allows(sampler: str, vocab_size: int) -> None:
+    logits = np.arange(vocab_size, dtype=np.float32)[None].repeat(4, axis=0)
+    masks = np.zeros((3, -(-vocab_size // 32)), np.uint32)
+    masks[0, 0] = 0b10100
+    masks[1] = 2**32 - 1
+    greedy = SamplingParams(temperature=0.0, logprobs=1)
+    cases = [Case(greedy, mask=mask) for mask in masks] + [Case(greedy)]
+    found = sample(sampler, logits, cases)
+    assert found.token_ids == [4, vocab_size - 1, -1, vocab_size - 1]
+    assert "ban all" in found.problems[2]
+    assert found.logprobs[0].rank == vocab_size - 4  # of the raw logits
+    # Bias does not bring back what the grammar forbids, and both lists must allow a token.
+    both = SamplingParams(temperature=0.0, logit_bias={3: 100.0}, allowed_token_ids=(2, 3))
+    assert sample(sampler, logits[:1], [Case(both, mask=masks[0])]).token_ids == [2]
 
 
 def edited(
@@ -260,18 +395,18 @@ def test_edits(params: dict, outputs: tuple[int, ...], changed: dict[int, float]
 
 def test_penalties_follow_outputs_as_they_come() -> None:
     """Adding tokens one by one equals starting from all of them (resume after preemption)."""
-    generator = torch.Generator().manual_seed(3)
-    outputs = tuple(torch.randint(0, 2000, (1500,), generator=generator).tolist())
+    outputs = tuple(np.random.default_rng(3).integers(0, 2000, 1500).tolist())
     params = SamplingParams(repetition_penalty=1.2, frequency_penalty=0.3, presence_penalty=0.1)
-    row = torch.randn(2000, generator=generator).numpy()
-    grown = make_state(params, 2000, (1, 2))
+    row = randn(2000, seed=4)
+    editors = [LogitEditor(params, {EOS}, 2000) for _ in range(2)]
+    for editor in editors:
+        editor.add_prompt((1, 2))
     for token_id in outputs:
-        grown.add_output(token_id)
-    whole = make_state(params, 2000, (1, 2), outputs)
+        editors[0].add_output((token_id,))
+    editors[1].add_output(outputs)
     rows = row.copy(), row.copy()
-    for state, target in zip((grown, whole), rows, strict=True):
-        assert state.editor is not None
-        state.editor.apply(target, len(outputs))
+    for editor, target in zip(editors, rows, strict=True):
+        editor.apply(target, len(outputs))
     assert np.array_equal(*rows)
     counts = np.bincount(outputs, minlength=2000)
     expected = row.astype(np.float64)
@@ -282,30 +417,45 @@ def test_penalties_follow_outputs_as_they_come() -> None:
     np.testing.assert_allclose(rows[0], expected, rtol=1e-5, atol=1e-5)
 
 
+@every_sampler
 @pytest.mark.parametrize(("vocab_size", "num_top"), [(30, 5), (30, 0), (30, 30), (20_000, 20)])
-def test_logprobs_match_log_softmax(vocab_size: int, num_top: int) -> None:
-    row = torch.randn(vocab_size, generator=torch.Generator().manual_seed(2)) * 4
+def test_logprobs_match_log_softmax(sampler: str, vocab_size: int, num_top: int) -> None:
+    row = randn(vocab_size, seed=2) * np.float32(4)
     row[3] = row[9]  # a tie
-    expected = torch.log_softmax(row.double(), dim=0)
-    order = sorted(range(vocab_size), key=lambda i: (-row[i].item(), i))
-    for token_id in (0, 3, 9, order[0], order[-1]):
-        found = token_logprobs(row.numpy(), token_id, num_top)
+    wide = row.astype(np.float64)
+    expected = wide - wide.max() - math.log(np.exp(wide - wide.max()).sum())
+    order = sorted(range(vocab_size), key=lambda i: (-row[i], i))
+    token_ids = (0, 3, 9, order[0], order[-1])
+    logits = row[None].repeat(len(token_ids), axis=0)
+    answers = make_sampler(sampler, vocab_size).token_logprobs(logits, token_ids, num_top)
+    assert answers is not None
+    for token_id, found in zip(token_ids, answers, strict=True):
         assert found.token_id == token_id
-        assert found.logprob == pytest.approx(expected[token_id].item(), abs=1e-5)
+        assert found.logprob == pytest.approx(expected[token_id], abs=1e-6)
         assert found.rank == order.index(token_id) + 1
         assert [i for i, _ in found.top] == order[:num_top]
-        assert [value for _, value in found.top] == pytest.approx(expected[order[:num_top]].tolist(), abs=1e-5)
+        assert [value for _, value in found.top] == pytest.approx(expected[order[:num_top]].tolist(), abs=1e-6)
 
 
-def test_reported_logprobs_are_of_the_raw_logits() -> None:
-    row = torch.tensor([1.0, 2.0, 3.0, 0.0])
+@every_sampler
+def test_logprobs_of_broken_logits_are_none(sampler: str) -> None:
+    for bad in (math.nan, math.inf):
+        logits = randn(3, 100)
+        logits[1, 70] = bad
+        assert make_sampler(sampler, 100).token_logprobs(logits, (1, 2, 3), 2) is None
+
+
+@every_sampler
+def test_reported_logprobs_are_of_the_raw_logits(sampler: str) -> None:
+    row = np.array([1.0, 2.0, 3.0, 0.0], np.float32)
     params = SamplingParams(temperature=0.0, logprobs=4, banned_token_ids=(2,), logit_bias={0: 50.0})
-    answer = sample_one(row, make_state(params, 4))
-    assert answer.token_id == 0
-    assert answer.logprobs == token_logprobs(row.numpy(), 0, 4)
-    assert answer.logprobs.rank == 3
+    answer = sample(sampler, row[None], [Case(params)])
+    assert answer.token_ids == [0]
+    assert answer.logprobs == {0: token_logprobs(row, 0, 4)}
+    assert answer.logprobs[0].rank == 3
 
 
+@every_sampler
 @pytest.mark.parametrize(
     ("bad", "params", "words"),
     [
@@ -320,29 +470,64 @@ def test_reported_logprobs_are_of_the_raw_logits() -> None:
     ],
     ids=str,
 )
-def test_one_bad_row_fails_alone(bad: list[float], params: SamplingParams, words: str) -> None:
-    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
-    logits[1, : len(bad)] = torch.tensor(bad)
+def test_one_bad_row_fails_alone(sampler: str, bad: list[float], params: SamplingParams, words: str) -> None:
+    logits = randn(3, 50)
+    logits[1, : len(bad)] = bad
     good = SamplingParams(temperature=0.0)
-    prompt = (0,)
-    answers = sample(logits.clone(), [make_state(p, 50, prompt) for p in (good, params, good)])
-    assert words in (answers[1].problem or "")
-    assert [answers[i].token_id for i in (0, 2)] == [int(logits[i].argmax()) for i in (0, 2)]
+    answers = sample(sampler, logits, [Case(p, prompt=(0,)) for p in (good, params, good)])
+    assert list(answers.problems) == [1]
+    assert words in answers.problems[1]
+    assert answers.token_ids == [int(logits[0].argmax()), -1, int(logits[2].argmax())]
+    assert 1 not in answers.logprobs
 
 
+@every_sampler
+@pytest.mark.parametrize("vocab_size", [1, 63, 64, 130])
+def test_a_nan_is_found_anywhere(sampler: str, vocab_size: int) -> None:
+    logits = np.zeros((vocab_size, vocab_size), np.float32)
+    np.fill_diagonal(logits, math.nan)
+    logits[::2] *= -1
+    found = sample(sampler, logits, [Case(SamplingParams(temperature=0.0))] * vocab_size)
+    assert len(found.problems) == vocab_size
+
+
+@every_sampler
 @pytest.mark.parametrize(
     "params",
     [SamplingParams(temperature=1e-45), SamplingParams(temperature=1e-6, top_k=3), SamplingParams(top_p=1e-9)],
     ids=str,
 )
-def test_extreme_settings_are_greedy(params: SamplingParams) -> None:
-    row = torch.tensor([0.0, 1e-3, -5.0, 1e4, 2.0])
-    assert sample_one(row, make_state(params, 5)).token_id == 3
+def test_extreme_settings_are_greedy(sampler: str, params: SamplingParams) -> None:
+    row = np.array([[0.0, 1e-3, -5.0, 1e4, 2.0]], np.float32)
+    assert sample(sampler, row, [Case(params)]).token_ids == [3]
 
 
-def test_infinitely_unlikely_tokens_are_never_drawn() -> None:
-    row = torch.full((200,), -math.inf)
-    row[[5, 150]] = 0.0
+@every_sampler
+def test_infinitely_unlikely_tokens_are_never_drawn(sampler: str) -> None:
+    logits = np.full((40, 200), -math.inf, np.float32)
+    logits[:, [5, 150]] = 0.0
     for params in (SamplingParams(), SamplingParams(top_k=50), SamplingParams(top_p=0.99), SamplingParams(min_p=0.1)):
-        drawn = {draw_token(row.numpy(), 0.0, params, uniform) for uniform in (0.0, 0.4999, 0.5, 1 - 2**-53)}
-        assert drawn == {5, 150}
+        drawn = sample(sampler, logits, [Case(params, seed=seed) for seed in range(40)]).token_ids
+        assert set(drawn) == {5, 150}
+
+
+@pytest.mark.parametrize("sampler", NATIVE[:1])
+def test_native_samplers_refuse_what_does_not_fit(sampler: str) -> None:
+    """Shapes are checked where Python ends: beyond it are addresses."""
+    native, other = make_sampler(sampler, 100), make_sampler(sampler, 64)
+    row, foreign = native.make_row(SamplingParams(), 1), other.make_row(SamplingParams(), 1)
+    logits = np.zeros((2, 100), np.float32)
+    with pytest.raises(ValueError, match="wanted"):
+        native.sample(logits, [row], [0])
+    with pytest.raises(ValueError, match="wanted"):
+        other.sample(logits, [foreign, foreign], [0, 0])
+    with pytest.raises(ValueError, match="number"):
+        native.sample(logits, [row, row], [0])
+    with pytest.raises(ValueError, match="vocabulary"):
+        native.sample(logits, [row, foreign], [0, 0])
+    with pytest.raises(ValueError, match="mask"):
+        native.sample(logits, [row, row], [0, 0], [None, np.zeros(3, np.uint32)])
+    with pytest.raises(IndexError, match="vocabulary"):
+        native.token_logprobs(logits, [1, 100], 3)
+    # Other memory layouts are copied.
+    assert native.sample(np.asfortranarray(logits).astype(np.float64), [row, row], [0, 0]).problems == {}

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 
 from pelton.core.model_spec import ModelSpec
 from pelton.worker.forward_batch import ForwardBatch, GroupBatch
+from pelton.worker.kernels.ops import Program, make_kernels
 from pelton.worker.kv_storage import KVStorage
-from pelton.worker.models.registry import Model
+from pelton.worker.layers.rotary import rotary_tables
+from pelton.worker.models.registry import Model, compile_model
 
 VOCAB_SIZE = 211
+REFERENCE = make_kernels("reference")
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -120,13 +125,23 @@ class PagedRequest:
 class PagedModel:
     """Drives a model step by step. Blocks out of a window are given up, as the engine does."""
 
-    def __init__(self, model: Model, *, num_blocks: int = 200, block_size: int = 16, seed: int = 0) -> None:
-        self.model = model
+    def __init__(
+        self,
+        model: Model,
+        *,
+        num_blocks: int = 200,
+        block_size: int = 16,
+        seed: int = 0,
+        kv_dtype: str = "float32",
+        make_program: Callable[[Model, KVStorage], Program] = compile_model,
+    ) -> None:
         self.spec: ModelSpec = model.spec
         self.block_size = block_size
-        self.kv = KVStorage(self.spec, num_blocks, block_size, torch.float32, torch.device("cpu"))
+        self.kv = KVStorage(self.spec, num_blocks, block_size, kv_dtype, model.kernels)
         # What a block held before must not matter.
-        self.kv._data.fill_(float("nan"))
+        fill_with_nan(self.kv._data)
+        self.program = make_program(model, self.kv)
+        self._rotary_tables = rotary_tables(self.spec)
         self._free = list(range(1, num_blocks))
         random.Random(seed).shuffle(self._free)
 
@@ -142,11 +157,11 @@ class PagedModel:
         if not pairs:
             return
         batch = self.make_batch(pairs)
-        with torch.inference_mode():
-            logits = self.model.compute_logits(self.model.forward(batch, self.kv))
+        self.program.forward(batch)
+        logits = torch.from_numpy(self.program.logits(batch.logits_indices))
         for (request, num_tokens), rows in zip(pairs, logits.split([n for _, n in pairs]), strict=True):
             request.num_computed_tokens += num_tokens
-            request.logits.append(rows.clone())  # a backend may write the next step's over them
+            request.logits.append(rows.clone())  # the next step's are written over them
 
     def run(self, request: PagedRequest, chunk: int) -> torch.Tensor:
         """All logits [tokens, V] of `request`, computed alone, `chunk` tokens at a time."""
@@ -164,15 +179,14 @@ class PagedModel:
             positions += range(start, start + num_tokens)
             query_start_loc.append(len(token_ids))
         return ForwardBatch(
-            token_ids=torch.tensor(token_ids),
-            positions=torch.tensor(positions),
-            query_start_loc=tuple(query_start_loc),
-            seq_lens=tuple(request.num_computed_tokens + n for request, n in pairs),
-            groups=tuple(self._group_batch(index, pairs) for index in range(len(self.spec.kv_groups))),
-            logits_indices=torch.arange(len(token_ids)),
+            token_ids=np.array(token_ids),
+            query_start_loc=np.array(query_start_loc),
+            seq_lens=np.array([request.num_computed_tokens + n for request, n in pairs]),
+            groups=tuple(self._group_batch(index, pairs, positions) for index in range(len(self.spec.kv_groups))),
+            logits_indices=np.arange(len(token_ids)),
         )
 
-    def _group_batch(self, index: int, pairs: list[tuple[PagedRequest, int]]) -> GroupBatch:
+    def _group_batch(self, index: int, pairs: list[tuple[PagedRequest, int]], positions: list[int]) -> GroupBatch:
         window = self.spec.kv_groups[index].sliding_window
         width = max(len(request.block_tables[index]) for request, _ in pairs)
         tables, slots = [], []
@@ -187,4 +201,10 @@ class PagedModel:
                 table[position // self.block_size] * self.block_size + position % self.block_size
                 for position in range(start, start + num_tokens)
             ]
-        return GroupBatch(torch.tensor(slots), torch.tensor(tables), window)
+        cos_sin = self._rotary_tables[index].lookup(np.array(positions), max(positions) + 1)
+        return GroupBatch(np.array(slots), np.array(tables), *cos_sin)
+
+
+def fill_with_nan(cache: Any) -> None:
+    """Of any backend; as the bits of bfloat16 where numpy holds them."""
+    cache[...] = 0x7FC0 if cache.dtype == np.uint16 else math.nan

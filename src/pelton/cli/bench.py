@@ -1,4 +1,4 @@
-"""`pelton bench`: measure OpenAI-compatible servers under load."""
+"""`pelton bench`: measure OpenAI-compatible servers under load. Kernels: `bench_kernels.py`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,17 @@ if TYPE_CHECKING:
 
 DEFAULT_BASE_URL = "http://127.0.0.1:8000"
 
-app = App(name="bench", help="Measure servers under load.")
+app = App(name="bench", help="Measure servers under load, and kernels.")
+app.command(
+    "pelton.cli.bench_kernels:kernels",
+    name="kernels",
+    help="Measure every native kernel beside the machine's own ceilings.",
+)
+app.command(
+    "pelton.cli.bench_kernels:step",
+    name="step",
+    help="Show where every millisecond of a model's step goes.",
+)
 
 WorkloadFlag = Annotated[str, Parameter(help="W1 to W5, several with commas, or all")]
 ModelFlag = Annotated[str | None, Parameter(help="model name to ask for; default: the first that the server lists")]

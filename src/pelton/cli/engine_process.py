@@ -6,7 +6,7 @@ import os
 import sys
 
 from pelton.build import build_engine_from_settings
-from pelton.engine.process import run_engine_process
+from pelton.engine.child import run_engine_process
 
 # Read when torch loads its OpenMP: threads that spin while idle would take cores from the native kernels'
 # threads, and from every other process.

@@ -7,7 +7,6 @@ import os
 import platform
 import re
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,12 +61,14 @@ def describe_machine() -> dict[str, Any]:
 
 
 def _describe_worker() -> dict[str, Any]:
-    if find_spec("torch") is None:
-        return {"kernel_backend": "none: torch is not installed (pip install 'pelton[cpu]')"}
     from pelton.build import describe_worker
     from pelton.cli.settings import resolve_settings
+    from pelton.core.errors import ConfigError
 
-    return describe_worker(resolve_settings({}, os.environ).worker)
+    try:
+        return describe_worker(resolve_settings({}, os.environ).worker)
+    except ConfigError as error:
+        return {"kernel_backend": f"none: {error}"}
 
 
 def num_usable_cores() -> int:

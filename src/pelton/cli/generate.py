@@ -16,7 +16,6 @@ from cyclopts import Parameter
 
 from pelton.cli.flags import with_settings
 from pelton.cli.pull import pull_model
-from pelton.cli.requirements import require_torch
 from pelton.cli.settings import all_settings, resolve_settings
 from pelton.core.errors import ConfigError, PeltonError
 from pelton.core.sampling_params import SamplingParams
@@ -129,7 +128,7 @@ def _content(row: Any) -> str | list[dict[str, Any]] | None:
 
 @contextmanager
 def _load(config: PeltonConfig) -> Iterator[LLM]:
-    require_torch()
+    config.worker.require_packages()
     path = pull_model(config.model)
 
     from rich.console import Console

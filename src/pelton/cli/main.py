@@ -59,7 +59,7 @@ def make_app(console: Console | None = None) -> App:
         ("chat", "pelton.cli.chat:chat", "Talk to a running server."),
         ("generate", "pelton.cli.generate:generate", "Complete prompts without a server."),
         ("models", "pelton.cli.models:app", "List, pull, show and remove models."),
-        ("bench", "pelton.cli.bench:app", "Measure servers under load."),
+        ("bench", "pelton.cli.bench:app", "Measure servers under load, and kernels."),
         ("env", "pelton.cli.environment:env", "Show machine, versions and what Pelton would use."),
     ):
         app.command(target, name=name, help=help)

@@ -7,11 +7,6 @@ from importlib.util import find_spec
 from pelton.core.errors import ConfigError
 
 
-def require_torch() -> None:
-    if find_spec("torch") is None:
-        raise ConfigError("running a model needs torch: pip install 'pelton[cpu]'")
-
-
 def require_aiohttp() -> None:
     if find_spec("aiohttp") is None:
         raise ConfigError("pelton bench needs aiohttp: pip install 'pelton[bench]'")

@@ -10,7 +10,6 @@ from cyclopts import Parameter
 
 from pelton.cli.flags import with_settings
 from pelton.cli.pull import pull_model
-from pelton.cli.requirements import require_torch
 from pelton.cli.settings import resolve_settings
 
 ConfigFlag = Annotated[Path | None, Parameter(help="YAML file with settings; flags and PELTON_* variables win over it")]
@@ -20,7 +19,7 @@ ConfigFlag = Annotated[Path | None, Parameter(help="YAML file with settings; fla
 def serve(*, config: ConfigFlag = None, **settings: Any) -> int:
     """Serve a model over HTTP, as OpenAI's API does."""
     resolved = resolve_settings(settings, os.environ, config)
-    require_torch()
+    resolved.worker.require_packages()
 
     from pelton.build import serve as run_server
 

@@ -161,7 +161,9 @@ class EngineClient:
                 else:
                     self._num_sequences -= 1
                 self._rate.count(time.monotonic())
-            stream._push(output)
+                stream._push(output)
+            else:
+                stream._outputs.append(output)
         for stream in touched.values():
             stream._deliver()
 
@@ -250,11 +252,13 @@ class RequestStream:
         self._outputs.append(output)
 
     def _deliver(self) -> None:
-        is_waiting = self._waiter is not None and not self._waiter.done()
-        if is_waiting and self._error is None and self.sink is not None and self.sink(self._outputs):
-            self._outputs = []
+        waiter = self._waiter
+        if waiter is None or waiter.done():
             return
-        self._wake()
+        if self.sink is not None and self._error is None and self.sink(self._outputs):
+            self._outputs = []
+        else:
+            waiter.set_result(None)
 
     def _fail(self, error: PeltonError) -> None:
         self.num_open = 0

@@ -8,6 +8,7 @@ held back until it is clear.
 from __future__ import annotations
 
 import codecs
+import contextlib
 from collections.abc import Sequence
 
 from pelton.core.protocols import TokenDecoder
@@ -15,16 +16,31 @@ from pelton.core.protocols import TokenDecoder
 _UTF8 = codecs.getincrementaldecoder("utf-8")
 
 
+class TokenTexts:
+    """Texts of tokens that are whole characters, whoever generates them: most tokens are, and most are common."""
+
+    def __init__(self, decoder: TokenDecoder) -> None:
+        self.decoder = decoder
+        self.known: dict[int, str] = {}
+
+    def learn(self, token_id: int, data: bytes) -> None:
+        """Keep the text of `data`, the token's bytes, if it stands for itself."""
+        if data and not self.decoder.is_special(token_id):
+            with contextlib.suppress(UnicodeDecodeError):
+                self.known[token_id] = data.decode()
+
+
 class IncrementalDetokenizer:
     def __init__(
         self,
-        decoder: TokenDecoder,
+        texts: TokenTexts,
         stop: Sequence[str] = (),
         *,
         skip_special_tokens: bool = True,
         include_stop_str_in_output: bool = False,
     ) -> None:
-        self._decoder = decoder
+        self._texts = texts
+        self._is_between_characters = True
         self._utf8 = _UTF8("replace")
         self._stop = stop
         self._skip_special_tokens = skip_special_tokens
@@ -34,9 +50,9 @@ class IncrementalDetokenizer:
 
     def push(self, token_id: int, *, check_stop: bool = True) -> str:
         """Text that is now certain. Once `matched_stop` is set, the text has ended."""
-        if self._skip_special_tokens and self._decoder.is_special(token_id):
-            return ""
-        text = self._utf8.decode(self._decoder.token_bytes(token_id))
+        text = self._texts.known.get(token_id) if self._is_between_characters else None
+        if text is None:
+            text = self._decode(token_id)
         if not self._stop or not check_stop:
             return text
         return self._release(text)
@@ -45,6 +61,16 @@ class IncrementalDetokenizer:
         """What is left at the end; an incomplete character becomes U+FFFD."""
         text = self._held + self._utf8.decode(b"", final=True)
         self._held = ""
+        return text
+
+    def _decode(self, token_id: int) -> str:
+        decoder = self._texts.decoder
+        if self._skip_special_tokens and decoder.is_special(token_id):
+            return ""
+        data = decoder.token_bytes(token_id)
+        self._texts.learn(token_id, data)
+        text = self._utf8.decode(data)
+        self._is_between_characters = not self._utf8.getstate()[0]
         return text
 
     def _release(self, text: str) -> str:

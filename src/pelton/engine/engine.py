@@ -197,11 +197,12 @@ class Engine:
     # -- results ----------------------------------------------------------------------------------
 
     def _take_tokens(self, request: Request, result: StepResult, row: int) -> None:
-        if request.num_output_tokens == len(result.sampled_token_ids[row]):
+        sampled = result.sampled_token_ids[row]
+        if len(request.output_token_ids) == len(sampled):
             self._record(request, EventKind.FIRST_TOKEN)
             for sibling in self._forks.pop(request.request_id, ()):
                 self.scheduler.add(sibling)
-        output = self._processor.output(request, result.sampled_token_ids[row], result, row)
+        output = self._processor.output(request, sampled, result, row)
         self._num_output_tokens += len(output.token_ids)
         self._outputs.append(output)
         if output.finish_reason is not None:

@@ -9,18 +9,21 @@ from pelton.core.errors import ErrorInfo
 from pelton.core.output import RequestOutput, TokenLogprobs, Usage
 from pelton.core.protocols import TokenDecoder
 from pelton.core.request import FinishReason, Request
-from pelton.engine.detokenizer import IncrementalDetokenizer
+from pelton.engine.detokenizer import IncrementalDetokenizer, TokenTexts
 
 
 @dataclass(slots=True)
 class _Generation:
     detokenizer: IncrementalDetokenizer
     stop_token_ids: frozenset[int]
+    min_tokens: int
+    max_tokens: int
 
 
 class OutputProcessor:
     def __init__(self, decoder: TokenDecoder) -> None:
         self._decoder = decoder
+        self._texts = TokenTexts(decoder)
         self._generations: dict[str, _Generation] = {}
 
     def add(self, request: Request) -> None:
@@ -28,12 +31,14 @@ class OutputProcessor:
         eos_token_ids = frozenset[int]() if sampling.ignore_eos else self._decoder.eos_token_ids
         self._generations[request.request_id] = _Generation(
             IncrementalDetokenizer(
-                self._decoder,
+                self._texts,
                 sampling.stop,
                 skip_special_tokens=sampling.skip_special_tokens,
                 include_stop_str_in_output=sampling.include_stop_str_in_output,
             ),
             eos_token_ids.union(sampling.stop_token_ids),
+            sampling.min_tokens,
+            request.max_num_tokens - request.num_prompt_tokens,
         )
 
     def remove(self, request: Request) -> None:
@@ -45,20 +50,24 @@ class OutputProcessor:
         Tokens after the one that ends the request are dropped, from the request too.
         """
         generation = self._generations[request.request_id]
-        first = request.num_output_tokens - len(token_ids)
+        first = len(request.output_token_ids) - len(token_ids)
         text = ""
         finish_reason: FinishReason | None = None
         stop_reason: int | str | None = None
         count = 0
-        for count, token_id in enumerate(token_ids, 1):
+        for token_id in token_ids:
+            count += 1
             delta, finish_reason, stop_reason = self._push(request, generation, token_id, first + count)
             text += delta
             if finish_reason is not None:
+                del request.output_token_ids[first + count :]
                 break
-        del request.output_token_ids[first + count :]
         logprobs = result.logprobs[row] if result.logprobs else None
+        submission_id = request.parent_id or request.request_id
+        if finish_reason is None and logprobs is None:  # the usual one
+            return RequestOutput(submission_id, request.index, token_ids, text)
         return RequestOutput(
-            request.parent_id or request.request_id,
+            submission_id,
             request.index,
             token_ids[:count],
             text,
@@ -72,7 +81,7 @@ class OutputProcessor:
         self, request: Request, generation: _Generation, token_id: int, num_output_tokens: int
     ) -> tuple[str, FinishReason | None, int | str | None]:
         detokenizer = generation.detokenizer
-        check_stop = num_output_tokens >= request.sampling.min_tokens
+        check_stop = num_output_tokens >= generation.min_tokens
         if check_stop and token_id in generation.stop_token_ids:
             keep = request.sampling.include_stop_str_in_output and token_id in request.sampling.stop_token_ids
             text = detokenizer.push(token_id, check_stop=False) if keep else ""
@@ -80,7 +89,7 @@ class OutputProcessor:
         text = detokenizer.push(token_id, check_stop=check_stop)
         if detokenizer.matched_stop is not None:
             return text, FinishReason.STOP, detokenizer.matched_stop
-        if request.num_prompt_tokens + num_output_tokens >= request.max_num_tokens:
+        if num_output_tokens >= generation.max_tokens:
             return text + detokenizer.flush(), FinishReason.LENGTH, None
         return text, None, None
 

@@ -1,4 +1,4 @@
-"""The process border: `ProcessTransport` on the client's side, `run_engine_process` on the engine's.
+"""The process border, client's side: `ProcessTransport`. `child.py` is the other side.
 
 Two ZeroMQ pipes over `ipc://`, one each way. The child reads its settings as one line of JSON from
 standard input and ends when that closes, so no engine outlives its parent.
@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import shutil
 import signal
-import sys
+import subprocess
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
@@ -19,30 +18,20 @@ from collections.abc import Callable, Sequence
 import msgspec
 import zmq
 
-from pelton.core.errors import EngineDeadError, ErrorInfo, PeltonError
+from pelton.core.errors import EngineDeadError
 from pelton.core.events import EngineInfo
-from pelton.engine.engine import Engine
-from pelton.engine.loop import EngineLoop
+from pelton.engine.child import EngineProcessArgs
 from pelton.engine.wire import (
     Command,
     EngineUpdate,
     Ready,
     Shutdown,
     StartFailed,
-    decode_command,
     decode_engine_message,
     encode,
 )
 
 STOP_TIMEOUT_S = 10.0
-
-
-class EngineProcessArgs(msgspec.Struct, frozen=True):
-    """First line of the child's standard input."""
-
-    commands_address: str
-    updates_address: str
-    settings: msgspec.Raw
 
 
 class ProcessTransport:
@@ -52,7 +41,8 @@ class ProcessTransport:
         self._command = list(command)
         self._settings = settings
         self._context = zmq.Context[zmq.Socket[bytes]](io_threads=1)
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._exit: asyncio.Future[int] | None = None
         self._folder: str | None = None
         self._commands: zmq.Socket[bytes] | None = None
         self._updates: zmq.Socket[bytes] | None = None
@@ -65,8 +55,8 @@ class ProcessTransport:
     def pid(self) -> int | None:
         return self._process.pid if self._process is not None else None
 
-    async def start(self, on_update: Callable[[EngineUpdate], None], on_exit: Callable[[str], None]) -> EngineInfo:
-        self._on_update = on_update
+    def launch(self) -> None:
+        """Start the process ahead of `start`, which has no process to start then. Needs no event loop."""
         self._folder = tempfile.mkdtemp(prefix="pelton-")
         args = EngineProcessArgs(
             f"ipc://{self._folder}/commands", f"ipc://{self._folder}/updates", msgspec.Raw(self._settings)
@@ -77,37 +67,47 @@ class ProcessTransport:
             pipe.set_hwm(0)  # bounded by the queue, not by the pipe
             pipe.linger = 0
             pipe.bind(address)
+        # A group of its own: Ctrl-C reaches the parent alone, which then drains.
+        self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, start_new_session=True)
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended already: `start` will say so
+            self._process.stdin.write(msgspec.json.encode(args) + b"\n")
+            self._process.stdin.flush()
+
+    async def start(self, on_update: Callable[[EngineUpdate], None], on_exit: Callable[[str], None]) -> EngineInfo:
+        if self._process is None:
+            self.launch()
+        assert self._process is not None
+        assert self._commands is not None
+        assert self._updates is not None
+        self._on_update = on_update
         event_loop = asyncio.get_running_loop()
         ready: asyncio.Future[EngineInfo] = event_loop.create_future()
         self._ready = ready
-        event_loop.add_reader(self._updates.fileno(), self._read_updates)
-        # A group of its own: Ctrl-C reaches the parent alone, which then drains.
-        self._process = await asyncio.create_subprocess_exec(
-            *self._command, stdin=asyncio.subprocess.PIPE, start_new_session=True
-        )
-        assert self._process.stdin is not None
-        self._process.stdin.write(msgspec.json.encode(args) + b"\n")
         self._is_up = False
-        self._watch = event_loop.create_task(self._watch_process(self._process, ready, on_exit))
+        self._exit = _watch_exit(self._process, event_loop)
+        self._watch = event_loop.create_task(self._watch_process(self._exit, ready, on_exit))
+        event_loop.add_reader(self._updates.fileno(), self._read_updates)
+        self._read_updates()  # what came before there was a reader
         info = await ready
         await self._wait_connected(self._commands, self._process)
         self._is_up = True
         return info
 
-    async def _wait_connected(self, commands: zmq.Socket[bytes], process: asyncio.subprocess.Process) -> None:
+    async def _wait_connected(self, commands: zmq.Socket[bytes], process: subprocess.Popen[bytes]) -> None:
         """Until the child's end of the command pipe is attached: what is sent before that is refused."""
         while not int(commands.getsockopt(zmq.EVENTS)) & zmq.POLLOUT:
-            if process.returncode is not None:
+            if process.poll() is not None:
                 raise EngineDeadError("the engine process ended as soon as it was ready")
             await asyncio.sleep(0.001)
 
     async def _watch_process(
         self,
-        process: asyncio.subprocess.Process,
+        exit: asyncio.Future[int],
         ready: asyncio.Future[EngineInfo],
         on_exit: Callable[[str], None],
     ) -> None:
-        code = await process.wait()
+        code = await asyncio.shield(exit)
         self._read_updates()  # its last words
         reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         if not ready.done():
@@ -139,14 +139,17 @@ class ProcessTransport:
         if self._watch is not None:
             self._watch.cancel()
             self._watch = None
-        if self._process is not None and self._process.returncode is None:
+        if self._process is not None:
+            exit = self._exit or _watch_exit(self._process, asyncio.get_running_loop())
             self.send(Shutdown())
             try:
-                await asyncio.wait_for(self._process.wait(), STOP_TIMEOUT_S)
+                await asyncio.wait_for(asyncio.shield(exit), STOP_TIMEOUT_S)
             except TimeoutError:
                 self._process.kill()
-                await self._process.wait()
-        self._process = None
+                await exit
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+        self._process = self._exit = None
         if self._updates is not None:
             asyncio.get_running_loop().remove_reader(self._updates.fileno())
         for pipe in (self._commands, self._updates):
@@ -158,39 +161,18 @@ class ProcessTransport:
             self._folder = None
 
 
-def run_engine_process(build: Callable[[bytes], Engine]) -> int:
-    """The child's main: `build` makes the engine from the settings. Returns the exit code."""
-    args = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineProcessArgs)
-    threading.Thread(target=_end_with_parent, args=(args.commands_address,), daemon=True).start()
-    context = zmq.Context[zmq.Socket[bytes]](io_threads=1)
-    updates = context.socket(zmq.PUSH)
-    updates.set_hwm(0)
-    updates.connect(args.updates_address)
-    try:
-        engine = build(bytes(args.settings))
-    except PeltonError as error:
-        updates.send(encode(StartFailed(ErrorInfo.of(error))))
-        context.destroy(linger=1000)
-        return 1
-    loop = EngineLoop(engine, lambda update: updates.send(encode(update)))
-    commands = context.socket(zmq.PULL)
-    commands.set_hwm(0)
-    commands.connect(args.commands_address)
-    threading.Thread(target=_read_commands, args=(commands, loop), daemon=True).start()
-    updates.send(encode(Ready(engine.info)))
-    loop.run()
-    return 0
+def _watch_exit(process: subprocess.Popen[bytes], event_loop: asyncio.AbstractEventLoop) -> asyncio.Future[int]:
+    """Its return code, once it has ended."""
+    exit: asyncio.Future[int] = event_loop.create_future()
 
+    def settle(code: int) -> None:
+        if not exit.done():
+            exit.set_result(code)
 
-def _read_commands(commands: zmq.Socket[bytes], loop: EngineLoop) -> None:
-    while True:
-        loop.put(decode_command(commands.recv()))
+    def wait() -> None:
+        code = process.wait()
+        with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody asks any more
+            event_loop.call_soon_threadsafe(settle, code)
 
-
-def _end_with_parent(address: str) -> None:
-    # Unbuffered: a lock held on the buffer would break the interpreter's shutdown.
-    while os.read(sys.stdin.fileno(), 4096):
-        pass
-    # A parent that was killed could not tidy up; one that could has done so already.
-    shutil.rmtree(os.path.dirname(address.removeprefix("ipc://")), ignore_errors=True)
-    os._exit(0)
+    threading.Thread(target=wait, name="pelton-engine-exit", daemon=True).start()
+    return exit

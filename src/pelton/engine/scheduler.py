@@ -19,6 +19,7 @@ from pelton.engine.kv.manager import KVManager, PrefixMatch
 # How far past a request that does not fit the waiting line is searched, and how many may overtake it.
 MAX_LOOKAHEAD = 8
 MAX_OVERTAKEN = 64
+_ONE_PENDING = (PENDING_TOKEN_ID,)
 
 
 @dataclass(slots=True)
@@ -92,20 +93,20 @@ class Scheduler:
     def schedule(self) -> ScheduledBatch | None:
         """The next step, or None where nothing can be computed now."""
         step = _Step(self.max_num_batched_tokens)
-        one_token: list[Request] = []
-        many_tokens: list[Request] = []
+        one_token: list[tuple[Request, int]] = []
+        many_tokens: list[tuple[Request, int]] = []
         for request in self.running:
             num_wanted = self._num_wanted(request)
             if num_wanted == 1:
-                one_token.append(request)
+                one_token.append((request, 1))
             elif num_wanted:
-                many_tokens.append(request)
+                many_tokens.append((request, num_wanted))
         num_preemptions = self.counters.num_preemptions
-        for request in one_token + many_tokens:
+        for request, num_wanted in one_token + many_tokens:
             if step.num_budget_tokens == 0:
                 break
             if request.status is RequestStatus.RUNNING:  # and not a victim of this very step
-                self._continue(request, step)
+                self._continue(request, num_wanted, step)
         calm = self.counters.num_preemptions == num_preemptions or not step.scheduled
         if calm and len(self.policy):
             self._admit_waiting(step)
@@ -120,10 +121,11 @@ class Scheduler:
 
     def _num_wanted(self, request: Request) -> int:
         # The last token a request may have is never computed: nothing follows it.
-        return min(request.num_tokens, request.max_num_tokens - 1) - request.num_computed_tokens
+        num_tokens, most = request.num_tokens, request.max_num_tokens - 1
+        return (num_tokens if num_tokens < most else most) - request.num_computed_tokens
 
-    def _continue(self, request: Request, step: _Step) -> None:
-        num_tokens = min(self._num_wanted(request), step.num_budget_tokens, self.max_chunk)
+    def _continue(self, request: Request, num_wanted: int, step: _Step) -> None:
+        num_tokens = num_wanted if num_wanted == 1 else min(num_wanted, step.num_budget_tokens, self.max_chunk)
         while (kv_ops := self.kv.try_extend(request, num_tokens)) is None:
             candidates = [other for other in self.running if other.request_id not in step.starts]
             victim = self.policy.choose_victim(candidates, request) or request
@@ -216,22 +218,26 @@ class Scheduler:
         end = start + num_tokens
         if request.scheduled_block_tables is None:
             request.scheduled_block_tables = tuple(map(tuple, request.block_tables))
-        samples = end == request.num_tokens
+        num_known = len(request.prompt_token_ids) + len(request.output_token_ids)
+        samples = end == num_known + request.num_pending_tokens
+        token_ids = _ONE_PENDING if start >= num_known and num_tokens == 1 else self._token_ids(request, start, end)
         request.num_computed_tokens = end
         request.num_pending_tokens += samples
         request.num_steps_in_flight += 1
         step.num_budget_tokens -= num_tokens
         step.starts[request.request_id] = start
-        step.kv_ops += kv_ops
+        if kv_ops:
+            step.kv_ops += kv_ops
         step.scheduled.append(
             ScheduledRequest(
                 request.request_id,
-                self._token_ids(request, start, end),
+                token_ids,
                 start,
                 request.scheduled_block_tables,
                 request.sampling,
                 samples,
-                context=context,
+                (),
+                context,
             )
         )
 
@@ -251,19 +257,20 @@ class Scheduler:
         """
         grown = []
         failed_ids = result.failed or {}
-        for row, scheduled in enumerate(batch.requests):
-            request = self.requests.get(scheduled.request_id)
+        alive, commit, charge = self.requests, self.kv.commit, self.policy.charge
+        for row, (scheduled, sampled) in enumerate(zip(batch.requests, result.sampled_token_ids, strict=True)):
+            request_id, token_ids, start = scheduled[:3]
+            request = alive.get(request_id)
             if request is None:  # ended while the step ran
                 continue
-            sampled = result.sampled_token_ids[row]
-            num_tokens = len(scheduled.token_ids)
+            num_tokens, num_sampled = len(token_ids), len(sampled)
             request.num_steps_in_flight -= 1
             request.num_pending_tokens -= scheduled.samples
             request.output_token_ids += sampled
             # What a failed request computed (NaN, say) must not be found by others.
-            if request.status is RequestStatus.RUNNING and scheduled.request_id not in failed_ids:
-                self.kv.commit(request, scheduled.num_computed_tokens, scheduled.num_computed_tokens + num_tokens)
-            self.policy.charge(request, num_tokens - len(sampled), len(sampled))
+            if request.status is RequestStatus.RUNNING and request_id not in failed_ids:
+                commit(request, start, start + num_tokens)
+            charge(request, num_tokens - num_sampled, num_sampled)
             if sampled:
                 grown.append((request, row))
         return grown

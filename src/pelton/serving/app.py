@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import cache
 from typing import Any
 
-import structlog
-from fastapi import FastAPI
-from fastapi.middleware.cors import CORSMiddleware
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Match, Route
+from starlette.types import Scope
 
 from pelton.core.errors import PeltonError
 from pelton.engine.client import EngineClient
-from pelton.serving.chat_template import ChatTemplateError
 from pelton.serving.config import ServerConfig
 from pelton.serving.context import NUM_PREPARE_THREADS, ModelCard, ServingContext
 from pelton.serving.errors import HTTPProblemError, error_response
+from pelton.serving.logs import Logger
 from pelton.serving.metrics import ServerMetrics
 from pelton.serving.middleware import RequestMiddleware
 from pelton.serving.openai.logprobs import TokenSpelling
-from pelton.serving.openapi import build_openapi
 from pelton.serving.routes import ROUTES, Handler
 from pelton.serving.status import PELTON_VERSION
+from pelton.serving.template_error import ChatTemplateError
 from pelton.serving.template_process import TemplateRenderer
 from pelton.weights.tensors import GenerationDefaults
 from pelton.weights.tokenizer import Tokenizer
 
-_log = structlog.get_logger("pelton.serving")
+_log = Logger()
 
 
 def create_app(
@@ -41,7 +43,7 @@ def create_app(
     *,
     chat_template: str | None = None,
     generation_defaults: GenerationDefaults | None = None,
-) -> FastAPI:
+) -> Starlette:
     """The application. It neither starts nor closes `client`; until that is ready, it answers 503.
 
     `chat_template` is a template's source; without one, chat is refused with a reason.
@@ -59,22 +61,64 @@ def create_app(
         spelling=TokenSpelling(tokenizer),
         pool=ThreadPoolExecutor(NUM_PREPARE_THREADS, "pelton-prepare"),
     )
-    app = FastAPI(
-        title="Pelton",
-        version=PELTON_VERSION,
+    routes = [_Route(route.path, _endpoint(context, route.handler), methods=[route.method]) for route in ROUTES]
+    routes += [
+        _Route("/openapi.json", _show_openapi(config), methods=["GET"]),
+        _Route("/docs", _show_docs, methods=["GET"]),
+    ]
+    app = Starlette(
+        routes=routes,
+        middleware=_middleware(config, metrics),
         lifespan=_lifespan(context),
-        redirect_slashes=False,
         exception_handlers={PeltonError: _handle_typed(context), HTTPException: _handle_http},
     )
-    for route in ROUTES:
-        endpoint = _endpoint(context, route.handler)
-        app.add_api_route(route.path, endpoint, methods=[route.method], response_model=None)
-    document = build_openapi(ROUTES, PELTON_VERSION, has_key=config.api_key is not None)
-    app.openapi = lambda: document  # type: ignore[method-assign]
-    app.add_middleware(RequestMiddleware, api_key=config.api_key, metrics=metrics)
-    if config.cors_origins:
-        app.add_middleware(CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=["*"])
+    app.router.redirect_slashes = False
     return app
+
+
+class _Route(Route):
+    """Tells the middleware which route was taken; answers to its methods only, not to HEAD beside GET."""
+
+    def __init__(self, path: str, endpoint: Callable[[Request], Awaitable[Response]], methods: Sequence[str]) -> None:
+        super().__init__(path, endpoint, methods=methods)
+        self.methods = set(methods)
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        match, found = super().matches(scope)
+        if match is not Match.NONE:
+            found["route"] = self
+        return match, found
+
+
+def _middleware(config: ServerConfig, metrics: ServerMetrics) -> list[Middleware]:
+    """The outermost first."""
+    found = [Middleware(RequestMiddleware, api_key=config.api_key, metrics=metrics)]
+    if config.cors_origins:
+        from starlette.middleware.cors import CORSMiddleware
+
+        cors = Middleware(CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=["*"])
+        found.insert(0, cors)
+    return found
+
+
+def _show_openapi(config: ServerConfig) -> Callable[[Request], Awaitable[Response]]:
+    @cache
+    def document() -> dict[str, Any]:
+        from pelton.serving.openapi import build_openapi
+
+        return build_openapi(ROUTES, PELTON_VERSION, has_key=config.api_key is not None)
+
+    async def show(_: Request) -> Response:
+        return JSONResponse(document())
+
+    return show
+
+
+async def _show_docs(_: Request) -> Response:
+    # For this page alone: the rest needs no more of FastAPI than the router below it.
+    from fastapi.openapi.docs import get_swagger_ui_html
+
+    return get_swagger_ui_html(openapi_url="/openapi.json", title="Pelton")
 
 
 def _template_renderer(source: str | None, tokenizer: Tokenizer) -> TemplateRenderer | None:
@@ -84,9 +128,9 @@ def _template_renderer(source: str | None, tokenizer: Tokenizer) -> TemplateRend
     return TemplateRenderer(source, {name: getattr(tokenizer, name) for name in names if getattr(tokenizer, name)})
 
 
-def _lifespan(context: ServingContext) -> Callable[[FastAPI], Any]:
+def _lifespan(context: ServingContext) -> Callable[[Starlette], Any]:
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
         _log.info("generation defaults", **_known_defaults(context.defaults))
         if context.template is not None:
             # A helper process ahead of the first chat; nobody waits for it here.

@@ -18,20 +18,10 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from pelton.core.errors import InvalidRequestError
+from pelton.serving.template_error import ChatTemplateError, Message
 
 # Marks where the final message ends in the rendered text. The space tells whether the template trims.
 _END_OF_MESSAGE = "\ue0f0end-of-final-message\ue0f1 "
-Message = Mapping[str, Any]
-
-
-class ChatTemplateError(InvalidRequestError):
-    """The template refused these messages, or failed on them."""
-
-    code = "chat_template_error"
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message, param="messages")
 
 
 class _GenerationBlock(Extension):

@@ -39,7 +39,8 @@ class Generation:
                 batch = await self._merged.read()
         except StopAsyncIteration:
             return None
-        self._observe(batch)
+        for prompt_index, outputs in batch:
+            self._observe(prompt_index, outputs)
         return batch
 
     def write_through(self, write: Callable[[Batch], None]) -> None:
@@ -49,11 +50,11 @@ class Generation:
             return
 
         def sink(outputs: list[RequestOutput]) -> bool:
-            if any(output.finish_reason is not None for output in outputs):
-                return False
-            batch = [(0, outputs)]
-            self._observe(batch)
-            write(batch)
+            for output in outputs:
+                if output.finish_reason is not None:
+                    return False
+            self._observe(0, outputs)
+            write([(0, outputs)])
             return True
 
         self.streams[0].sink = sink
@@ -69,18 +70,17 @@ class Generation:
         if self._merged is not None:
             self._merged.close()
 
-    def _observe(self, batch: Batch) -> None:
+    def _observe(self, prompt_index: int, outputs: list[RequestOutput]) -> None:
         now_s = time.monotonic()
-        for prompt_index, outputs in batch:
-            for output in outputs:
-                if output.token_ids:
-                    num_tokens = len(output.token_ids)
-                    self.num_output_tokens += num_tokens
-                    key = (prompt_index, output.index)
-                    last_s = self._last_s.get(key)
-                    if last_s is not None:
-                        self._observe_gap(now_s - last_s, num_tokens)
-                    self._last_s[key] = now_s
+        times_s = self._last_s
+        for output in outputs:
+            num_tokens = len(output.token_ids)
+            if num_tokens:
+                self.num_output_tokens += num_tokens
+                key = (prompt_index, output.index)
+                if key in times_s:
+                    self._observe_gap(now_s - times_s[key], num_tokens)
+                times_s[key] = now_s
 
 
 class _MergedStreams:

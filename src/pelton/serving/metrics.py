@@ -6,13 +6,14 @@ few values: tenants beyond the first `MAX_TENANTS` are counted together as `othe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.exposition import generate_latest
 
 from pelton.core.events import EngineInfo, EngineStats, EventKind, RequestEvent
 from pelton.engine.wire import EngineUpdate
+from pelton.serving.histogram import BucketCounts
 
 MAX_TENANTS = 100
 OTHER_TENANT = "other"
@@ -68,17 +69,22 @@ class ServerMetrics:
         self._label_values = (model_name, "0")
         self._timelines: dict[str, _Timeline] = {}
         self._tenants: set[str] = set()
-        self._last = EngineStats()
+        self._stats = EngineStats()
+        self._published = EngineStats()  # what of it the counters hold
         self._running = self._gauge("vllm:num_requests_running", "Requests in the running batch")
         self._waiting = self._gauge("vllm:num_requests_waiting", "Requests that wait for admission")
         self._kv_usage = self._gauge("vllm:kv_cache_usage_perc", "Part of the KV blocks in use, 0 to 1")
         self._kv_cached = self._gauge("pelton:kv_cache_cached_blocks", "Unused KV blocks that hold a prefix")
         self._counters = {field: self._counter(name, text) for name, (field, text) in _COUNTERS.items()}
+        labels = dict(zip(_LABELS, self._label_values, strict=True))
         self._histograms = {
-            name: Histogram(name, text, _LABELS, registry=self.registry, buckets=buckets).labels(*self._label_values)
-            for name, (text, buckets) in _REQUEST_HISTOGRAMS.items()
+            name: BucketCounts(name, text, labels, buckets) for name, (text, buckets) in _REQUEST_HISTOGRAMS.items()
         }
-        self._gaps = self._histograms["vllm:inter_token_latency_seconds"]
+        for histogram in self._histograms.values():
+            self.registry.register(histogram)
+        # (seconds, num_tokens): so many tokens of a sequence came together, that long after the one before.
+        self.observe_gap = self._histograms["vllm:inter_token_latency_seconds"].observe_parts
+        self._step_tokens = self._histograms["vllm:iteration_tokens_total"]
         self._success = Counter(
             "vllm:request_success", "Ended sequences", (*_LABELS, "finished_reason"), registry=self.registry
         )
@@ -98,6 +104,7 @@ class ServerMetrics:
 
     def expose(self) -> bytes:
         """The text format of Prometheus."""
+        self._publish_stats()
         return generate_latest(self.registry)
 
     def set_info(self, info: EngineInfo) -> None:
@@ -108,21 +115,22 @@ class ServerMetrics:
 
     def clear_gauges(self) -> None:
         """There is no engine at the moment, so nothing runs or waits."""
-        for gauge in (self._running, self._waiting, self._kv_usage, self._kv_cached):
-            gauge.set(0)
+        self._stats = replace(self._stats, num_running=0, num_waiting=0, num_blocks_used=0, num_blocks_cached=0)
 
     def take_update(self, update: EngineUpdate) -> None:
         """Listener of `EngineClient`."""
-        if update.stats.num_steps_total < self._last.num_steps_total:
+        num_steps = self._stats.num_steps_total
+        if update.stats.num_steps_total < num_steps:
             self._forget_lost()
+            # A new engine counts from zero; the counters go on.
+            self._publish_stats()
+            self._published = EngineStats()
+            num_steps = 0
         for event in update.events:
             self._take_event(event)
-        self._take_stats(update.stats)
-
-    def observe_gap(self, seconds: float, num_tokens: int) -> None:
-        """`num_tokens` tokens of a sequence came together, `seconds` after the one before."""
-        for _ in range(num_tokens):
-            self._gaps.observe(seconds / num_tokens)
+        if update.stats.num_steps_total > num_steps:
+            self._step_tokens.observe(update.stats.num_step_tokens)
+        self._stats = update.stats
 
     def count_rejection(self, reason: str) -> None:
         """`reason` is the code of a typed error, of which there are few."""
@@ -144,15 +152,12 @@ class ServerMetrics:
     def _counter(self, name: str, text: str) -> Counter:
         return Counter(name, text, _LABELS, registry=self.registry).labels(*self._label_values)
 
-    def _take_stats(self, stats: EngineStats) -> None:
-        last, self._last = self._last, stats
-        restarted = stats.num_steps_total < last.num_steps_total
+    def _publish_stats(self) -> None:
+        """When somebody looks: updates come with every step, and locks and labels cost more than the rest of one."""
+        stats, published = self._stats, self._published
         for field, counter in self._counters.items():
-            value = getattr(stats, field)
-            # A new engine counts from zero; the counters go on.
-            counter.inc(max(0, value if restarted else value - getattr(last, field)))
-        if restarted or stats.num_steps_total > last.num_steps_total:
-            self._histograms["vllm:iteration_tokens_total"].observe(stats.num_step_tokens)
+            counter.inc(max(0, getattr(stats, field) - getattr(published, field)))
+        self._published = stats
         self._running.set(stats.num_running)
         self._waiting.set(stats.num_waiting)
         self._kv_usage.set(stats.num_blocks_used / stats.num_blocks_total if stats.num_blocks_total else 0.0)

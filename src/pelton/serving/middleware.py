@@ -7,20 +7,31 @@ import re
 import time
 import uuid
 
-import structlog
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pelton.core.errors import PeltonError
 from pelton.serving.context import LOG_KEY
 from pelton.serving.errors import ClientDisconnectedError, HTTPProblemError, error_response
+from pelton.serving.logs import Logger
 from pelton.serving.metrics import ServerMetrics
+from pelton.serving.sse import SERVER_SEND
 
 # Probes carry no key; everything else does, where one is set.
 OPEN_PATHS = frozenset({"/live", "/ready", "/health"})
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for the log; never sent
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
-_log = structlog.get_logger("pelton.access")
+_log = Logger()
+
+
+def with_server_send(app: ASGIApp) -> ASGIApp:
+    """Outermost: lets streams write past all other layers. See `SERVER_SEND`."""
+
+    async def call(scope: Scope, receive: Receive, send: Send) -> None:
+        scope[SERVER_SEND] = send
+        await app(scope, receive, send)
+
+    return call
 
 
 class RequestMiddleware:

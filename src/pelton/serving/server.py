@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
 
-import structlog
 import uvicorn
 import uvloop
 from starlette.types import ASGIApp
@@ -17,12 +17,13 @@ from starlette.types import ASGIApp
 from pelton.core.errors import PeltonError
 from pelton.engine.client import EngineClient
 from pelton.serving.config import ServerConfig
-from pelton.serving.logs import configure_logs
+from pelton.serving.logs import Logger, configure_logs
+from pelton.serving.middleware import with_server_send
 
 # For answers to leave once the engine is done with them.
 FLUSH_TIMEOUT_S = 2
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_log = structlog.get_logger("pelton.server")
+_log = Logger()
 
 
 class AddressError(PeltonError):
@@ -69,7 +70,7 @@ async def _serve(
 ) -> int:
     starting = asyncio.create_task(client.start())
     try:
-        server = _Server(_uvicorn_config(await asyncio.to_thread(make_app)))
+        server = _Server(_uvicorn_config(with_server_send(await asyncio.to_thread(make_app))))
     except BaseException:
         await _give_up(starting)
         raise
@@ -82,6 +83,8 @@ async def _serve(
         await asyncio.wait((starting, stopping, serving), return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             starting.result()
+            gc.freeze()
+            gc.enable()  # off where this process began for it (build.py)
             _log_ready(client)
             await asyncio.wait((stopping, serving), return_when=asyncio.FIRST_COMPLETED)
         else:

@@ -20,6 +20,9 @@ from pelton.core.errors import PeltonError
 from pelton.serving.errors import ClientDisconnectedError, ErrorResponse, error_body
 from pelton.serving.generation import Batch, Generation, PromptResult, collect
 
+# In the scope: the server's own `send`, without the layers of middleware in between, which look at nothing
+# but the start of a response.
+SERVER_SEND = "pelton.server_send"
 SSE_DONE = b"data: [DONE]\n\n"
 # A client that keeps its connection open but has stopped reading is given up after this long.
 MAX_STALL_S = 60.0
@@ -62,8 +65,9 @@ class EventStream(Response):
         self._stall_check: asyncio.TimerHandle | None = None
         self._is_stalled = False
         self._unsent = b""
+        self._server_send: Send
 
-    async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         generation = self._generation
         watcher = cancel_on_disconnect(generation, receive)
         task = asyncio.current_task()
@@ -74,7 +78,8 @@ class EventStream(Response):
             if batch is None:
                 raise ClientDisconnectedError
             await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
-            generation.write_through(lambda batch: self._write_through(batch, send))
+            self._server_send = scope.get(SERVER_SEND, send)
+            generation.write_through(self._write_through)
             await self._stream(batch, send)
         except asyncio.CancelledError:
             if self._is_stalled:
@@ -110,9 +115,11 @@ class EventStream(Response):
             data += self._take_unsent() + sse_event(ErrorResponse(error=error_body(error)))
         await send(_body(data, more=False))
 
-    def _write_through(self, batch: Batch, send: Send) -> None:
-        data = self._unsent + self._encoder.encode(batch)
-        if not data or _try_send(send, data):
+    def _write_through(self, batch: Batch) -> None:
+        data = self._encoder.encode(batch)
+        if self._unsent:
+            data = self._unsent + data
+        if not data or _try_send(self._server_send, data):
             self._unsent = b""
             self._send_started_s = None
         else:  # the client reads too slowly; its text is kept until it catches up or is given up

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from pelton.core.errors import ServiceUnavailableError
-from pelton.serving.chat_template import ChatTemplateError, Message
+from pelton.serving.template_error import ChatTemplateError, Message
 from pelton.serving.template_worker import RenderAnswer, RenderCall, TemplateSource, read_frame, write_frame
 
 TIME_LIMIT_S = 2.0

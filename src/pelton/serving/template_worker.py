@@ -11,11 +11,14 @@ import signal
 import socket
 import struct
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from pelton.serving.chat_template import ChatTemplate, ChatTemplateError
+from pelton.serving.template_error import ChatTemplateError
+
+if TYPE_CHECKING:
+    from pelton.serving.chat_template import ChatTemplate
 
 FRAME_HEADER = struct.Struct("<I")
 
@@ -69,6 +72,9 @@ def write_frame(connection: socket.socket, data: bytes) -> None:
 def main() -> None:
     connection = socket.socket(fileno=int(sys.argv[1]))
     # The terminal's Ctrl-C goes to the whole process group; the parent decides when this one ends.
+    # Not above: the server reads this module's frames and has no use for jinja2.
+    from pelton.serving.chat_template import ChatTemplate
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     setup = msgspec.msgpack.decode(read_frame(connection), type=TemplateSource)
     resource.setrlimit(resource.RLIMIT_AS, (setup.memory_limit_bytes, setup.memory_limit_bytes))

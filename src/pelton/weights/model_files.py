@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pelton.core.errors import ModelFileError, ModelNotFoundError, UnsupportedModelError
 from pelton.core.model_spec import ModelSpec
 from pelton.weights.architectures import expected_tensors
-from pelton.weights.compressed import CompressedTensor
 from pelton.weights.generation import (
     defaults_from_folder,
     defaults_from_gguf,
@@ -70,6 +71,7 @@ class GGUFModelFiles:
         self.spec: ModelSpec = spec_from_gguf(file)
         self.generation_defaults: GenerationDefaults = defaults_from_gguf(file.path, file.metadata)
         self.chat_template = chat_template or template_from_gguf(file.path, file.metadata)
+        self.tokenizer_metadata: Mapping[str, Any] | None = file.metadata
         self._file = file
         self._shapes = expected_tensors(self.spec)
         self._gguf_names: dict[str, str] = {}
@@ -101,6 +103,8 @@ class GGUFModelFiles:
 class SafetensorsModelFiles:
     """Implements `ModelFiles` for a folder of Hugging Face."""
 
+    tokenizer_metadata: Mapping[str, Any] | None = None
+
     def __init__(self, folder: Path, chat_template: str | None = None) -> None:
         self.path = folder
         config = read_json_object(folder / "config.json")
@@ -128,10 +132,13 @@ class SafetensorsModelFiles:
         _refuse_unknown(folder, self.spec, unknown)
 
     def _place_part(self, name: str, file: SafetensorsFile, stored_name: str) -> bool:
-        """Whether the tensor is a part of a compressed matrix; then it is noted as such."""
+        """Whether the tensor is a part of a compressed matrix; then it is noted as such. The embedding is none:
+        its rows are read from the file's own bytes."""
         module, _, part = name.rpartition(".")
         matrix = f"{module}.weight"
         if self._scheme is None or part not in self._scheme.parts or len(self._shapes.get(matrix, ())) != 2:
+            return False
+        if module == "model.embed_tokens":
             return False
         if part == "weight" and file.tensors[stored_name].dtype != "I8":
             return False
@@ -145,6 +152,8 @@ class SafetensorsModelFiles:
         if name in self._parts:
             if name in self._places:
                 raise ModelFileError(self.path, f"tensor {name} is there both as it is and compressed")
+            from pelton.weights.compressed.tensor import CompressedTensor  # needs numpy
+
             assert self._scheme is not None
             parts = {part: file.part(stored_name) for part, (file, stored_name) in self._parts[name].items()}
             return CompressedTensor(self.path, name, self._shapes[name], self._scheme, parts)

@@ -11,14 +11,14 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from pelton.core.errors import ModelFileError, UnsupportedModelError
 from pelton.weights.mapped_file import drop_pages, map_file, parse_json_object, read_json_object, shown
 from pelton.weights.tensors import WeightTensor
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 MAX_HEADER_BYTES = 64 * 2**20
 MAX_DIMENSIONS = 8
@@ -81,6 +81,8 @@ class SafetensorsFile:
 
     def part(self, name: str) -> WeightTensor:
         """A tensor of any dtype, named as its format."""
+        import numpy as np
+
         info = self.tensors[name]
         data: npt.NDArray[np.uint8] = np.frombuffer(
             self._data, dtype=np.uint8, count=info.num_bytes, offset=info.offset

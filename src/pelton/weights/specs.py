@@ -21,7 +21,7 @@ from pelton.weights.architectures import (
     check_spec,
     unsupported_architecture,
 )
-from pelton.weights.compressed import CompressedScheme, scheme_from_config
+from pelton.weights.compressed.scheme import CompressedScheme, scheme_from_config
 from pelton.weights.fields import Fields
 from pelton.weights.mapped_file import shown
 from pelton.weights.rope import RopeDefaults, extended_length, rope_from_config

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pelton.core.model_spec import ModelSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,7 @@ class ModelFiles(Protocol):
     spec: ModelSpec
     generation_defaults: GenerationDefaults
     chat_template: str | None
+    tokenizer_metadata: Mapping[str, Any] | None  # of a file that holds its tokenizer
 
     def tensor_names(self) -> list[str]: ...
 

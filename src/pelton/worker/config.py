@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from pelton.core.config import setting
 from pelton.core.errors import ConfigError
@@ -35,3 +36,16 @@ class WorkerConfig:
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"threads is {self.threads}; it must be at least 1")
+
+    def require_packages(self) -> None:
+        """Raises `ConfigError` where these settings need a package that is not installed."""
+        if self.kernel_backend == "reference" or self.dtype in ("bfloat16", "float16"):
+            require_torch()
+
+
+def require_torch() -> None:
+    if find_spec("torch") is None:
+        raise ConfigError(
+            "the reference kernels (--kernel-backend reference, --dtype bfloat16 or float16) need torch: "
+            "pip install 'pelton[reference]'"
+        )

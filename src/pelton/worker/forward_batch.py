@@ -1,4 +1,4 @@
-"""`ForwardBatch`: a scheduled step as tensors, ready for a model's forward pass.
+"""`ForwardBatch`: a scheduled step as arrays on the host, ready for a `Program`.
 
 Legend: T tokens in the step, R requests, S rows whose logits are wanted, B blocks in a table.
 """
@@ -7,25 +7,29 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
 class GroupBatch:
     """What depends on the KV group."""
 
-    slot_mapping: torch.Tensor  # [T] int64: block_id * block_size + offset of each new token
-    block_tables: torch.Tensor  # [R, B] int64, padded with NULL_BLOCK_ID
-    sliding_window: int | None
+    slot_mapping: Ints  # [T]: block_id * block_size + offset of each new token
+    block_tables: Ints  # [R, B], padded with NULL_BLOCK_ID
+    cos: Floats  # [T, rotary_dim / 2], of the tokens' positions
+    sin: Floats
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardBatch:
     """Requests lie one after another; request r owns rows [query_start_loc[r], query_start_loc[r + 1])."""
 
-    token_ids: torch.Tensor  # [T] int64
-    positions: torch.Tensor  # [T] int64
-    query_start_loc: tuple[int, ...]  # R + 1
-    seq_lens: tuple[int, ...]  # R: KV length of each request once this step is written
+    token_ids: Ints  # [T]
+    query_start_loc: Ints  # [R + 1]
+    seq_lens: Ints  # [R]: KV length of each request once this step is written
     groups: tuple[GroupBatch, ...]
-    logits_indices: torch.Tensor  # [S] int64, rows of T
+    logits_indices: Ints  # [S], rows of T

@@ -6,23 +6,21 @@ Legend: T tokens in the step, R requests, S rows whose logits are wanted, H hidd
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, chain
+from itertools import chain
 
 import numpy as np
-import torch
 
 from pelton.core.batch import NULL_BLOCK_ID, KVOpKind, ScheduledBatch, ScheduledRequest, StepResult
 from pelton.core.errors import EngineStepError
-from pelton.core.model_spec import KVGroupSpec
 from pelton.core.output import TokenLogprobs
-from pelton.worker.forward_batch import ForwardBatch, GroupBatch
+from pelton.worker.forward_batch import Floats, ForwardBatch, GroupBatch
 from pelton.worker.kv_storage import KVStorage
-from pelton.worker.models.registry import Model
+from pelton.worker.layers.rotary import RotaryTable, rotary_tables
+from pelton.worker.models.registry import Model, compile_model
 from pelton.worker.request_state import RequestState, RequestStates
-from pelton.worker.sampling.logprobs import token_logprobs
-from pelton.worker.sampling.sampler import sample
+from pelton.worker.sampling.sampler import Sampler
 
 # Rows of logits held at once: 64 x 152k float32 are 39 MB.
 _MAX_LOGITS_ROWS = 64
@@ -55,13 +53,14 @@ class ModelRunner:
     reported in `StepResult.failed` by the steps that were already in flight.
     """
 
-    def __init__(self, model: Model, kv: KVStorage, *, block_size: int, eos_token_ids: Iterable[int]) -> None:
-        self._model = model
+    def __init__(self, model: Model, kv: KVStorage, sampler: Sampler, *, block_size: int) -> None:
         self._kv = kv
+        self._sampler = sampler
+        self._program = compile_model(model, kv)
+        self._rotary_tables = rotary_tables(model.spec)
         self._block_size = block_size
-        self._states = RequestStates(eos_token_ids, model.spec.vocab_size)
+        self._states = RequestStates(sampler, model.spec.vocab_size)
 
-    @torch.inference_mode()
     def run_step(self, batch: ScheduledBatch) -> StepResult:
         """KV operations, then one forward pass, then sampling. Raises what the model or the kernels raise."""
         start_s = time.perf_counter()
@@ -104,68 +103,69 @@ class ModelRunner:
         return rows
 
     def _forward(self, rows: Sequence[StepRow], answers: _Answers) -> None:
-        batch = prepare_forward_batch(rows, self._model.spec.kv_groups, self._block_size)
-        hidden = self._model.forward(batch, self._kv)
-        for row, start in zip(rows, batch.query_start_loc, strict=False):
+        batch = prepare_forward_batch(rows, self._rotary_tables, self._block_size)
+        self._program.forward(batch)
+        for row, start in zip(rows, batch.query_start_loc.tolist(), strict=False):
             if row.state.sampling.prompt_logprobs is not None:
-                self._add_prompt_logprobs(row, hidden[start:], answers)
+                self._add_prompt_logprobs(row, start, answers)
         sampling_rows = [row for row in rows if row.scheduled.samples]
         for low in range(0, len(sampling_rows), _MAX_LOGITS_ROWS):
             here = slice(low, low + _MAX_LOGITS_ROWS)
-            self._sample(sampling_rows[here], hidden[batch.logits_indices[here]], answers)
+            self._sample(sampling_rows[here], self._program.logits(batch.logits_indices[here]), answers)
 
-    def _sample(self, rows: Sequence[StepRow], hidden: torch.Tensor, answers: _Answers) -> None:
-        """The next token of each of `rows`, from their last hidden states [S, H]."""
-        samples = sample(self._model.compute_logits(hidden), [row.state for row in rows])
-        for row, answer in zip(rows, samples, strict=True):
-            if answer.problem is not None:
-                answers.failed[row.scheduled.request_id] = answer.problem
-                continue
-            row.state.add_output(answer.token_id)
-            answers.sampled_token_ids[row.index] = (answer.token_id,)
-            if answer.logprobs is not None:
-                answers.logprobs[row.index] = (answer.logprobs,)
+    def _sample(self, rows: Sequence[StepRow], logits: Floats, answers: _Answers) -> None:
+        """The next token of each of `rows`, from their logits [S, V]."""
+        states = [row.state for row in rows]
+        samples = self._sampler.sample(
+            logits, [state.sampling_row for state in states], [len(state.output_token_ids) for state in states]
+        )
+        for row, token_id in zip(rows, samples.token_ids, strict=True):
+            if token_id >= 0:
+                row.state.add_output(token_id)
+                answers.sampled_token_ids[row.index] = (token_id,)
+        for i, problem in samples.problems.items():
+            answers.failed[rows[i].scheduled.request_id] = problem
+        for i, logprobs in samples.logprobs.items():
+            answers.logprobs[rows[i].index] = (logprobs,)
 
-    def _add_prompt_logprobs(self, row: StepRow, hidden: torch.Tensor, answers: _Answers) -> None:
-        """Logprobs of the prompt tokens that follow this step's positions; `hidden` starts at the first of these."""
+    def _add_prompt_logprobs(self, row: StepRow, start: int, answers: _Answers) -> None:
+        """Logprobs of the prompt tokens that follow this step's positions; `start` is the request's first row."""
         first = row.scheduled.num_computed_tokens + 1
         targets = row.state.prompt_token_ids[first : first + len(row.token_ids)]
         num_top = row.state.sampling.prompt_logprobs or 0
         entries: list[TokenLogprobs] = []
         for low in range(0, len(targets), _MAX_LOGITS_ROWS):
             targets_here = targets[low : low + _MAX_LOGITS_ROWS]
-            logits = self._model.compute_logits(hidden[low : low + len(targets_here)]).numpy()
-            if not np.isfinite(logits.max(axis=1)).all():
+            logits = self._program.logits(np.arange(start + low, start + low + len(targets_here)))
+            found = self._sampler.token_logprobs(logits, targets_here, num_top)
+            if found is None:
                 answers.failed[row.scheduled.request_id] = "the model's logits for the prompt are not finite"
                 return
-            entries += [token_logprobs(logits[i], token_id, num_top) for i, token_id in enumerate(targets_here)]
+            entries += found
         answers.prompt_logprobs[row.index] = tuple(entries)
 
 
-def prepare_forward_batch(rows: Sequence[StepRow], kv_groups: Sequence[KVGroupSpec], block_size: int) -> ForwardBatch:
-    """The tensors of a step, built in numpy: a tensor operation per request would cost more than the step's."""
-    lengths = [len(row.token_ids) for row in rows]
-    num_computed = [row.scheduled.num_computed_tokens for row in rows]
-    query_start_loc = (0, *accumulate(lengths))
-    num_tokens = query_start_loc[-1]
+def prepare_forward_batch(
+    rows: Sequence[StepRow], rotary_tables: Sequence[RotaryTable], block_size: int
+) -> ForwardBatch:
+    """The arrays of a step; `rotary_tables` has one entry per KV group."""
+    lengths = np.array([len(row.token_ids) for row in rows])
+    num_computed = np.array([row.scheduled.num_computed_tokens for row in rows])
+    query_start_loc = np.concatenate([[0], np.cumsum(lengths)])
+    seq_lens = num_computed + lengths
+    num_tokens = int(query_start_loc[-1])
     row_of_token = np.repeat(np.arange(len(rows)), lengths)
-    positions = np.arange(num_tokens) + (np.array(num_computed) - query_start_loc[:-1])[row_of_token]
+    positions = np.arange(num_tokens) + (num_computed - query_start_loc[:-1])[row_of_token]
     block_of_token, offset = np.divmod(positions, block_size)
+    rotary = {table: table.lookup(positions, int(seq_lens.max())) for table in set(rotary_tables)}
     groups = []
-    for group_id, group in enumerate(kv_groups):
+    for group_id, rotary_table in enumerate(rotary_tables):
         tables = [row.state.block_table(group_id, row.scheduled.block_tables[group_id]) for row in rows]
         padded = np.full((len(rows), max(map(len, tables))), NULL_BLOCK_ID, dtype=np.int64)
         for i, table in enumerate(tables):
             padded[i, : len(table)] = table
         slots = padded[row_of_token, block_of_token] * block_size + offset
-        groups.append(GroupBatch(torch.from_numpy(slots), torch.from_numpy(padded), group.sliding_window))
+        groups.append(GroupBatch(slots, padded, *rotary[rotary_table]))
     token_ids = np.fromiter(chain.from_iterable(row.token_ids for row in rows), dtype=np.int64, count=num_tokens)
-    last_rows = [end - 1 for row, end in zip(rows, query_start_loc[1:], strict=True) if row.scheduled.samples]
-    return ForwardBatch(
-        token_ids=torch.from_numpy(token_ids),
-        positions=torch.from_numpy(positions),
-        query_start_loc=query_start_loc,
-        seq_lens=tuple(done + new for done, new in zip(num_computed, lengths, strict=True)),
-        groups=tuple(groups),
-        logits_indices=torch.tensor(last_rows, dtype=torch.int64),
-    )
+    samples = np.array([row.scheduled.samples for row in rows])
+    return ForwardBatch(token_ids, query_start_loc, seq_lens, tuple(groups), query_start_loc[1:][samples] - 1)

@@ -13,26 +13,26 @@ import numpy.typing as npt
 
 from pelton.core.batch import PENDING_TOKEN_ID, RequestContext, ScheduledBatch, ScheduledRequest
 from pelton.core.sampling_params import SamplingParams
-from pelton.worker.sampling.logit_editor import LogitEditor
+from pelton.worker.sampling.sampler import Sampler, SamplingRow
 
 
 class RequestState:
     """One request: its tokens so far, and what its sampling needs."""
 
-    __slots__ = ("_tables", "editor", "output_token_ids", "prompt_token_ids", "sampling", "seed")
+    __slots__ = ("_tables", "output_token_ids", "prompt_token_ids", "sampling", "sampling_row")
 
-    def __init__(self, context: RequestContext, sampling: SamplingParams, editor: LogitEditor | None) -> None:
+    def __init__(self, context: RequestContext, sampling: SamplingParams, sampler: Sampler) -> None:
         self.prompt_token_ids = context.prompt_token_ids
         self.output_token_ids = list(context.output_token_ids)
-        self.seed = context.seed
         self.sampling = sampling
-        self.editor = editor
+        self.sampling_row: SamplingRow = sampler.make_row(sampling, context.seed)
+        self.sampling_row.add_prompt(self.prompt_token_ids)
+        self.sampling_row.add_output(self.output_token_ids)
         self._tables: dict[int, tuple[tuple[int, ...], npt.NDArray[np.int64]]] = {}
 
     def add_output(self, token_id: int) -> None:
         self.output_token_ids.append(token_id)
-        if self.editor is not None:
-            self.editor.add_output((token_id,))
+        self.sampling_row.add_output((token_id,))
 
     def known_token_ids(self, scheduled: ScheduledRequest) -> tuple[int, ...]:
         """The step's tokens, with what was sampled here in place of `PENDING_TOKEN_ID`.
@@ -61,8 +61,8 @@ class RequestState:
 class RequestStates:
     """The states by request id, kept in step with the batches."""
 
-    def __init__(self, eos_token_ids: Iterable[int], vocab_size: int) -> None:
-        self._eos_token_ids = frozenset(eos_token_ids)
+    def __init__(self, sampler: Sampler, vocab_size: int) -> None:
+        self._sampler = sampler
         self._vocab_size = vocab_size
         self._states: dict[str, RequestState] = {}
 
@@ -100,10 +100,5 @@ class RequestStates:
         for token_ids in (context.prompt_token_ids, context.output_token_ids):
             if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self._vocab_size:
                 return f"a token id is outside the model's vocabulary of {self._vocab_size}"
-        editor = None
-        if LogitEditor.is_needed(scheduled.sampling):
-            editor = LogitEditor(scheduled.sampling, self._eos_token_ids, self._vocab_size)
-            editor.add_prompt(context.prompt_token_ids)
-            editor.add_output(context.output_token_ids)
-        self._states[scheduled.request_id] = RequestState(context, scheduled.sampling, editor)
+        self._states[scheduled.request_id] = RequestState(context, scheduled.sampling, self._sampler)
         return None

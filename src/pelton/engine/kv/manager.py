@@ -185,8 +185,10 @@ class KVManager:
 
     def _stays_in_own_block(self, request: Request, start: int, end: int) -> bool:
         """The usual decode: a slot in the last block, which nobody shares."""
-        index, offset = divmod(start, self.block_size)
-        if not offset or end > (index + 1) * self.block_size or self._has_windows:
+        if self._has_windows or start % self.block_size == 0:
+            return False
+        index = start // self.block_size
+        if end > (index + 1) * self.block_size:
             return False
         blocks = self.pool.blocks
         for table in request.block_tables:  # noqa: SIM110  runs for every request of every step

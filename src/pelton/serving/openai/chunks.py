@@ -70,6 +70,15 @@ class AnswerOptions:
     def num_prompt_tokens(self) -> int:
         return sum(map(len, self.prompts))
 
+    @property
+    def is_plain(self) -> bool:
+        """A delta's text is all that a chunk tells, until the last one."""
+        return (
+            self.logprobs is None
+            and self.echo_texts is None
+            and not (self.return_token_ids or self.continuous_usage or self.drop_output)
+        )
+
 
 class _Chunks:
     """The frame around choices: encoded once an answer, since only the choices change."""
@@ -89,6 +98,14 @@ class _Chunks:
             tail = b'],"usage":' + _encode(self.usage.info()) + b"}\n\n"
         return self._head + _encode(choice) + tail
 
+    def frame(self, choice: msgspec.Struct, member: bytes) -> tuple[bytes, bytes]:
+        """What stands before and after the text of a chunk like that of `choice`, whose `member` is empty text.
+
+        Quotes within JSON strings are escaped, so the member's spelling is found nowhere else.
+        """
+        before, after = self.chunk(choice).split(b'"' + member + b'":""')
+        return before + b'"' + member + b'":', after
+
     def chunk_with(self, choice: msgspec.Struct, extra: bytes) -> bytes:
         """`extra` is a JSON member of the chunk itself."""
         return self.chunk(choice)[:-3] + b"," + extra + b"}\n\n"
@@ -103,7 +120,9 @@ class ChatChunkEncoder:
     def __init__(self, options: AnswerOptions) -> None:
         self.is_finished = False
         self._options = options
+        self._is_plain = options.is_plain
         self._chunks = _Chunks(options, "chat.completion.chunk")
+        self._frames: dict[int, tuple[bytes, bytes]] = {}
         self._num_open = options.n
 
     def first(self) -> bytes:
@@ -119,12 +138,23 @@ class ChatChunkEncoder:
         return b"".join(self._chunks.chunk_with(choice, ids) for choice in choices)
 
     def encode(self, batch: Batch) -> bytes:
+        if len(batch) == 1 and len(batch[0][1]) == 1:  # the usual one
+            return self._delta(batch[0][1][0])
         return b"".join([self._delta(output) for _, outputs in batch for output in outputs])
 
     def last(self) -> bytes:
         return self._chunks.last()
 
+    def _make_frame(self, index: int) -> tuple[bytes, bytes]:
+        choice = ChatChunkChoice(index=index, delta=ChatDelta(content=""))
+        frame = self._frames[index] = self._chunks.frame(choice, b"content")
+        return frame
+
     def _delta(self, output: RequestOutput) -> bytes:
+        if self._is_plain and output.text and output.finish_reason is None:
+            self._chunks.usage.num_output_tokens += len(output.token_ids)
+            before, after = self._frames.get(output.index) or self._make_frame(output.index)
+            return before + _encode(output.text) + after
         options = self._options
         self._chunks.usage.add(output.index, len(output.token_ids), output.usage)
         choice = ChatChunkChoice(index=output.index, delta=ChatDelta())
@@ -163,8 +193,10 @@ class CompletionChunkEncoder:
     def __init__(self, options: AnswerOptions) -> None:
         self.is_finished = False
         self._options = options
+        self._is_plain = options.is_plain
         self._chunks = _Chunks(options, "text_completion")
         self._num_open = options.n * len(options.prompts)
+        self._frames: dict[int, tuple[bytes, bytes]] = {}
         self._prompts = [
             _CompletionPrompt([_CompletionSequence(self._make_logprobs()) for _ in range(options.n)])
             for _ in options.prompts
@@ -174,6 +206,8 @@ class CompletionChunkEncoder:
         return b""
 
     def encode(self, batch: Batch) -> bytes:
+        if len(batch) == 1 and len(batch[0][1]) == 1:  # the usual one
+            return self._delta(batch[0][0], batch[0][1][0])
         return b"".join([self._delta(index, output) for index, outputs in batch for output in outputs])
 
     def last(self) -> bytes:
@@ -187,7 +221,16 @@ class CompletionChunkEncoder:
             options.logprobs, options.spelling, skip_special_tokens=options.skip_special_tokens
         )
 
+    def _make_frame(self, index: int) -> tuple[bytes, bytes]:
+        frame = self._frames[index] = self._chunks.frame(CompletionChoice(index=index, text=""), b"text")
+        return frame
+
     def _delta(self, prompt_index: int, output: RequestOutput) -> bytes:
+        if self._is_plain and output.text and output.finish_reason is None:
+            self._chunks.usage.num_output_tokens += len(output.token_ids)
+            index = prompt_index * self._options.n + output.index
+            before, after = self._frames.get(index) or self._make_frame(index)
+            return before + _encode(output.text) + after
         options, prompt = self._options, self._prompts[prompt_index]
         if output.prompt_logprobs:
             prompt.prompt_logprobs += output.prompt_logprobs

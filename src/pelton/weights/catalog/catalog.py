@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from pelton.weights.catalog.progress import ProgressCallback, no_progress
 from pelton.weights.catalog.pull import pull_model
 from pelton.weights.catalog.sources import SOURCE_PARSERS, Source, WantedFile
 from pelton.weights.catalog.store import InstalledModel, ModelStore
-from pelton.weights.model_files import open_model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +95,8 @@ class Catalog:
             raise ModelNotFoundError(f"{name} is not on disk in {self.store.root}")
 
     def not_found(self, name: str) -> ModelNotFoundError:
+        import difflib
+
         known = [entry.name for entry in self.entries] + [model.name for model in self.store.installed()]
         near = difflib.get_close_matches(name.lower(), dict.fromkeys(known), n=3, cutoff=0.4)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
@@ -138,6 +138,8 @@ def _details(entry: CatalogEntry | None, model: InstalledModel | None) -> ModelD
 
 
 def _with_header(details: ModelDetails) -> ModelDetails:
+    from pelton.weights.model_files import open_model
+
     assert details.path is not None
     spec = open_model(details.path).spec
     return replace(

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING
 
 from pelton.core.model_spec import ModelSpec
 from pelton.weights.architectures import ARCHITECTURES
-from pelton.weights.dequantize import dequantize
 from pelton.weights.tensors import WeightTensor
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 # Rotary factors are part of the spec; old files also hold the plain frequencies, which follow from it.
 IGNORED_TENSORS = re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd\.weight")
@@ -70,13 +71,23 @@ def restore_layout(tensor: WeightTensor, spec: ModelSpec) -> WeightTensor:
         if tensor.name.endswith(("self_attn.k_proj.weight", "self_attn.k_proj.bias")):
             return replace(tensor, data=_rows_in_halves(tensor.data, spec.num_kv_heads, spec.head_dim))
     if ARCHITECTURES[spec.architecture].sandwich_norms and tensor.name.endswith("norm.weight"):
-        with np.errstate(invalid="ignore"):  # NaN from a damaged file stays NaN
-            weights = dequantize(tensor) - np.float32(1.0)
-        return replace(tensor, format="F32", data=weights.view(np.uint8))
+        return replace(tensor, format="F32", data=_minus_one(tensor))
     return tensor
+
+
+def _minus_one(tensor: WeightTensor) -> npt.NDArray[np.uint8]:
+    import numpy as np
+
+    from pelton.weights.dequantize import dequantize
+
+    with np.errstate(invalid="ignore"):  # NaN from a damaged file stays NaN
+        weights = dequantize(tensor) - np.float32(1.0)
+    return weights.view(np.uint8)
 
 
 def _rows_in_halves(data: npt.NDArray[np.uint8], num_heads: int, head_dim: int) -> npt.NDArray[np.uint8]:
     """Row 2j + i of each head moves to row i * head_dim / 2 + j."""
+    import numpy as np
+
     rows = data.reshape(num_heads, head_dim // 2, 2, -1)
     return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(-1)

@@ -12,14 +12,15 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any
 
 from pelton.core.errors import ModelFileError, UnsupportedModelError
 from pelton.weights.gguf.formats import FORMATS, GGML_TYPE_NAMES
 from pelton.weights.mapped_file import drop_pages, map_file, shown
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 MAGIC = b"GGUF"
 SUPPORTED_VERSIONS = (2, 3)
@@ -39,19 +40,19 @@ _U64 = struct.Struct("<Q")
 _STRING = 8
 _ARRAY = 9
 _BOOL = 7
-# GGUF value type -> numpy type of its little-endian encoding. Booleans are one byte, 0 or 1.
-_SCALARS: dict[int, np.dtype[Any]] = {
-    0: np.dtype("<u1"),
-    1: np.dtype("<i1"),
-    2: np.dtype("<u2"),
-    3: np.dtype("<i2"),
-    4: np.dtype("<u4"),
-    5: np.dtype("<i4"),
-    6: np.dtype("<f4"),
-    _BOOL: np.dtype("<u1"),
-    10: np.dtype("<u8"),
-    11: np.dtype("<i8"),
-    12: np.dtype("<f8"),
+# GGUF value type -> code and size of its encoding for `struct`. Booleans are one byte, 0 or 1.
+_SCALARS: dict[int, tuple[str, int]] = {
+    0: ("B", 1),
+    1: ("b", 1),
+    2: ("H", 2),
+    3: ("h", 2),
+    4: ("I", 4),
+    5: ("i", 4),
+    6: ("f", 4),
+    _BOOL: ("B", 1),
+    10: ("Q", 8),
+    11: ("q", 8),
+    12: ("d", 8),
 }
 
 
@@ -85,6 +86,8 @@ class GGUFFile:
 
     def tensor_data(self, name: str) -> npt.NDArray[np.uint8]:
         """The packed bytes of a tensor, uint8 `[num_bytes]`, a read-only view of the map."""
+        import numpy as np
+
         info = self.tensors[name]
         return np.frombuffer(self._data, dtype=np.uint8, count=info.num_bytes, offset=info.offset)
 
@@ -146,7 +149,7 @@ class _Cursor:
 
     def skip_value(self, kind: int, key: str) -> None:
         if kind in _SCALARS:
-            self.take(_SCALARS[kind].itemsize, f"value of {shown(key)}")
+            self.take(_SCALARS[kind][1], f"value of {shown(key)}")
         elif kind == _STRING:
             num_bytes = self.u64(f"length of {shown(key)}")
             self.check_count(num_bytes, 1, f"bytes in {shown(key)}", MAX_STRING_BYTES)
@@ -159,7 +162,7 @@ class _Cursor:
     def _skip_array(self, key: str) -> None:
         kind, count = self.u32(f"element type of {shown(key)}"), self.u64(f"length of {shown(key)}")
         if kind in _SCALARS:
-            itemsize = _SCALARS[kind].itemsize
+            itemsize = _SCALARS[kind][1]
             self.check_count(count, itemsize, f"elements in {shown(key)}", MAX_ARRAY_LENGTH)
             self.position += count * itemsize
         elif kind == _STRING:
@@ -219,15 +222,13 @@ class _Metadata(Mapping[str, Any]):
         return self._numbers(cursor, kind, count, key)
 
     def _numbers(self, cursor: _Cursor, kind: int, count: int, key: str) -> list[Any]:
-        start = cursor.take(count * _SCALARS[kind].itemsize, key)
-        values = np.frombuffer(self._data, dtype=_SCALARS[kind], count=count, offset=start)
+        code, itemsize = _SCALARS[kind]
+        values = struct.unpack_from(f"<{count}{code}", self._data, cursor.take(count * itemsize, key))
         if kind != _BOOL:
-            numbers: list[Any] = values.tolist()
-            return numbers
-        if np.any(values > 1):
+            return list(values)
+        if max(values, default=0) > 1:
             raise ModelFileError(self._path, f"metadata key {shown(key)} holds a boolean that is neither 0 nor 1")
-        flags: list[Any] = values.astype(bool).tolist()
-        return flags
+        return list(map(bool, values))
 
     def _strings(self, cursor: _Cursor, count: int, key: str) -> list[str]:
         data, position, unpack, strings = self._data, cursor.position, _U64.unpack_from, []

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-
 from pelton.core.errors import ModelFileError, UnsupportedModelError
 from pelton.core.model_spec import ModelSpec, make_kv_groups
 from pelton.weights.architectures import (
@@ -151,6 +149,8 @@ def _frequency_factors(file: GGUFFile) -> tuple[float, ...] | None:
         raise ModelFileError(
             file.path, f"rope_freqs.weight is {info.format} of shape {info.shape}; F32 [n] is expected"
         )
+    import numpy as np
+
     factors = file.tensor_data(info.name).view(np.float32)
     if not np.all(np.isfinite(factors)) or np.any(factors <= 0):
         raise ModelFileError(file.path, "rope_freqs.weight holds factors that are not positive and finite")

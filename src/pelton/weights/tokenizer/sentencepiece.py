@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from pelton.weights.tokenizer.gguf_vocabulary import SPACE
 from pelton.weights.tokenizer.merges import Merges, derive_merges
 from pelton.weights.tokenizer.vocabulary import TokenType, Vocabulary
-
-SPACE = "\u2581"  # what stands for a space inside the vocabulary
 
 
 def sentencepiece_backend(
@@ -34,13 +32,3 @@ def sentencepiece_backend(
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence(steps + ([decoders.Strip(" ", 1, 0)] if prefix_space else []))
     return backend
-
-
-def with_visible_spaces(vocabulary: Vocabulary) -> Vocabulary:
-    """Runs of spaces, which Gemma's files may spell as spaces, as the ordinary pieces that merges reach."""
-    tokens, token_types = list(vocabulary.tokens), list(vocabulary.token_types)
-    for token_id, token in enumerate(tokens):
-        if not token.strip(" ") or not token.strip(SPACE):
-            tokens[token_id] = SPACE * len(token)
-            token_types[token_id] = TokenType.NORMAL
-    return replace(vocabulary, tokens=tokens, token_types=token_types)

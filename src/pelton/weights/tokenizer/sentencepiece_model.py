@@ -9,9 +9,10 @@ import tokenizers
 
 from pelton.core.errors import ModelFileError, UnsupportedModelError
 from pelton.weights.tokenizer.backend import tokenizer_errors
+from pelton.weights.tokenizer.gguf_vocabulary import with_visible_spaces
 from pelton.weights.tokenizer.merges import order_of_scores
 from pelton.weights.tokenizer.protobuf import as_bytes, as_float, as_int, read_fields
-from pelton.weights.tokenizer.sentencepiece import sentencepiece_backend, with_visible_spaces
+from pelton.weights.tokenizer.sentencepiece import sentencepiece_backend
 from pelton.weights.tokenizer.vocabulary import TokenType, Vocabulary, complete_backend
 
 # Field numbers of ModelProto, SentencePiece, TrainerSpec and NormalizerSpec.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import tokenizers
+from typing import TYPE_CHECKING
 
-from pelton.weights.tokenizer.backend import ids_of
+if TYPE_CHECKING:
+    import tokenizers
 
 # Qwen and ChatML, Llama 3, Gemma, Phi, DeepSeek, and base models' end of document.
 TURN_ENDS = frozenset(
@@ -23,5 +24,7 @@ TURN_ENDS = frozenset(
 
 def turn_end_ids(backend: tokenizers.Tokenizer) -> list[int]:
     """Ids of the special tokens of `backend` that are known to end a turn."""
+    from pelton.weights.tokenizer.backend import ids_of
+
     special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
     return ids_of(backend, TURN_ENDS & special)

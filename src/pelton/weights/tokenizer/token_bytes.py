@@ -6,11 +6,12 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import tokenizers
+from typing import TYPE_CHECKING, Any
 
 from pelton.core.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    import tokenizers
 
 SpellingToBytes = Callable[[str], bytes]
 
@@ -47,6 +48,9 @@ def _with_byte_tokens(plain: SpellingToBytes) -> SpellingToBytes:
         return bytes([int(match[1], 16)]) if match else plain(spelling)
 
     return to_bytes
+
+
+sentencepiece_bytes = _with_byte_tokens(_replaced("\u2581", " "))
 
 
 def spelling_rule(backend: tokenizers.Tokenizer, path: Path) -> SpellingToBytes:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-
-import tokenizers
+from typing import TYPE_CHECKING
 
 from pelton.core.errors import ModelFileError
-from pelton.weights.tokenizer.backend import added_token, set_bos_eos
+
+if TYPE_CHECKING:
+    import tokenizers
 
 
 class TokenType(IntEnum):
@@ -53,20 +55,56 @@ class Vocabulary:
             raise ModelFileError(self.path, f"the vocabulary lists {twice!r} more than once")
         return ids
 
+    def special_tokens(self) -> list[str]:
+        """Control tokens and those with a role, in the order of a tokenizer.json made of them."""
+        named = (self.bos_token, self.eos_token, self.pad_token, self.unk_token)
+        return list(dict.fromkeys([*self.of_type(TokenType.CONTROL), *(token for token in named if token is not None)]))
+
     def of_type(self, *types: TokenType) -> list[str]:
-        kinds = frozenset(types)
+        kinds = frozenset(map(int, types))
         return [token for token, kind in zip(self.tokens, self.token_types, strict=True) if kind in kinds]
 
 
 def complete_backend(vocabulary: Vocabulary, backend: tokenizers.Tokenizer) -> None:
     """Add to a model's `backend` the tokens that are matched whole in text, BOS and EOS."""
-    named = (vocabulary.bos_token, vocabulary.eos_token, vocabulary.pad_token, vocabulary.unk_token)
-    special = dict.fromkeys([*vocabulary.of_type(TokenType.CONTROL), *(token for token in named if token is not None)])
+    from pelton.weights.tokenizer.backend import added_token, set_bos_eos
+
+    special = vocabulary.special_tokens()
     backend.add_special_tokens([added_token(token, special=True) for token in special])
-    in_text = [token for token in vocabulary.of_type(TokenType.USER_DEFINED) if token not in special]
+    known = set(special)
+    in_text = [token for token in vocabulary.of_type(TokenType.USER_DEFINED) if token not in known]
     backend.add_tokens([added_token(token, special=False) for token in in_text])
     set_bos_eos(
         backend,
         vocabulary.bos_token if vocabulary.add_bos else None,
         vocabulary.eos_token if vocabulary.add_eos else None,
     )
+
+
+class VocabularyDecoder:
+    """Ids to bytes and nothing else. Implements `core.protocols.TokenDecoder` as `Tokenizer` does."""
+
+    def __init__(self, vocabulary: Vocabulary, to_bytes: Callable[[str], bytes], end_tokens: Iterable[str]) -> None:
+        """`to_bytes`: from a spelling to the bytes that it adds in mid-text. `end_tokens` end a turn."""
+        self._tokens = vocabulary.tokens
+        self._to_bytes = to_bytes
+        special = set(vocabulary.special_tokens())
+        whole = special.union(vocabulary.of_type(TokenType.USER_DEFINED))
+        ends = set(end_tokens)
+        marked = whole | ends
+        found = [(token_id, token) for token_id, token in enumerate(self._tokens) if token in marked]
+        self._special_ids = frozenset(token_id for token_id, token in found if token in special)
+        self._bytes_of_id = {token_id: token.encode() for token_id, token in found if token in whole}
+        self.eos_token_ids = frozenset(token_id for token_id, token in found if token in ends)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Bytes that the token adds in mid-text; b"" for an id outside the vocabulary."""
+        found = self._bytes_of_id.get(token_id)
+        if found is None:
+            if not 0 <= token_id < len(self._tokens):
+                return b""
+            found = self._bytes_of_id[token_id] = self._to_bytes(self._tokens[token_id])
+        return found
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self._special_ids

@@ -6,13 +6,11 @@ weights are loaded.
 
 from __future__ import annotations
 
-import contextlib
+import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from pelton.core.errors import ConfigError
 from pelton.core.events import EngineInfo
@@ -25,7 +23,7 @@ from pelton.weights.tensors import ModelFiles
 from pelton.worker.config import WorkerConfig
 from pelton.worker.executors.host_resources import num_available_cores, num_available_memory_bytes
 from pelton.worker.executors.in_process import InProcessExecutor
-from pelton.worker.kernels.ops import Kernels, make_kernels
+from pelton.worker.kernels.ops import DTYPE_BYTES, Kernels, make_kernels
 from pelton.worker.kv_storage import KVStorage
 from pelton.worker.model_runner import ModelRunner
 from pelton.worker.models.registry import Model, load_model, make_dummy_model
@@ -51,14 +49,16 @@ def build_executor(
     start_s = time.perf_counter()
     spec = files.spec
     wanted_model_len(spec, engine_config)
-    dtype = _resolve_dtype(worker_config.dtype, torch.float32)
-    num_threads = _set_threads(worker_config.threads)
+    dtype = "float32" if worker_config.dtype == "auto" else worker_config.dtype
+    num_threads = worker_config.threads or num_available_cores()
     kernels = make_kernels(worker_config.kernel_backend, dtype, num_threads, worker_config.activation_dtype)
-    kv_dtype = _resolve_dtype(worker_config.kv_cache_dtype, kernels.kv_dtype or dtype)
-    model = _load(files, model_config, worker_config, dtype, kernels)
-    plan = plan_kv_cache(spec, engine_config, kv_dtype.itemsize, num_available_memory_bytes())
-    kv = _allocate_kv(spec, plan, engine_config.block_size, kv_dtype)
-    runner = ModelRunner(model, kv, block_size=engine_config.block_size, eos_token_ids=eos_token_ids)
+    kv_dtype = _resolve_kv_dtype(worker_config.kv_cache_dtype, kernels)
+    model = load_weights(files, model_config, worker_config, kernels)
+    plan = plan_kv_cache(spec, engine_config, DTYPE_BYTES[kv_dtype], num_available_memory_bytes())
+    kv = _allocate_kv(spec, plan, engine_config.block_size, kv_dtype, kernels)
+    sampler = kernels.make_sampler(spec.vocab_size, eos_token_ids)
+    threading.Thread(target=kv.warm_up, name="pelton-kv-warm-up", daemon=True).start()
+    runner = ModelRunner(model, kv, sampler, block_size=engine_config.block_size)
     info = EngineInfo(
         max_model_len=plan.max_model_len,
         num_blocks=plan.num_blocks,
@@ -66,7 +66,7 @@ def build_executor(
         max_num_seqs=engine_config.max_num_seqs,
         max_num_batched_tokens=engine_config.max_num_batched_tokens,
         max_num_waiting=engine_config.max_num_waiting,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype,
         vocab_size=spec.vocab_size,
         device="cpu",
         kernels=kernels.name,
@@ -77,23 +77,14 @@ def build_executor(
     return InProcessExecutor(runner), info
 
 
-def _resolve_dtype(name: str, auto: torch.dtype) -> torch.dtype:
+def _resolve_kv_dtype(name: str, kernels: Kernels) -> str:
     if name == "auto":
-        return auto
-    dtype = getattr(torch, name, None)
-    assert isinstance(dtype, torch.dtype)  # the settings allow only names of types
-    return dtype
-
-
-def _set_threads(wanted: int | None) -> int:
-    num_threads = wanted or num_available_cores()
-    torch.set_num_threads(num_threads)
-    # One operation runs at a time; a second pool would only take cores from the first. Refused where
-    # an embedding program has used torch before: then its number stands.
-    if torch.get_num_interop_threads() != 1:
-        with contextlib.suppress(RuntimeError):
-            torch.set_num_interop_threads(1)
-    return num_threads
+        return kernels.kv_dtypes[0]
+    if name not in kernels.kv_dtypes:
+        raise ConfigError(
+            f"kv_cache_dtype is {name}, but {kernels.name} kernels store {' or '.join(kernels.kv_dtypes)}"
+        )
+    return name
 
 
 def _weight_cache_path(files: ModelFiles, model_config: ModelConfig, config: WorkerConfig) -> Path | None:
@@ -103,33 +94,31 @@ def _weight_cache_path(files: ModelFiles, model_config: ModelConfig, config: Wor
     return packed_path(folder, files.path)
 
 
-def _load(
-    files: ModelFiles, model_config: ModelConfig, worker_config: WorkerConfig, dtype: torch.dtype, kernels: Kernels
-) -> Model:
+def load_weights(files: ModelFiles, model_config: ModelConfig, worker_config: WorkerConfig, kernels: Kernels) -> Model:
     """Checked by size first: Linux grants memory that it does not have, and kills the process later."""
     if model_config.load_format == "dummy":
-        return make_dummy_model(files.spec, dtype, kernels)
-    num_bytes = sum(kernels.num_weight_bytes(files.tensor(name), dtype) for name in files.tensor_names())
+        return make_dummy_model(files.spec, kernels)
+    num_bytes = sum(kernels.num_weight_bytes(files.tensor(name)) for name in files.tensor_names())
     num_free = num_available_memory_bytes()
+    size = f"{_gib(num_bytes)} as {kernels.dtype}"
     if num_bytes > num_free:
         raise ConfigError(
-            f"the weights take {_gib(num_bytes)} as {dtype}, but {_gib(num_free)} are free: use a smaller model or "
-            "--dtype bfloat16"
+            f"the weights take {size}, but {_gib(num_free)} are free: use a smaller model or --dtype bfloat16"
         )
     try:
         with kernels.weight_cache(files, _weight_cache_path(files, model_config, worker_config)):
-            model = load_model(files, dtype, kernels)
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise ConfigError(f"out of memory while loading the weights ({_gib(num_bytes)} as {dtype})") from error
+            model = load_model(files, kernels)
+    except MemoryError as error:
+        raise ConfigError(f"out of memory while loading the weights ({size})") from error
     files.drop_pages()
     return model
 
 
-def _allocate_kv(spec: ModelSpec, plan: KVPlan, block_size: int, dtype: torch.dtype) -> KVStorage:
+def _allocate_kv(spec: ModelSpec, plan: KVPlan, block_size: int, dtype: str, kernels: Kernels) -> KVStorage:
     try:
-        return KVStorage(spec, plan.num_blocks, block_size, dtype, torch.device("cpu"))
-    except (MemoryError, RuntimeError) as error:  # torch's CPU allocator raises a plain RuntimeError
-        size = _gib(plan.num_blocks * spec.kv_bytes_per_block(block_size, dtype.itemsize))
+        return KVStorage(spec, plan.num_blocks, block_size, dtype, kernels)
+    except MemoryError as error:
+        size = _gib(plan.num_blocks * spec.kv_bytes_per_block(block_size, DTYPE_BYTES[dtype]))
         raise ConfigError(
             f"the KV cache of {plan.num_blocks} blocks ({size}) could not be allocated: lower num_kv_blocks or "
             "kv_cache_memory_gb"

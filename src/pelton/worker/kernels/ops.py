@@ -1,7 +1,8 @@
 """The one dispatch: what a kernel backend offers, and which backends there are.
 
-A backend implements `Kernels`; a new one may subclass `ReferenceKernels` and replace only what it does
-faster. Weights are held by objects that a backend makes, so that it can keep them packed as it likes.
+A backend implements `Kernels`. Weights are held by objects that a backend makes, so that it can keep them
+packed as it likes, and so are arrays: what passes through a model is of the backend's own type. Layers do
+nothing with an array but hand it to an op, so that a forward pass can be recorded as well as run.
 
 Law 3: a row of a result depends only on that row's inputs, bit for bit: not on the number of rows, its
 place among them, or what the other rows hold. A backend that cannot promise it says so.
@@ -12,25 +13,26 @@ N query heads, K key-value heads, D head size, B blocks in a table, I and O in a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
+import numpy as np
+import numpy.typing as npt
 
 from pelton.core.errors import ConfigError
 from pelton.weights.tensors import ModelFiles, WeightTensor
+from pelton.worker.config import require_torch
+from pelton.worker.forward_batch import ForwardBatch
+from pelton.worker.sampling.sampler import Sampler
 
+# numpy.ndarray for native kernels, torch.Tensor for the reference, or a value that is being recorded.
+Array = Any
 
-class LinearLoader(Protocol):
-    """Makes weights in the backend's own layout. Lives while a model is loaded: it may keep a buffer to
-    decode into, so that loading neither fragments nor doubles the memory."""
-
-    def load(self, tensors: Sequence[WeightTensor]) -> Any:
-        """The matrices `tensors` [O_i, I] one below another, as `linear` wants them."""
-        ...
+# Types of activations and caches, with the bytes of an element.
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,55 +46,67 @@ class AttentionShape:
     sliding_window: int | None  # tokens seen, the current one included
 
 
-class Kernels(Protocol):
-    name: str
-    kv_dtype: torch.dtype | None  # of the cache, where the user leaves it open; None: as the activations
+@dataclass(frozen=True, slots=True)
+class LayerCache:
+    """Where a layer's keys and values live."""
 
-    def num_weight_bytes(self, tensor: WeightTensor, dtype: torch.dtype) -> int:
-        """Memory that `tensor` takes once it is loaded for products in `dtype`, at most."""
-        ...
+    group_id: int
+    keys: Array  # [num_blocks, block_size, K, D]
+    values: Array
 
-    def make_linear_loader(self, dtype: torch.dtype) -> LinearLoader:
-        """Loader of weights for products in `dtype`."""
-        ...
 
-    def weight_cache(self, files: ModelFiles, path: Path | None) -> AbstractContextManager[None]:
-        """Within it, loaders map weights of `files` that an earlier start left at `path` in the backend's layout,
-        or leave theirs there. A cache that is off (None), or cannot be read or written, costs time, never a start."""
-        ...
+@dataclass(frozen=True, slots=True)
+class AttentionContext:
+    """What a layer's attention needs of the step. All but the caches is shared by the layers of a KV group."""
 
-    def linear(self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None = None) -> torch.Tensor:
+    cos: Array  # [T, rotary_dim / 2]
+    sin: Array
+    slot_mapping: Array  # [T]
+    plan: Any  # the backend's
+    key_cache: Array  # [num_blocks, block_size, K, D]
+    value_cache: Array
+
+
+class Ops(Protocol):
+    """What layers are written in."""
+
+    def linear(self, x: Array, weight: Any, bias: Array | None = None) -> Array:
         """x [S, I] times weight [O, I] transposed, plus bias [O]. Returns [S, O] in x's dtype.
 
         A result far wider than its input (logits, gates) may be overwritten by the next call of its width.
         """
         ...
 
-    def embedding(self, token_ids: torch.Tensor, table: WeightTensor, dtype: torch.dtype) -> torch.Tensor:
-        """Rows `token_ids` [T] of `table` [V, H], decoded from the file's own bytes. Returns [T, H]."""
+    def embedding(self, token_ids: Array, table: WeightTensor, scale: float = 1.0) -> Array:
+        """Rows `token_ids` [T] of `table` [V, H], decoded from the file's own bytes, times `scale`.
+
+        `scale` is rounded to the dtype of the result first, as Gemma was trained. Returns [T, H].
+        """
         ...
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
         """x / sqrt(mean(x^2) + eps) * weight over the last axis; weight is float32, and so is the sum."""
         ...
 
-    def add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def add_rms_norm(self, x: Array, residual: Array, weight: Array, eps: float) -> tuple[Array, Array]:
         """(rms_norm(x + residual), x + residual). May reuse the memory of either input."""
+        ...
+
+    def split_heads(self, x: Array, num_heads: int, num_kv_heads: int) -> tuple[Array, Array, Array]:
+        """Views of x [T, (N + 2 K) D]: query [T, N, D], key and value [T, K, D]."""
         ...
 
     def rotate_and_store(
         self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        key_cache: torch.Tensor,
-        value_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-    ) -> torch.Tensor:
+        query: Array,
+        key: Array,
+        value: Array,
+        cos: Array,
+        sin: Array,
+        key_cache: Array,
+        value_cache: Array,
+        slot_mapping: Array,
+    ) -> Array:
         """Rotary embedding of query [T, N, D] and key [T, K, D], then key and value into the cache.
 
         Halves are rotated (NeoX order): pairs (j, j + r/2) of the first r dimensions; cos and sin are
@@ -101,25 +115,15 @@ class Kernels(Protocol):
         """
         ...
 
-    def plan_attention(
-        self,
-        shape: AttentionShape,
-        query_start_loc: Sequence[int],
-        seq_lens: Sequence[int],
-        block_tables: torch.Tensor,
-    ) -> Any:
-        """Work shared by all layers of a KV group in one step. block_tables [R, B]; see `GroupBatch`."""
-        ...
-
     def paged_attention(
         self,
-        query: torch.Tensor,
-        key_cache: torch.Tensor,
-        value_cache: torch.Tensor,
+        query: Array,
+        key_cache: Array,
+        value_cache: Array,
         plan: Any,
         scale: float,
         softcap: float | None = None,
-    ) -> torch.Tensor:
+    ) -> Array:
         """Causal attention of query [T, N, D] over the cached positions of each request.
 
         Request r's last query is at position seq_lens[r] - 1. Query head n reads key-value head
@@ -128,54 +132,140 @@ class Kernels(Protocol):
         """
         ...
 
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+    def silu_mul(self, gate_up: Array) -> Array:
         """silu(gate) * up for gate_up [T, 2F] = (gate, up). Returns [T, F]."""
         ...
 
-    def gelu_tanh_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+    def gelu_tanh_mul(self, gate_up: Array) -> Array:
         """gelu(gate) * up with the tanh approximation. Returns [T, F]."""
         ...
 
-    def softcap(self, x: torch.Tensor, cap: float) -> torch.Tensor:
-        """cap * tanh(x / cap)."""
+    def softcap(self, x: Array, cap: float) -> Array:
+        """cap * tanh(x / cap) in float32. May reuse the memory of x."""
         ...
 
 
-def _reference(num_threads: int, activation_dtype: str) -> Kernels:
-    from pelton.worker.kernels.reference import ReferenceKernels
+class LinearLoader(Protocol):
+    """Makes weights in the backend's own layout. Lives while a model is loaded: it may keep a buffer to
+    decode into, so that loading neither fragments nor doubles the memory."""
 
-    del num_threads  # torch has its own setting
+    def load(self, tensors: Sequence[WeightTensor]) -> Any:
+        """The matrices `tensors` [O_i, I] one below another, as `linear` wants them."""
+        ...
+
+
+class Forward(Protocol):
+    """A model's formula, written once for arrays that are there and for values that are recorded."""
+
+    def forward(self, ops: Ops, token_ids: Array, contexts: Sequence[AttentionContext]) -> Array:
+        """token_ids [T] and one context per layer -> hidden states [T, H]; writes the KV of all tokens."""
+        ...
+
+    def compute_logits(self, ops: Ops, hidden: Array) -> Array:
+        """hidden [S, H] of the rows wanted -> [S, V]."""
+        ...
+
+
+class Program(Protocol):
+    """A model bound to its KV cache, ready for steps: compiled, captured, or run op by op."""
+
+    def forward(self, batch: ForwardBatch) -> None:
+        """Write the KV of all tokens; keep the hidden states [T, H] until the next call."""
+        ...
+
+    def logits(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """[S, V] of `rows` [S] among the tokens of the last step; may be overwritten by the next call."""
+        ...
+
+
+class Kernels(Ops, Protocol):
+    name: str
+    dtype: str  # of activations
+    kv_dtypes: tuple[str, ...]  # that a cache may have; the first where the user leaves it open
+
+    def num_weight_bytes(self, tensor: WeightTensor) -> int:
+        """Memory that `tensor` takes once it is loaded for products, at most."""
+        ...
+
+    def make_linear_loader(self) -> LinearLoader: ...
+
+    def weight_cache(self, files: ModelFiles, path: Path | None) -> AbstractContextManager[None]:
+        """Within it, loaders map weights of `files` that an earlier start left at `path` in the backend's layout,
+        or leave theirs there. A cache that is off (None), or cannot be read or written, costs time, never a start."""
+        ...
+
+    def from_numpy(self, values: npt.NDArray[Any]) -> Array:
+        """The same numbers in the same type; may share the memory."""
+        ...
+
+    def to_numpy(self, x: Array) -> npt.NDArray[np.float32]:
+        """Float32 whatever the dtype of x; may share the memory."""
+        ...
+
+    def empty_cache(self, shape: tuple[int, ...], dtype: str) -> Array:
+        """Memory that is not touched (so not really taken) before it is written. Raises MemoryError."""
+        ...
+
+    def select_rows(self, x: Array, rows: npt.NDArray[np.int64]) -> Array:
+        """Rows `rows` [S] of x [T, H]."""
+        ...
+
+    def plan_attention(
+        self,
+        shape: AttentionShape,
+        query_start_loc: npt.NDArray[np.int64],
+        seq_lens: npt.NDArray[np.int64],
+        block_tables: Array,
+    ) -> Any:
+        """Work shared by all layers of a KV group in one step. block_tables [R, B]; see `ForwardBatch`."""
+        ...
+
+    def compile(self, model: Forward, shapes: Sequence[AttentionShape], caches: Sequence[LayerCache]) -> Program:
+        """`model` over `caches`, one per layer; `shapes` are those of the KV groups."""
+        ...
+
+    def make_sampler(self, vocab_size: int, eos_token_ids: Iterable[int]) -> Sampler:
+        """Chooser of tokens; it bans `eos_token_ids` until a request's `min_tokens`."""
+        ...
+
+
+def _reference(dtype: str, num_threads: int | None, activation_dtype: str) -> Kernels:
     if activation_dtype != "auto":
         raise ConfigError(
             f"activation_dtype is {activation_dtype}, but only native kernels round activations; the reference keeps "
             "them as dtype says"
         )
-    return ReferenceKernels()
+    require_torch()
+    from pelton.worker.kernels.reference import ReferenceKernels
+
+    return ReferenceKernels(dtype, num_threads)
 
 
-def _native(num_threads: int, activation_dtype: str) -> Kernels:
+def _native(dtype: str, num_threads: int | None, activation_dtype: str) -> Kernels:
     from pelton.worker.kernels.cpu.backend import NativeKernels
 
+    if dtype != "float32":
+        raise ConfigError(f"native kernels compute in float32, not {dtype}: use --kernel-backend reference")
     try:
-        return NativeKernels(num_threads, activation_dtype=activation_dtype)
+        return NativeKernels(num_threads or 1, activation_dtype=activation_dtype)
     except ValueError as error:
         raise ConfigError(f"activation_dtype is {activation_dtype}: {error}") from error
 
 
-# Name -> maker, imported on demand: a backend may need a compiled module or a GPU.
-BACKENDS: dict[str, Callable[[int, str], Kernels]] = {"native": _native, "reference": _reference}
+# Name -> maker, imported on demand: a backend may need a compiled module, a large package or a GPU.
+BACKENDS: dict[str, Callable[[str, int | None, str], Kernels]] = {"native": _native, "reference": _reference}
 
 
 def make_kernels(
-    backend: str = "auto", dtype: torch.dtype = torch.float32, num_threads: int = 1, activation_dtype: str = "auto"
+    backend: str = "auto", dtype: str = "float32", num_threads: int | None = None, activation_dtype: str = "auto"
 ) -> Kernels:
-    """Raises `ConfigError` for an unknown name, or activations that the backend does not round to.
+    """Raises `ConfigError` for an unknown name and for a backend that cannot run here or not in these types.
 
     "auto" is the fastest backend for activations of `dtype`: native for float32, which is what it
     computes in, else the reference. `activation_dtype` is what they are rounded to within products.
     """
     if backend == "auto":
-        backend = "native" if dtype is torch.float32 else "reference"
+        backend = "native" if dtype == "float32" else "reference"
     if backend not in BACKENDS:
         raise ConfigError(f"kernel backend {backend!r} is unknown; known are auto, {', '.join(BACKENDS)}")
-    return BACKENDS[backend](num_threads, activation_dtype)
+    return BACKENDS[backend](dtype, num_threads, activation_dtype)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import torch
-
-from pelton.worker.kernels.ops import Kernels
+from pelton.worker.kernels.ops import Array, Ops
 from pelton.worker.layers.linear import Linear
 
 
 class GatedMLP:
-    def __init__(self, kernels: Kernels, gate_up: Linear, down: Linear, hidden_act: str) -> None:
+    def __init__(self, gate_up: Linear, down: Linear, hidden_act: str) -> None:
         self._gate_up = gate_up
         self._down = down
-        self._activation = {"silu": kernels.silu_mul, "gelu_tanh": kernels.gelu_tanh_mul}[hidden_act]
+        self._hidden_act = hidden_act
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._down(self._activation(self._gate_up(x)))
+    def __call__(self, ops: Ops, x: Array) -> Array:
+        gate_up = self._gate_up(ops, x)
+        return self._down(ops, ops.silu_mul(gate_up) if self._hidden_act == "silu" else ops.gelu_tanh_mul(gate_up))

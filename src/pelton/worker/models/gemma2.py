@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
-from pelton.worker.layers.attention import AttentionContext
+from pelton.worker.kernels.ops import Array, AttentionContext, Ops
 from pelton.worker.models.decoder import DecoderLayer, DecoderModel
 from pelton.worker.models.model_parts import ModelParts
 
@@ -18,10 +16,11 @@ class GemmaLayer:
         self._mlp = parts.mlp(f"{prefix}.mlp")
         self._mlp_norm = parts.norm(f"{prefix}.post_feedforward_layernorm")
 
-    def __call__(self, hidden: torch.Tensor, context: AttentionContext) -> torch.Tensor:
-        attended = self._attention_norm(self._attention(self._input_norm(hidden), context))
-        normed, hidden = self._mlp_input_norm.add(attended, hidden)
-        return self._mlp_norm(self._mlp(normed)).add_(hidden)
+    def __call__(self, ops: Ops, x: Array, residual: Array | None, context: AttentionContext) -> tuple[Array, Array]:
+        x, residual = self._input_norm.add(ops, x, residual)
+        x = self._attention_norm(ops, self._attention(ops, x, context))
+        x, residual = self._mlp_input_norm.add(ops, x, residual)
+        return self._mlp_norm(ops, self._mlp(ops, x)), residual
 
 
 class Gemma2Model(DecoderModel):

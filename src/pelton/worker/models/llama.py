@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
-from pelton.worker.layers.attention import AttentionContext
+from pelton.worker.kernels.ops import Array, AttentionContext, Ops
 from pelton.worker.models.decoder import DecoderLayer, DecoderModel
 from pelton.worker.models.model_parts import ModelParts
 
@@ -16,10 +14,10 @@ class LlamaLayer:
         self._mlp_norm = parts.norm(f"{prefix}.post_attention_layernorm")
         self._mlp = parts.mlp(f"{prefix}.mlp")
 
-    def __call__(self, hidden: torch.Tensor, context: AttentionContext) -> torch.Tensor:
-        attended = self._attention(self._input_norm(hidden), context)
-        normed, hidden = self._mlp_norm.add(attended, hidden)
-        return self._mlp(normed).add_(hidden)
+    def __call__(self, ops: Ops, x: Array, residual: Array | None, context: AttentionContext) -> tuple[Array, Array]:
+        x, residual = self._input_norm.add(ops, x, residual)
+        x, residual = self._mlp_norm.add(ops, self._attention(ops, x, context), residual)
+        return self._mlp(ops, x), residual
 
 
 class LlamaModel(DecoderModel):

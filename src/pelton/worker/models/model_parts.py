@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import torch
+import numpy as np
 
 from pelton.core.model_spec import ModelSpec
 from pelton.weights.dequantize import dequantize
@@ -18,19 +18,18 @@ from pelton.worker.models.weight_source import WeightSource
 class ModelParts:
     """Makes the layers of one model. Tensors are decoded one matrix at a time, straight into their place."""
 
-    def __init__(self, spec: ModelSpec, source: WeightSource, kernels: Kernels, dtype: torch.dtype) -> None:
+    def __init__(self, spec: ModelSpec, source: WeightSource, kernels: Kernels) -> None:
         self.spec = spec
         self.kernels = kernels
         self._source = source
-        self._dtype = dtype
-        self._loader = kernels.make_linear_loader(dtype)
+        self._loader = kernels.make_linear_loader()
         # Gemma's norms multiply by 1 + w; an architecture sets this before it asks for any.
         self.norm_offset = 0.0
 
     def norm(self, name: str, size: int | None = None) -> RMSNorm:
         tensor = self._source.tensor(f"{name}.weight", (size or self.spec.hidden_size,))
-        weight = torch.from_numpy(dequantize(tensor)) + self.norm_offset
-        return RMSNorm(self.kernels, weight, self.spec.rms_norm_eps)
+        weight = dequantize(tensor) + np.float32(self.norm_offset)
+        return RMSNorm(self.kernels.from_numpy(weight), self.spec.rms_norm_eps)
 
     def linear(self, outputs: dict[str, int], in_features: int, *, bias: bool = False) -> Linear:
         """One layer from the matrices `outputs` (name -> rows), one below another."""
@@ -38,9 +37,9 @@ class ModelParts:
             [self._source.tensor(f"{name}.weight", (size, in_features)) for name, size in outputs.items()]
         )
         if not bias:
-            return Linear(self.kernels, weight)
+            return Linear(weight)
         biases = [dequantize(self._source.tensor(f"{name}.bias", (size,))) for name, size in outputs.items()]
-        return Linear(self.kernels, weight, torch.cat([torch.from_numpy(part) for part in biases]).to(self._dtype))
+        return Linear(weight, self.kernels.from_numpy(np.concatenate(biases)))
 
     def attention(self, prefix: str, *, head_norms: bool = False) -> Attention:
         spec = self.spec
@@ -52,10 +51,10 @@ class ModelParts:
         )
         output = self.linear({f"{prefix}.o_proj": spec.hidden_size}, query_size, bias=spec.attention_output_bias)
         if not head_norms:
-            return Attention(self.kernels, spec, qkv, output)
+            return Attention(spec, qkv, output)
         query_norm = self.norm(f"{prefix}.q_norm", spec.head_dim)
         key_norm = self.norm(f"{prefix}.k_norm", spec.head_dim)
-        return Attention(self.kernels, spec, qkv, output, query_norm, key_norm)
+        return Attention(spec, qkv, output, query_norm, key_norm)
 
     def mlp(self, prefix: str) -> GatedMLP:
         spec = self.spec
@@ -65,17 +64,17 @@ class ModelParts:
             bias=spec.mlp_bias,
         )
         down = self.linear({f"{prefix}.down_proj": spec.hidden_size}, spec.intermediate_size, bias=spec.mlp_bias)
-        return GatedMLP(self.kernels, gate_up, down, spec.hidden_act)
+        return GatedMLP(gate_up, down, spec.hidden_act)
 
     def embedding(self) -> TokenEmbedding:
         spec = self.spec
         table = self._source.tensor("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
-        return TokenEmbedding(self.kernels, table, self._dtype, spec.embedding_scale)
+        return TokenEmbedding(table, spec.embedding_scale)
 
     def lm_head(self) -> LMHead:
         spec = self.spec
         name = "model.embed_tokens" if spec.tie_word_embeddings else "lm_head"
         matrix = self._source.tensor(f"{name}.weight", (spec.vocab_size, spec.hidden_size))
         # A loader of its own: the buffer for the largest matrix must not outlive it.
-        weight = self.kernels.make_linear_loader(self._dtype).load([matrix])
-        return LMHead(self.kernels, Linear(self.kernels, weight), spec.final_softcap)
+        weight = self.kernels.make_linear_loader().load([matrix])
+        return LMHead(Linear(weight), spec.final_softcap)

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import torch
-
 from pelton.core.errors import UnsupportedModelError
 from pelton.core.model_spec import ModelSpec
 from pelton.weights.tensors import ModelFiles
-from pelton.worker.forward_batch import ForwardBatch
-from pelton.worker.kernels.ops import Kernels, make_kernels
+from pelton.worker.kernels.ops import AttentionShape, Forward, Kernels, Program
 from pelton.worker.kv_storage import KVStorage
 from pelton.worker.models.decoder import DecoderModel
 from pelton.worker.models.gemma2 import Gemma2Model
@@ -32,38 +29,43 @@ ARCHITECTURES: dict[str, type[DecoderModel]] = {
 }
 
 
-class Model(Protocol):
-    """A loaded model. Call it under `torch.inference_mode`. Legend as in `forward_batch.py`."""
+class Model(Forward, Protocol):
+    """A loaded model."""
 
     spec: ModelSpec
-
-    def forward(self, batch: ForwardBatch, kv: KVStorage) -> torch.Tensor:
-        """Writes the KV of all tokens. Returns hidden states [T, H]."""
-        ...
-
-    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [S, H] of the rows wanted -> [S, V] float32."""
-        ...
+    kernels: Kernels
 
 
-def load_model(files: ModelFiles, dtype: torch.dtype, kernels: Kernels | None = None) -> Model:
+def load_model(files: ModelFiles, kernels: Kernels) -> Model:
     """Decode the tensors of `files` one by one; in the end one copy of the weights is in memory.
 
     Raises `ModelFileError` for a tensor that is missing or misshapen, `UnsupportedModelError` for an
     architecture without a row here. That a file holds nothing else is checked when it is opened.
     """
-    return _make_model(files.spec, FileWeights(files), dtype, kernels)
+    return _make_model(files.spec, FileWeights(files), kernels)
 
 
-def make_dummy_model(spec: ModelSpec, dtype: torch.dtype, kernels: Kernels | None = None) -> Model:
+def make_dummy_model(spec: ModelSpec, kernels: Kernels) -> Model:
     """Random weights of the spec's shapes, the same ones every time."""
-    return _make_model(spec, RandomWeights(), dtype, kernels)
+    return _make_model(spec, RandomWeights(), kernels)
 
 
-def _make_model(spec: ModelSpec, source: WeightSource, dtype: torch.dtype, kernels: Kernels | None) -> Model:
+def compile_model(model: Model, kv: KVStorage) -> Program:
+    """The model over its cache, ready for steps."""
+    return model.kernels.compile(model, attention_shapes(model.spec, kv.block_size), kv.layer_caches())
+
+
+def attention_shapes(spec: ModelSpec, block_size: int) -> list[AttentionShape]:
+    """One per KV group."""
+    return [
+        AttentionShape(spec.num_heads, spec.num_kv_heads, spec.head_dim, block_size, group.sliding_window)
+        for group in spec.kv_groups
+    ]
+
+
+def _make_model(spec: ModelSpec, source: WeightSource, kernels: Kernels) -> Model:
     if spec.architecture not in ARCHITECTURES:
         raise UnsupportedModelError(
             f"architecture {spec.architecture!r} is not supported; supported are {', '.join(ARCHITECTURES)}"
         )
-    with torch.inference_mode():
-        return ARCHITECTURES[spec.architecture](ModelParts(spec, source, kernels or make_kernels("reference"), dtype))
+    return ARCHITECTURES[spec.architecture](ModelParts(spec, source, kernels))

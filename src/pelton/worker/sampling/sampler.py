@@ -1,65 +1,73 @@
-"""Chooses the next token of every request that reached its end in this step.
+"""What a kernel backend offers to choose tokens: `Sampler`, and what it answers.
 
-Legend: S rows (requests that sample), V vocabulary.
+Law 3: a row's answer is a function of that row of logits, its `SamplingRow` and its position alone, bit
+for bit. All samplers choose the same tokens from the same logits: they draw from weights in integers
+(`weights.py`), whose sums do not depend on an order.
+
+Legend: S rows (requests that sample), V vocabulary, W = ceil(V / 32).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
-import torch
+import numpy.typing as npt
 
 from pelton.core.output import TokenLogprobs
-from pelton.worker.request_state import RequestState
-from pelton.worker.sampling.draw import draw_token
-from pelton.worker.sampling.logprobs import token_logprobs
-from pelton.worker.sampling.selection import Row
-from pelton.worker.sampling.uniform import uniform_at
+from pelton.core.sampling_params import SamplingParams
+
+Logits = npt.NDArray[np.float32]  # [S, V]
+TokenMask = npt.NDArray[np.uint32]  # [W]: bit i % 32 of word i // 32 says whether token i is allowed
+
+ALL_BANNED = "no token is left to sample: the request's settings ban all of them"
+OVERFLOW = "penalties or logit_bias made the logits overflow"
+
+
+def not_finite(greatest: float) -> str:
+    return f"the model's logits are not finite (the greatest is {greatest})"
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
-    """One row's answer: a token, or in `problem` why there is none."""
+class Samples:
+    """One answer per row: a token id, or -1 and a text in `problems`. Both dicts are by row."""
 
-    token_id: int = -1
-    logprobs: TokenLogprobs | None = None
-    problem: str | None = None
-
-
-def sample(logits: torch.Tensor, states: Sequence[RequestState]) -> list[Sample]:
-    """One `Sample` per row of `logits` [S, V] float32, which may be edited in place.
-
-    Rows are handled one by one in numpy, on one thread: a row's answer is a function of that row and
-    its state alone, bit for bit (law 3), and a call per row costs less than a parallel one per batch.
-    """
-    # An overflow is looked for in the result, and an underflow is a weight of 0.
-    with np.errstate(all="ignore"):
-        return [_sample_row(row, state) for row, state in zip(logits.numpy(), states, strict=True)]
+    token_ids: list[int]
+    problems: dict[int, str]
+    logprobs: dict[int, TokenLogprobs]  # of the rows whose `SamplingParams` ask for them
 
 
-def _sample_row(row: Row, state: RequestState) -> Sample:
-    best_id = int(row.argmax())  # ties go to the lowest id; a NaN counts as the maximum
-    best_logit = float(row[best_id])
-    if not math.isfinite(best_logit):
-        return Sample(problem=f"the model's logits are not finite (the greatest is {best_logit})")
-    sampling = state.sampling
-    raw = row
-    if state.editor is not None:
-        row = row.copy() if sampling.logprobs is not None else row
-        state.editor.apply(row, len(state.output_token_ids))
-        best_id = int(row.argmax())
-        best_logit = float(row[best_id])
-        if best_logit == -math.inf:
-            return Sample(problem="no token is left to sample: the request's settings ban all of them")
-        if not math.isfinite(best_logit):
-            return Sample(problem="penalties or logit_bias made the logits overflow")
-    if sampling.is_greedy:
-        token_id = best_id
-    else:
-        uniform = uniform_at(state.seed, len(state.output_token_ids))
-        token_id = draw_token(row, best_logit, sampling, uniform)
-    logprobs = None if sampling.logprobs is None else token_logprobs(raw, token_id, sampling.logprobs)
-    return Sample(token_id, logprobs)
+class SamplingRow(Protocol):
+    """What the sampling of one request remembers between steps."""
+
+    def add_prompt(self, token_ids: Sequence[int]) -> None: ...
+
+    def add_output(self, token_ids: Sequence[int]) -> None: ...
+
+
+class Sampler(Protocol):
+    def make_row(self, sampling: SamplingParams, seed: int) -> SamplingRow: ...
+
+    def sample(
+        self,
+        logits: Logits,
+        rows: Sequence[Any],
+        positions: Sequence[int],
+        masks: Sequence[TokenMask | None] | None = None,
+    ) -> Samples:
+        """The next token of each row of `logits`, which may be edited in place.
+
+        `rows` are this sampler's own; `positions` are the numbers of output tokens so far, which with the
+        seed decide the draw. `masks` narrow a row to what a grammar allows in this step; None: anything.
+        """
+        ...
+
+    def token_logprobs(self, logits: Logits, token_ids: Sequence[int], num_top: int) -> list[TokenLogprobs] | None:
+        """Logprob and rank of `token_ids` [S] and the `num_top` most likely of each row, or fewer where
+        others are impossible; ties go to the lower id.
+
+        None where a row holds NaN, or its greatest logit is infinite.
+        """
+        ...

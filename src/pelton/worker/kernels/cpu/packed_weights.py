@@ -40,6 +40,11 @@ def packed_format(tensor: WeightTensor) -> str:
     return tensor.format if has_kernel else "F32"
 
 
+def is_kept_dense(tensor: WeightTensor) -> bool:
+    """Whether its products are float32 whatever the activations are rounded to."""
+    return packed_format(tensor) in _DENSE_FORMATS
+
+
 class PackedWeights:
     """Gives each matrix memory of its own."""
 

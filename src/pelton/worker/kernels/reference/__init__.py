@@ -2,31 +2,76 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from pelton.weights.tensors import ModelFiles, WeightTensor
+from pelton.worker.kernels.eager import EagerProgram
+from pelton.worker.kernels.ops import DTYPE_BYTES, AttentionShape, Forward, LayerCache
 from pelton.worker.kernels.reference.activation import gelu_tanh_mul, silu_mul, softcap
 from pelton.worker.kernels.reference.attention import paged_attention
 from pelton.worker.kernels.reference.attention_plan import plan_attention
 from pelton.worker.kernels.reference.embedding import embedding
 from pelton.worker.kernels.reference.linear import DenseLoader, linear
 from pelton.worker.kernels.reference.norm import add_rms_norm, rms_norm
-from pelton.worker.kernels.reference.rotary import rotate_and_store
+from pelton.worker.kernels.reference.rotary import rotate_and_store, split_heads
+from pelton.worker.sampling.reference import ReferenceSampler
+from pelton.worker.sampling.sampler import Sampler
 
 
 class ReferenceKernels:
-    """Implements `ops.Kernels`."""
+    """Implements `ops.Kernels` for tensors."""
 
     name = "reference"
-    kv_dtype: torch.dtype | None = None
-    make_linear_loader = DenseLoader
 
-    def num_weight_bytes(self, tensor: WeightTensor, dtype: torch.dtype) -> int:
-        return math.prod(tensor.shape) * dtype.itemsize
+    def __init__(self, dtype: str = "float32", num_threads: int | None = None) -> None:
+        """`num_threads` is torch's own setting, one for the process; None leaves it as it is."""
+        self.dtype = dtype
+        self.kv_dtypes = (dtype, *(other for other in DTYPE_BYTES if other != dtype))
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
+            # One operation runs at a time; a second pool would only take cores from the first. Refused where
+            # an embedding program has used torch before: then its number stands.
+            if torch.get_num_interop_threads() != 1:
+                with contextlib.suppress(RuntimeError):
+                    torch.set_num_interop_threads(1)
+
+    def num_weight_bytes(self, tensor: WeightTensor) -> int:
+        return math.prod(tensor.shape) * DTYPE_BYTES[self.dtype]
+
+    def make_linear_loader(self) -> DenseLoader:
+        return DenseLoader(getattr(torch, self.dtype))
+
+    def embedding(self, token_ids: torch.Tensor, table: WeightTensor, scale: float = 1.0) -> torch.Tensor:
+        return embedding(token_ids, table, scale, getattr(torch, self.dtype))
+
+    def from_numpy(self, values: npt.NDArray[Any]) -> torch.Tensor:
+        return torch.from_numpy(values)
+
+    def to_numpy(self, x: torch.Tensor) -> npt.NDArray[np.float32]:
+        return x.float().numpy()
+
+    def empty_cache(self, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+        try:
+            return torch.empty(shape, dtype=getattr(torch, dtype))
+        except RuntimeError as error:  # what torch's CPU allocator raises
+            raise MemoryError(str(error)) from error
+
+    def select_rows(self, x: torch.Tensor, rows: npt.NDArray[np.int64]) -> torch.Tensor:
+        return x[torch.from_numpy(rows)]
+
+    def compile(
+        self, model: Forward, shapes: Sequence[AttentionShape], caches: Sequence[LayerCache]
+    ) -> ReferenceProgram:
+        return ReferenceProgram(self, model, shapes, caches)
 
     def weight_cache(self, files: ModelFiles, path: Path | None) -> AbstractContextManager[None]:
         """Nothing is kept."""
@@ -34,12 +79,20 @@ class ReferenceKernels:
         return nullcontext()
 
     linear = staticmethod(linear)
-    embedding = staticmethod(embedding)
     rms_norm = staticmethod(rms_norm)
     add_rms_norm = staticmethod(add_rms_norm)
+    split_heads = staticmethod(split_heads)
     rotate_and_store = staticmethod(rotate_and_store)
     plan_attention = staticmethod(plan_attention)
     paged_attention = staticmethod(paged_attention)
     silu_mul = staticmethod(silu_mul)
     gelu_tanh_mul = staticmethod(gelu_tanh_mul)
     softcap = staticmethod(softcap)
+
+    def make_sampler(self, vocab_size: int, eos_token_ids: Iterable[int]) -> Sampler:
+        return ReferenceSampler(vocab_size, eos_token_ids)
+
+
+class ReferenceProgram(EagerProgram):
+    forward = torch.inference_mode()(EagerProgram.forward)
+    logits = torch.inference_mode()(EagerProgram.logits)

@@ -22,7 +22,7 @@ def gelu_tanh_mul(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 def softcap(x: torch.Tensor, cap: float) -> torch.Tensor:
-    return torch.div(x, cap).tanh_().mul_(cap)
+    return torch.div(x.float(), cap).tanh_().mul_(cap)
 
 
 def _halves(gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,9 +12,10 @@ U units (one tile with one chunk).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from pelton.worker.kernels.ops import AttentionShape
@@ -78,17 +79,18 @@ class _Request:
 
 def plan_attention(
     shape: AttentionShape,
-    query_start_loc: Sequence[int],
-    seq_lens: Sequence[int],
+    query_start_loc: npt.NDArray[np.int64],
+    seq_lens: npt.NDArray[np.int64],
     block_tables: torch.Tensor,
 ) -> AttentionPlan:
     tile_tokens = _tile_tokens(shape)
-    num_tokens = query_start_loc[-1]
+    starts: list[int] = query_start_loc.tolist()
+    num_tokens = starts[-1]
     small: list[_Request] = []
     tile_batches: list[TileBatch] = []
-    for index, seq_len in enumerate(seq_lens):
-        first_token = query_start_loc[index]
-        start = seq_len - (query_start_loc[index + 1] - first_token)
+    for index, seq_len in enumerate(seq_lens.tolist()):
+        first_token = starts[index]
+        start = seq_len - (starts[index + 1] - first_token)
         first_position = 0 if shape.sliding_window is None else max(0, start - shape.sliding_window + 1)
         first_chunk = first_position // CHUNK_TOKENS
         num_chunks = (seq_len - 1) // CHUNK_TOKENS - first_chunk + 1

@@ -60,6 +60,7 @@ def has_onednn(dtype: torch.dtype) -> bool:
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    bias = None if bias is None else bias.to(x.dtype)
     num_rows = x.shape[0]
     max_rows = _MAX_ROWS[x.dtype] if weight.is_mkldnn else _TILE_ROWS
     if num_rows > max_rows:

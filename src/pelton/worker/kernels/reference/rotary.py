@@ -7,6 +7,12 @@ import torch
 from pelton.worker.kernels.reference.write_kv import write_kv
 
 
+def split_heads(x: torch.Tensor, num_heads: int, num_kv_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    heads = x.view(len(x), num_heads + 2 * num_kv_heads, -1)
+    query, key, value = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+    return query, key, value
+
+
 def rotate_and_store(
     query: torch.Tensor,
     key: torch.Tensor,

@@ -28,6 +28,28 @@ struct AttentionRequest {
     const int64_t* block_table;
 };
 
+// A query head of one token, for kernels that take many of them at once. query and out [D]; a null query is a
+// place left empty.
+struct AttentionColumn {
+    const float* query;
+    float* out;
+    int position;
+};
+
+// Columns whose visible positions lie in the same blocks; of `block_table`, seq_len positions are written.
+struct ColumnRun {
+    const AttentionColumn* columns;
+    int num_columns;
+    int seq_len;
+    const int64_t* block_table;
+};
+
+// What one chunk adds to a request's columns, which are `lane` and the next of a tile.
+struct ChunkPart {
+    float* data;
+    int lane;
+};
+
 // Positions are taken in tiles that start at multiples of this, so that a row's sums do not depend on
 // how its prompt was cut (law 3).
 constexpr int kTilePositions = 64;

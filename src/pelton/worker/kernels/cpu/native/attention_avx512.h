@@ -11,34 +11,10 @@
 #include <cstring>
 #include <limits>
 
+#include "activation_avx512.h"
 #include "attention.h"
 
 namespace pelton::avx512 {
-
-// exp(x) for x <= 0, to about 1 ulp; exactly 1 at 0 and 0 below -87.
-inline __m512 exp_negative(__m512 x) {
-    const __m512 low = _mm512_set1_ps(-87.0f);
-    const __mmask16 tiny = _mm512_cmp_ps_mask(x, low, _CMP_LT_OQ);
-    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
-    p = _mm512_fmadd_ps(_mm512_mul_ps(r, r), p, _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
-    return _mm512_maskz_scalef_ps(static_cast<__mmask16>(~tiny), p, n);
-}
-
-inline __m512 tanh_of(__m512 x) {
-    // (1 - e) / (1 + e) with e = exp(-2|x|).
-    const __m512 e = exp_negative(_mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(-2.0f)));
-    const __m512 one = _mm512_set1_ps(1.0f);
-    const __m512 t = _mm512_div_ps(_mm512_sub_ps(one, e), _mm512_add_ps(one, e));
-    return _mm512_or_ps(t, _mm512_and_ps(x, _mm512_set1_ps(-0.0f)));
-}
 
 // A "word" is what one 32-bit lane multiplies: a float32, or two bfloat16. Element is what the tile's
 // queries and probabilities are made of, Cached what the cache holds.
@@ -78,14 +54,9 @@ struct BF16 {
     }
 };
 
-// Words [first, first + num_columns) of 16 rows (null: zeros) to their transpose, to[j * kTilePositions + i].
-template <class Type>
-inline void transpose_16x16(const uint8_t* const rows[16], int first, uint32_t* to, int num_columns) {
-    const auto columns = static_cast<__mmask16>((1u << num_columns) - 1);
-    __m512i r[16], t[16];
-    for (int i = 0; i < 16; ++i) {
-        r[i] = rows[i] != nullptr ? Type::load_words(rows[i], first, columns) : _mm512_setzero_si512();
-    }
+// 16 x 16 words in place.
+inline void transpose(__m512i (&r)[16]) {
+    __m512i t[16];
     for (int i = 0; i < 8; ++i) {
         t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
         t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
@@ -106,6 +77,17 @@ inline void transpose_16x16(const uint8_t* const rows[16], int first, uint32_t* 
         r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
         r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
     }
+}
+
+// Words [first, first + num_columns) of 16 rows (null: zeros) to their transpose, to[j * kTilePositions + i].
+template <class Type>
+inline void transpose_16x16(const uint8_t* const rows[16], int first, uint32_t* to, int num_columns) {
+    const auto columns = static_cast<__mmask16>((1u << num_columns) - 1);
+    __m512i r[16];
+    for (int i = 0; i < 16; ++i) {
+        r[i] = rows[i] != nullptr ? Type::load_words(rows[i], first, columns) : _mm512_setzero_si512();
+    }
+    transpose(r);
     for (int j = 0; j < num_columns; ++j) _mm512_storeu_si512(to + j * kTilePositions, r[j]);
 }
 

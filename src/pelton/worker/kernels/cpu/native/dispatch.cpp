@@ -1,7 +1,5 @@
 #include <cstring>
 
-#include "kernel_table.h"
-
 #if defined(__x86_64__)
 #include <cpuid.h>
 #elif defined(__aarch64__)
@@ -9,15 +7,25 @@
 #include <sys/auxv.h>
 #endif
 
+#include "kernel_table.h"
+
 namespace pelton {
 
 #if defined(__x86_64__)
 namespace {
 
-// Not a name that __builtin_cpu_supports of every compiler knows. The system's part of it is AVX2's.
+// gcc learned to ask for "amx-bf16" only in version 11, clang in 18.
+bool has_tiles() {
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+    return (d & kBf16) && (d & kTile);
+}
+
+// The same for "avxvnni". What the system must save for it is AVX2's.
 bool has_avx_vnni() {
-    unsigned int eax = 0, ebx, ecx, edx;
-    return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax & (1u << 4)) != 0;
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & (1u << 4)) != 0;
 }
 
 }  // namespace
@@ -32,6 +40,7 @@ const KernelTable* find_kernels(const char* name) {
     const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                             __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+    if (has_avx512 && is_wanted("amx") && has_tiles() && request_tiles()) return &amx_kernels();
     if (has_avx512 && is_wanted("avx512")) return &avx512_kernels();
     if (has_avx2 && has_avx_vnni() && is_wanted("avx2_vnni")) return &avx2_vnni_kernels();
     if (has_avx2 && is_wanted("avx2")) return &avx2_kernels();

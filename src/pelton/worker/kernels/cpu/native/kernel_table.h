@@ -8,6 +8,7 @@
 
 #include "attention.h"
 #include "packed_matrix.h"
+#include "tiles.h"
 
 namespace pelton {
 
@@ -22,8 +23,8 @@ struct KernelTable {
     void (*linear_panel)(const PackedMatrix& matrix, int panel, const QuantizedRows& rows, const float* bias,
                          float* out, int64_t ld_out, uint8_t* scratch);
 
-    // As linear_panel, but of float activations, and weights of any format: float32 products, one
-    // multiply-add per input, in order. `scratch`: dense_scratch_bytes(num_inputs), aligned to 64.
+    // As linear_panel, but of float activations, and weights of any format: float32 products, one multiply-add
+    // per input, in order. `scratch`: dense_scratch_bytes(num_inputs), aligned to 64.
     void (*dense_panel)(const PackedMatrix& matrix, int panel, const FloatRows& rows, const float* bias, float* out,
                         int64_t ld_out, uint8_t* scratch);
 
@@ -45,8 +46,17 @@ struct KernelTable {
     void (*attend_head)(const AttentionShape& shape, const AttentionRequest& request, const void* keys,
                         const void* values, int kv_head, int first_token, int num_tokens, float* scratch);
 
-    // Index of the largest; the lowest of equals; -1 where any value is NaN.
-    int64_t (*argmax_row)(const float* x, int64_t size);
+    // x [size] becomes cap * tanh(x / cap).
+    void (*softcap_row)(float* x, int64_t size, float cap);
+
+    // Passes over a row of logits: see sampling_rows.h.
+    float (*block_maxima)(const float* x, int64_t size, float* maxima);
+    void (*block_weights)(const float* x, int64_t size, float greatest, float inverse_temperature, int64_t* weights);
+    int64_t (*num_above)(const float* x, int64_t size, int64_t index);
+    void (*mask_row)(float* x, int64_t size, const uint32_t* words);
+
+    // Null: no tiles, activations in 8 bits.
+    const TileKernels* tiles = nullptr;
 };
 
 // Weights as bytes [groups][8 k4][2 halves][64 lanes], then scales and minima [groups][...][32] float32.
@@ -62,8 +72,12 @@ const KernelTable& portable_kernels();
 const KernelTable& avx2_kernels();       // AVX2, FMA, F16C
 const KernelTable& avx2_vnni_kernels();  // and AVX-VNNI
 const KernelTable& avx512_kernels();     // AVX-512 F, BW, VL, DQ, VNNI, BF16
+const KernelTable& amx_kernels();        // the same and AMX tiles of bfloat16
+
+// Whether this process may use tiles from now on.
+bool request_tiles();
 #elif defined(__aarch64__)
-const KernelTable& neon_dotprod_kernels();
+const KernelTable& neon_dotprod_kernels();  // Armv8.2-A with dot products
 #endif
 
 // The fastest table that this processor runs, or the one named. Null where that does not run here.

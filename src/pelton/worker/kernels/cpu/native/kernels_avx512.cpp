@@ -6,10 +6,12 @@
 
 #include <cmath>
 
+#include "activation_avx512.h"
 #include "attention_avx512.h"
 #include "dense_tiles.h"
 #include "kernel_table.h"
 #include "linear_avx512.h"
+#include "sampling_rows.h"
 
 namespace pelton {
 
@@ -39,33 +41,21 @@ void rms_norm_row(const float* x, float* residual, const float* weight, int size
     }
 }
 
-// 1 / (1 + exp(-x)), without overflow: exp only of what is negative.
-__m512 sigmoid(__m512 x) {
-    const __m512 e = exp_negative(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_abs_ps(x)));
-    const __m512 one = _mm512_set1_ps(1.0f);
-    const __mmask16 negative = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ);
-    return _mm512_div_ps(_mm512_mask_mov_ps(one, negative, e), _mm512_add_ps(one, e));
-}
-
 void silu_mul_row(const float* gate_up, int size, float* out) {
     for (int i = 0; i < size; i += 16) {
         const __mmask16 mask = tail(i, size);
         const __m512 gate = _mm512_maskz_loadu_ps(mask, gate_up + i);
         const __m512 up = _mm512_maskz_loadu_ps(mask, gate_up + size + i);
-        _mm512_mask_storeu_ps(out + i, mask, _mm512_mul_ps(_mm512_mul_ps(gate, sigmoid(gate)), up));
+        _mm512_mask_storeu_ps(out + i, mask, silu_mul(gate, up));
     }
 }
 
 void gelu_tanh_mul_row(const float* gate_up, int size, float* out) {
     for (int i = 0; i < size; i += 16) {
         const __mmask16 mask = tail(i, size);
-        const __m512 x = _mm512_maskz_loadu_ps(mask, gate_up + i);
+        const __m512 gate = _mm512_maskz_loadu_ps(mask, gate_up + i);
         const __m512 up = _mm512_maskz_loadu_ps(mask, gate_up + size + i);
-        __m512 inner = _mm512_fmadd_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(0.044715f), _mm512_set1_ps(1.0f));
-        inner = _mm512_mul_ps(_mm512_mul_ps(inner, x), _mm512_set1_ps(0.7978845608f));
-        const __m512 half = _mm512_mul_ps(x, _mm512_set1_ps(0.5f));
-        const __m512 gelu = _mm512_fmadd_ps(half, tanh_of(inner), half);
-        _mm512_mask_storeu_ps(out + i, mask, _mm512_mul_ps(gelu, up));
+        _mm512_mask_storeu_ps(out + i, mask, gelu_tanh_mul(gate, up));
     }
 }
 
@@ -105,38 +95,45 @@ void attend_head(const AttentionShape& shape, const AttentionRequest& request, c
     }
 }
 
-int64_t argmax_row(const float* x, int64_t size) {
-    const float lowest = -std::numeric_limits<float>::infinity();
-    __m512 best = _mm512_set1_ps(lowest);
-    __mmask16 unordered = 0;
-    int64_t i = 0;
-    for (; i + 16 <= size; i += 16) {
-        const __m512 value = _mm512_loadu_ps(x + i);
-        unordered |= _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-        best = _mm512_max_ps(best, value);
+// Half the instructions of the plain one.
+float block_maxima_512(const float* x, int64_t size, float* maxima) {
+    __mmask16 has_nan = 0;
+    __m512 greatest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+    int64_t start = 0;
+    for (; start + kSampleBlock <= size; start += kSampleBlock) {
+        __m512 best = _mm512_loadu_ps(x + start);
+        has_nan |= _mm512_cmp_ps_mask(best, best, _CMP_UNORD_Q);
+        for (int i = 16; i < kSampleBlock; i += 16) {
+            const __m512 value = _mm512_loadu_ps(x + start + i);
+            has_nan |= _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+            best = _mm512_max_ps(best, value);
+        }
+        greatest = _mm512_max_ps(greatest, best);
+        maxima[start / kSampleBlock] = _mm512_reduce_max_ps(best);
     }
-    float largest = _mm512_reduce_max_ps(best);
-    for (int64_t j = i; j < size; ++j) {
-        if (std::isnan(x[j])) return -1;
-        largest = std::max(largest, x[j]);
+    if (has_nan) return std::numeric_limits<float>::quiet_NaN();
+    const float result = _mm512_reduce_max_ps(greatest);
+    if (start == size) return result;
+    const float rest = block_maxima(x + start, size - start, maxima + start / kSampleBlock);
+    return std::isnan(rest) ? rest : std::max(rest, result);
+}
+
+void softcap_row(float* x, int64_t size, float cap) {
+    const __m512 wide_cap = _mm512_set1_ps(cap);
+    for (int64_t i = 0; i < size; i += 16) {
+        const __mmask16 mask = size - i >= 16 ? 0xffff : static_cast<__mmask16>((1u << (size - i)) - 1);
+        const __m512 value = _mm512_div_ps(_mm512_maskz_loadu_ps(mask, x + i), wide_cap);
+        _mm512_mask_storeu_ps(x + i, mask, _mm512_mul_ps(wide_cap, tanh_of(value)));
     }
-    if (unordered) return -1;
-    const __m512 wanted = _mm512_set1_ps(largest);
-    for (int64_t j = 0; j + 16 <= size; j += 16) {
-        const __mmask16 equal = _mm512_cmp_ps_mask(_mm512_loadu_ps(x + j), wanted, _CMP_EQ_OQ);
-        if (equal) return j + __builtin_ctz(equal);
-    }
-    while (i < size && x[i] != largest) ++i;
-    return i;
 }
 
 }  // namespace avx512
 
 const KernelTable& avx512_kernels() {
     using namespace avx512;
-    static const KernelTable table = {"avx512",     quantize_row,      linear_panel, dense_panel, rms_norm_row,
-                                      silu_mul_row, gelu_tanh_mul_row, rotate_head,  store_kv,    attend_head,
-                                      argmax_row};
+    static const KernelTable table = {"avx512",          quantize_row, linear_panel, dense_panel,      rms_norm_row,
+                                      silu_mul_row,      gelu_tanh_mul_row, rotate_head, store_kv,    attend_head,
+                                      softcap_row,       block_maxima_512, block_weights, num_above,  mask_row};
     return table;
 }
 

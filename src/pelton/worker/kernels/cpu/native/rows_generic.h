@@ -1,4 +1,4 @@
-// What works on one row of float32, in vectors: quantization, norms, gates, rotary, stores, argmax.
+// What works on one row of float32, in vectors: quantization, norms, gates, rotary, stores, soft caps.
 #pragma once
 
 #include <algorithm>
@@ -116,24 +116,11 @@ inline void store_kv(const float* from, int size, KVType kv_type, void* to) {
     for (; i < size; ++i) halves[i] = float_to_bfloat16(from[i]);
 }
 
-inline int64_t argmax_row(const float* x, int64_t size) {
-    Floats best = splat(-std::numeric_limits<float>::infinity());
-    Ints unordered = {};
-    int64_t i = 0;
-    for (; i + kLanes <= size; i += kLanes) {
-        const Floats value = load<Floats>(x + i);
-        unordered |= value != value;
-        best = max(value, best);
+inline void softcap_row(float* x, int64_t size, float cap) {
+    for (int64_t i = 0; i < size; i += kLanes) {
+        const int left = static_cast<int>(std::min<int64_t>(size - i, kLanes));
+        store_some(x + i, tanh_of(load_some(x + i, left) / splat(cap)) * splat(cap), left);
     }
-    for (int lane = 0; lane < kLanes; ++lane) {
-        if (unordered[lane]) return -1;
-    }
-    float largest = reduce_max(best);
-    for (; i < size; ++i) {
-        if (std::isnan(x[i])) return -1;
-        largest = std::max(largest, x[i]);
-    }
-    return std::find(x, x + size, largest) - x;
 }
 
 }  // namespace pelton::PELTON_ISA

@@ -11,6 +11,11 @@ constexpr size_t kAlign = 64;
 // Quantized activations that one pass over a panel reads again and again: they should stay in L2.
 constexpr int kChunkBytes = 512 * 1024;
 
+// The same for tiles: a chunk of rows times a range of groups.
+constexpr int kTileChunkRows = 512;
+constexpr int kTileChunkGroups = 32;
+constexpr int kFewPanels = 8;
+
 constexpr size_t aligned(size_t num_bytes) { return (num_bytes + kAlign - 1) / kAlign * kAlign; }
 
 }  // namespace
@@ -33,15 +38,25 @@ size_t LinearWeight::num_bytes() const {
     return total;
 }
 
-bool Runtime::takes_floats(const PackedMatrix& part) const {
-    return activation_ == ActivationType::F32 || traits_of(part.format).is_dense();
+void Runtime::linear(const LinearWeight& weight, const float* x, int num_rows, const float* bias, float* out) {
+    if (multiplies_tiles(weight)) {
+        multiply_tiles(weight, pack_tiles(x, num_rows, weight.num_inputs), bias, out);
+    } else {
+        multiply_panels(weight, x, num_rows, bias, out);
+    }
+}
+
+bool Runtime::multiplies_tiles(const LinearWeight& weight) const {
+    if (kernels_.tiles == nullptr || activation_ == ActivationType::INT8) return false;
+    return std::none_of(weight.parts.begin(), weight.parts.end(),
+                        [this](const PackedMatrix& part) { return multiplies_floats(part); });
 }
 
 QuantizedRows Runtime::quantize(const float* x, int num_rows, int num_inputs) {
     const int num_groups = num_inputs / kGroup;
     const size_t value_bytes = aligned(static_cast<size_t>(num_rows) * num_inputs);
     const size_t scale_bytes = aligned(static_cast<size_t>(num_rows) * num_groups * sizeof(float));
-    auto* memory = static_cast<uint8_t*>(quantized_.reserve(value_bytes + 3 * scale_bytes + kAlign));
+    auto* memory = static_cast<uint8_t*>(activations_.reserve(value_bytes + 3 * scale_bytes + kAlign));
     auto* values = reinterpret_cast<int8_t*>(memory);
     auto* scales = reinterpret_cast<float*>(memory + value_bytes);
     auto* sums = reinterpret_cast<int32_t*>(memory + value_bytes + scale_bytes);
@@ -53,13 +68,13 @@ QuantizedRows Runtime::quantize(const float* x, int num_rows, int num_inputs) {
     return {num_rows, num_inputs, values, scales, sums};
 }
 
-void Runtime::linear(const LinearWeight& weight, const float* x, int num_rows, const float* bias, float* out) {
+void Runtime::multiply_panels(const LinearWeight& weight, const float* x, int num_rows, const float* bias, float* out) {
     const int num_inputs = weight.num_inputs;
     int num_panels = 0;
     bool any_floats = false, any_quantized = false;
     for (const auto& part : weight.parts) {
         num_panels += part.num_panels();
-        (takes_floats(part) ? any_floats : any_quantized) = true;
+        (multiplies_floats(part) ? any_floats : any_quantized) = true;
     }
     const QuantizedRows quantized = any_quantized ? quantize(x, num_rows, num_inputs) : QuantizedRows{};
     const int padded_inputs = (num_inputs + kGroup - 1) / kGroup * kGroup;
@@ -82,7 +97,7 @@ void Runtime::linear(const LinearWeight& weight, const float* x, int num_rows, c
             float* to = out + static_cast<int64_t>(first) * weight.num_outputs + column;
             uint8_t* memory = scratch + thread * scratch_bytes;
             const size_t value = static_cast<size_t>(first) * num_inputs;
-            if (takes_floats(part)) {
+            if (multiplies_floats(part)) {
                 kernels_.dense_panel(part, panel, {last - first, num_inputs, x + value}, offsets, to,
                                      weight.num_outputs, memory);
             } else {
@@ -95,6 +110,92 @@ void Runtime::linear(const LinearWeight& weight, const float* x, int num_rows, c
             return;
         }
     });
+}
+
+TiledRows Runtime::reserve_tiles(Buffer& buffer, int num_rows, int num_inputs) {
+    // Blocks are read in pairs; what lies past the last row is never part of a result.
+    const int64_t num_blocks = (num_rows + kTileHeight - 1) / kTileHeight + 1;
+    return {num_rows, num_inputs,
+            static_cast<uint16_t*>(buffer.reserve(num_blocks * kTileHeight * num_inputs * sizeof(uint16_t)))};
+}
+
+TiledRows Runtime::pack_tiles(const float* x, int num_rows, int num_inputs) {
+    const TiledRows rows = reserve_tiles(activations_, num_rows, num_inputs);
+    pool_.run((num_rows + kTileHeight - 1) / kTileHeight, [&](int block, int) {
+        const int row = block * kTileHeight;
+        kernels_.tiles->pack_rows(x + static_cast<int64_t>(row) * num_inputs, std::min(kTileHeight, num_rows - row),
+                                  num_inputs, rows.block(block));
+    });
+    return rows;
+}
+
+void Runtime::multiply_tiles(const LinearWeight& weight, const TiledRows& x, const float* bias, float* out) {
+    const int num_groups = weight.num_inputs / kGroup;
+    const int groups_at_once = x.num_rows <= 2 * kTileHeight ? num_groups : kTileChunkGroups;
+    const size_t scratch_bytes = tile_scratch_bytes(std::min(x.num_rows, kTileChunkRows));
+    auto* scratch = static_cast<uint8_t*>(scratch_.reserve(scratch_bytes * pool_.num_threads()));
+    for (int row = 0; row < x.num_rows; row += kTileChunkRows) {
+        const TiledRows rows = x.from(row, kTileChunkRows);
+        for (int group = 0; group < num_groups; group += groups_at_once) {
+            const GroupRange groups = {group, std::min(group + groups_at_once, num_groups)};
+            run_panels(weight.parts, [&](const PackedMatrix& part, PanelRange panels, int column, int thread) {
+                const LinearResult result = {bias != nullptr ? bias + column : nullptr,
+                                             out + static_cast<int64_t>(row) * weight.num_outputs + column,
+                                             weight.num_outputs};
+                kernels_.tiles->linear_panels(part, panels, groups, rows, result, scratch + thread * scratch_bytes);
+            });
+        }
+    }
+}
+
+// Panels of gate and up are multiplied side by side, and their activation goes straight into tiles: for many rows
+// the two wide results would cost as much time in memory as the products.
+void Runtime::gated_mlp(const GatedWeights& weights, const float* x, int num_rows, float* out) {
+    const int size = weights.down->num_inputs;
+    const bool has_tiles = multiplies_tiles(*weights.gate_up) && multiplies_tiles(*weights.down);
+    if (!has_tiles || weights.gate_up->parts.size() != 2) {
+        auto* wide = static_cast<float*>(mlp_.reserve(static_cast<size_t>(num_rows) * size * 3 * sizeof(float)));
+        float* narrow = wide + static_cast<size_t>(num_rows) * size * 2;
+        linear(*weights.gate_up, x, num_rows, weights.gate_up_bias, wide);
+        gated(weights.gelu, wide, num_rows, size, narrow);
+        linear(*weights.down, narrow, num_rows, weights.down_bias, out);
+        return;
+    }
+    const auto& parts = weights.gate_up->parts;
+    const float* bias[2] = {weights.gate_up_bias, weights.gate_up_bias == nullptr ? nullptr : weights.gate_up_bias + size};
+    const TiledRows rows = pack_tiles(x, num_rows, weights.gate_up->num_inputs);
+    const TiledRows hidden = reserve_tiles(mlp_, num_rows, size);
+    const bool few = num_rows <= 2 * kTileHeight;
+    const int chunk_rows = few ? num_rows : std::max(2 * kTileHeight, kTileChunkRows * kTileChunkGroups * kGroup / rows.num_inputs / (2 * kTileHeight) * (2 * kTileHeight));
+    const int panels_at_once = few ? kFewPanels : 1;
+    const int64_t ld = panels_at_once * kPanel;
+    const size_t side_bytes = aligned(static_cast<size_t>(std::min(num_rows, chunk_rows)) * ld * sizeof(float));
+    const size_t work_bytes = tile_scratch_bytes(std::min(num_rows, chunk_rows)) + 2 * side_bytes;
+    auto* scratch = static_cast<uint8_t*>(scratch_.reserve(work_bytes * pool_.num_threads()));
+    for (int row = 0; row < num_rows; row += chunk_rows) {
+        const TiledRows chunk = rows.from(row, chunk_rows), to = hidden.from(row, chunk_rows);
+        run_panels(std::span(parts).first(1), [&](const PackedMatrix&, PanelRange panels, int, int thread) {
+            uint8_t* work = scratch + thread * work_bytes;
+            float* sides[2] = {reinterpret_cast<float*>(work), reinterpret_cast<float*>(work + side_bytes)};
+            for (int first = panels.first; first < panels.last; first += panels_at_once) {
+                const PanelRange some = {first, std::min(first + panels_at_once, panels.last)};
+                for (int side = 0; side < 2; ++side) {
+                    kernels_.tiles->linear_panels(parts[side], some, {0, rows.num_inputs / kGroup}, chunk,
+                                                  {bias[side], sides[side] - first * kPanel, ld}, work + 2 * side_bytes);
+                }
+                for (int panel = some.first; panel < some.last; ++panel) {
+                    const int64_t column = (panel - some.first) * kPanel;
+                    for (int block = 0; block * kTileHeight < chunk.num_rows; ++block) {
+                        const int64_t at = block * kTileHeight * ld + column;
+                        kernels_.tiles->gated_rows(weights.gelu, sides[0] + at, sides[1] + at, ld,
+                                                   std::min(kTileHeight, chunk.num_rows - block * kTileHeight),
+                                                   to.block(block) + static_cast<int64_t>(panel) * kTileValues);
+                    }
+                }
+            }
+        });
+    }
+    multiply_tiles(*weights.down, hidden, weights.down_bias, out);
 }
 
 void Runtime::rms_norm(const float* x, float* residual, const float* weight, int num_rows, int size, float eps,
@@ -127,15 +228,24 @@ void Runtime::rotate_and_store(const AttentionShape& shape, const Tokens& tokens
             float* key = rows.keys + token * rows.ld_keys + static_cast<int64_t>(head) * dim;
             const float* value = rows.values + token * rows.ld_values + static_cast<int64_t>(head) * dim;
             kernels_.rotate_head(key, cos, sin, tokens.half);
-            const int64_t at = (tokens.slots[token] * shape.num_kv_heads + head) * dim * element_bytes;
+            const int64_t slot = tokens.slots[token];
+            const int64_t at = (slot * shape.num_kv_heads + head) * dim * element_bytes;
             kernels_.store_kv(key, dim, shape.kv_type, static_cast<uint8_t*>(key_cache) + at);
-            kernels_.store_kv(value, dim, shape.kv_type, static_cast<uint8_t*>(value_cache) + at);
+            if (!uses_tiles(shape)) {
+                kernels_.store_kv(value, dim, shape.kv_type, static_cast<uint8_t*>(value_cache) + at);
+                continue;
+            }
+            const int64_t block = slot / shape.block_size, offset = slot % shape.block_size;
+            kernels_.tiles->store_values(value, dim, shape.block_size,
+                                         static_cast<uint16_t*>(value_cache) +
+                                             (block * shape.num_kv_heads + head) * dim * shape.block_size + offset);
         }
     });
 }
 
-void Runtime::attend(const AttentionShape& shape, std::span<const AttentionRequest> requests, const void* key_cache,
-                     const void* value_cache) {
+void Runtime::attend(const AttentionShape& shape, std::span<const AttentionRequest> requests,
+                     const AttentionSchedule& schedule, const void* key_cache, const void* value_cache) {
+    if (uses_tiles(shape)) return attend_tiles(shape, requests, schedule, key_cache, value_cache);
     struct Task {
         int request;
         int kv_head;
@@ -167,8 +277,68 @@ void Runtime::attend(const AttentionShape& shape, std::span<const AttentionReque
     });
 }
 
-void Runtime::argmax(const float* logits, int num_rows, int64_t size, int64_t* out) {
-    pool_.run(num_rows, [&](int row, int) { out[row] = kernels_.argmax_row(logits + row * size, size); });
+void Runtime::attend_tiles(const AttentionShape& shape, std::span<const AttentionRequest> requests,
+                           const AttentionSchedule& schedule, const void* key_cache, const void* value_cache) {
+    const int num_kv_heads = shape.num_kv_heads, group = shape.num_heads / num_kv_heads;
+    const TileKernels& kernels = *kernels_.tiles;
+    const size_t column_bytes = aligned(std::max(schedule.num_columns, kTileHeight) * sizeof(AttentionColumn));
+    const size_t work_bytes =
+        column_bytes + aligned(kernels.attention_scratch_floats(shape.head_dim, schedule.num_columns) * sizeof(float));
+    auto* scratch = static_cast<uint8_t*>(scratch_.reserve(work_bytes * pool_.num_threads()));
+    const int64_t part_floats = kernels.part_floats(shape.head_dim);
+    auto* parts =
+        static_cast<float*>(parts_.reserve(schedule.num_tiles * num_kv_heads * part_floats * sizeof(float)));
+    const auto part_at = [&](int kv_head, int tile) {
+        return parts + (static_cast<int64_t>(kv_head) * schedule.num_tiles + tile) * part_floats;
+    };
+    // All columns of `kv_head` in some tokens of a request.
+    const auto set_columns = [&](AttentionColumn* to, const AttentionRequest& request, int kv_head, int first, int count) {
+        const int64_t ld_out = static_cast<int64_t>(shape.num_heads) * shape.head_dim;
+        for (int token = first; token < first + count; ++token) {
+            for (int head = kv_head * group; head < (kv_head + 1) * group; ++head, ++to) {
+                const int64_t at = static_cast<int64_t>(head) * shape.head_dim;
+                *to = {request.query + token * request.ld_query + at, request.out + token * ld_out + at,
+                       request.seq_len - request.num_tokens + token};
+            }
+        }
+    };
+    pool_.run(static_cast<int>(schedule.pieces.size()) * num_kv_heads, [&](int index, int thread) {
+        const auto& piece = schedule.pieces[index / num_kv_heads];
+        const int kv_head = index % num_kv_heads;
+        auto* columns = reinterpret_cast<AttentionColumn*>(scratch + thread * work_bytes);
+        auto* work = reinterpret_cast<float*>(scratch + thread * work_bytes + column_bytes);
+        if (piece.chunk < 0) {
+            const auto& run = schedule.runs[piece.run];
+            const AttentionRequest& request = requests[run.request];
+            set_columns(columns, request, kv_head, run.first_token, run.num_tokens);
+            kernels.attend(shape, {columns, run.num_tokens * group, request.seq_len, request.block_table}, key_cache,
+                           value_cache, kv_head, work);
+            return;
+        }
+        const auto& chunk = schedule.chunks[piece.chunk];
+        const AttentionRequest& first = requests[chunk.members.front()];
+        const int own = first.num_tokens * group, per_tile = kTileHeight / own;
+        const int num_tiles = (static_cast<int>(chunk.members.size()) + per_tile - 1) / per_tile;
+        std::fill_n(columns, num_tiles * kTileHeight, AttentionColumn{});
+        for (int i = 0; i < static_cast<int>(chunk.members.size()); ++i) {
+            set_columns(columns + i / per_tile * kTileHeight + i % per_tile * own, requests[chunk.members[i]], kv_head, 0,
+                        first.num_tokens);
+        }
+        kernels.attend_chunk(shape, {columns, num_tiles * kTileHeight, first.seq_len, first.block_table}, key_cache,
+                             value_cache, kv_head, chunk.start, part_at(kv_head, chunk.first_tile), work);
+    });
+    pool_.run(static_cast<int>(schedule.merges.size()) * num_kv_heads, [&](int index, int thread) {
+        const auto& merge = schedule.merges[index / num_kv_heads];
+        const int kv_head = index % num_kv_heads;
+        const AttentionRequest& request = requests[merge.request];
+        auto* columns = reinterpret_cast<AttentionColumn*>(scratch + thread * work_bytes);
+        set_columns(columns, request, kv_head, 0, request.num_tokens);
+        std::vector<ChunkPart> own;
+        own.reserve(merge.parts.size());
+        for (const auto& part : merge.parts) own.push_back({part_at(kv_head, part.tile), part.lane});
+        kernels.merge_chunks(shape, own, columns, request.num_tokens * group,
+                             reinterpret_cast<float*>(scratch + thread * work_bytes + column_bytes));
+    });
 }
 
 }  // namespace pelton

@@ -1,10 +1,12 @@
 // `Runtime`: kernels chosen for this processor, threads, and the scratch memory of one engine.
 #pragma once
 
+#include <algorithm>
 #include <memory>
 #include <span>
 #include <vector>
 
+#include "attention_schedule.h"
 #include "kernel_table.h"
 #include "thread_pool.h"
 
@@ -33,11 +35,20 @@ struct LinearWeight {
     size_t num_bytes() const;
 };
 
-// What activations are rounded to as they enter a product.
+// Of a gated feed-forward layer; biases may be null.
+struct GatedWeights {
+    const LinearWeight* gate_up;
+    const float* gate_up_bias;
+    const LinearWeight* down;
+    const float* down_bias;
+    bool gelu;
+};
+
+// What activations are rounded to as they enter a product with quantized weights.
 enum class ActivationType {
-    Auto,  // the fastest: 8 bits with quantized weights, float32 with dense ones
+    Auto,  // the fastest
     INT8,
-    BF16,
+    BF16,  // with tiles only
     F32,
 };
 
@@ -61,6 +72,8 @@ struct HeadRows {
 
 // One operation at a time: not thread-safe.
 class Runtime {
+    static constexpr int kTasksPerThread = 16;
+
 public:
     Runtime(const KernelTable& kernels, int num_threads, const std::vector<int>& cpus,
             ActivationType activation = ActivationType::Auto)
@@ -75,6 +88,9 @@ public:
     // out [S, H] of x [S, H]; residual [S, H] (may be null) becomes x + residual.
     void rms_norm(const float* x, float* residual, const float* weight, int num_rows, int size, float eps, float* out);
 
+    // out [S, O] = down(act(gate) * up) with (gate, up) [S, 2F] = gate_up(x) for x [S, I].
+    void gated_mlp(const GatedWeights& weights, const float* x, int num_rows, float* out);
+
     // [S, 2F] -> [S, F].
     void gated(bool gelu, const float* gate_up, int num_rows, int size, float* out);
 
@@ -82,21 +98,59 @@ public:
     void rotate_and_store(const AttentionShape& shape, const Tokens& tokens, const HeadRows& rows, void* key_cache,
                           void* value_cache);
 
-    void attend(const AttentionShape& shape, std::span<const AttentionRequest> requests, const void* key_cache,
-                const void* value_cache);
-
-    void argmax(const float* logits, int num_rows, int64_t size, int64_t* out);
+    // `schedule` is made of the same requests.
+    void attend(const AttentionShape& shape, std::span<const AttentionRequest> requests,
+                const AttentionSchedule& schedule, const void* key_cache, const void* value_cache);
 
 private:
-    bool takes_floats(const PackedMatrix& part) const;
+    bool uses_tiles(const AttentionShape& shape) const {
+        return kernels_.tiles != nullptr && kernels_.tiles->can_attend(shape);
+    }
+
+    // Float32 products, of decoded weights where need be.
+    bool multiplies_floats(const PackedMatrix& part) const {
+        return activation_ == ActivationType::F32 || traits_of(part.format).is_dense();
+    }
+    // A weight with a dense part goes another way as a whole.
+    bool multiplies_tiles(const LinearWeight& weight) const;
+    void multiply_panels(const LinearWeight& weight, const float* x, int num_rows, const float* bias, float* out);
     // Rows in 8 bits, in memory that the next call reuses.
     QuantizedRows quantize(const float* x, int num_rows, int num_inputs);
+    TiledRows reserve_tiles(Buffer& buffer, int num_rows, int num_inputs);
+    TiledRows pack_tiles(const float* x, int num_rows, int num_inputs);
+    void multiply_tiles(const LinearWeight& weight, const TiledRows& x, const float* bias, float* out);
+
+    // Calls run(part, panels, first column, thread) for all panels, some neighbours at a time: streams of memory
+    // are long, and the kernel prefetches a next panel that is its own.
+    template <typename Run>
+    void run_panels(std::span<const PackedMatrix> parts, const Run& run) {
+        int num_panels = 0;
+        for (const auto& part : parts) num_panels += part.num_panels();
+        const int num_tasks = std::min(num_panels, pool_.num_threads() * kTasksPerThread);
+        pool_.run(num_tasks, [&](int task, int thread) {
+            int first = static_cast<int>(static_cast<int64_t>(num_panels) * task / num_tasks);
+            int last = static_cast<int>(static_cast<int64_t>(num_panels) * (task + 1) / num_tasks);
+            int column = 0;
+            for (const auto& part : parts) {
+                const PanelRange panels = {std::max(first, 0), std::min(last, part.num_panels())};
+                if (panels.first < panels.last) run(part, panels, column, thread);
+                first -= part.num_panels();
+                last -= part.num_panels();
+                column += part.num_outputs;
+            }
+        });
+    }
+
+    void attend_tiles(const AttentionShape& shape, std::span<const AttentionRequest> requests,
+                      const AttentionSchedule& schedule, const void* key_cache, const void* value_cache);
 
     const KernelTable& kernels_;
     ActivationType activation_;
     ThreadPool pool_;
-    Buffer quantized_;
+    Buffer activations_;
     Buffer scratch_;
+    Buffer parts_;
+    Buffer mlp_;
 };
 
 }  // namespace pelton

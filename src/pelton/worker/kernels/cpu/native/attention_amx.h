@@ -1,0 +1,425 @@
+// Attention of one key-value head with bfloat16 tiles.
+//
+// A query head of a token is a column (attention.h): scores are keys [16, D] times queries [D, 16], so that softmax runs
+// down the columns without a sum across a register, and results are values [D, 16 keys] times
+// probabilities [16 keys, 16]. Keys lie in the cache as everywhere; values lie transposed, in each block
+// [K][D][block_size], which is what the second product reads.
+//
+// Law 3: positions are taken in chunks that start at multiples of kChunkPositions. What a chunk adds to a
+// column depends on that column and the chunk alone; chunks are merged in order.
+#pragma once
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "attention_avx512.h"
+#include "attention_schedule.h"
+#include "tile_registers.h"
+#include "tiles.h"
+
+namespace pelton::amx {
+
+constexpr int kBlockPositions = 16;  // positions a tile of keys has
+constexpr int kChunkBlocks = kChunkPositions / kBlockPositions;
+constexpr int kColumns = 16;
+constexpr float kHidden = -1e30f;  // the score of what a column does not see: finite, so that it subtracts
+constexpr float kLog2E = 1.44269504f;
+
+// 2^x for x <= 0 within 3e-6: probabilities are rounded to bfloat16 anyway. Exactly 1 at 0.
+inline __m512 exp2_negative(__m512 x) {
+    const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 r = _mm512_sub_ps(x, n);
+    __m512 p = _mm512_fmadd_ps(r, _mm512_set1_ps(9.582853193e-3f), _mm512_set1_ps(5.590642771e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.402409863e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.931241931e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(p, n);
+}
+
+// Sums of 16 columns over one chunk or more: results [D][16], then maxima (powers of 2) and sums [16].
+struct PartialSums {
+    float* data;
+    int dim;
+
+    float* maxima() const { return data + static_cast<int64_t>(dim) * kColumns; }
+    float* sums() const { return maxima() + kColumns; }
+
+    void clear() const {
+        std::fill_n(data, static_cast<int64_t>(dim) * kColumns, 0.0f);
+        std::fill_n(maxima(), kColumns, kHidden);
+        std::fill_n(sums(), kColumns, 0.0f);
+    }
+
+    // Adds columns [lane, ...) of `part` under `mask` to the first ones here.
+    void add(const PartialSums& part, int lane, __mmask16 mask) const {
+        const __m512 before = _mm512_load_ps(maxima());
+        const __m512 largest = _mm512_mask_loadu_ps(_mm512_set1_ps(kHidden), mask, part.maxima() + lane);
+        const __m512 maximum = _mm512_max_ps(before, largest);
+        const __m512 keep = exp2_negative(_mm512_sub_ps(before, maximum));
+        const __m512 take = exp2_negative(_mm512_sub_ps(largest, maximum));
+        _mm512_store_ps(maxima(), maximum);
+        const auto merge = [&](float* to, const float* from) {
+            const __m512 added = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, from + lane), take);
+            _mm512_store_ps(to, _mm512_fmadd_ps(_mm512_load_ps(to), keep, added));
+        };
+        merge(sums(), part.sums());
+        for (int d = 0; d < dim; ++d) merge(data + d * kColumns, part.data + d * kColumns);
+    }
+
+    // Results over sums, where the columns want them.
+    void store(const AttentionColumn* columns, int count) const {
+        const __m512 inverse = _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_load_ps(sums()));
+        for (int d = 0; d < dim; d += 16) {
+            __m512i rows[16];
+            for (int i = 0; i < 16; ++i) {
+                rows[i] = _mm512_castps_si512(_mm512_mul_ps(_mm512_load_ps(data + (d + i) * kColumns), inverse));
+            }
+            avx512::transpose(rows);
+            for (int i = 0; i < count; ++i) {
+                if (columns[i].out != nullptr) _mm512_storeu_si512(columns[i].out + d, rows[i]);
+            }
+        }
+    }
+
+    static constexpr int64_t num_floats(int dim) { return static_cast<int64_t>(dim + 2) * kColumns; }
+};
+
+// Columns that see the same blocks.
+class HeadColumns {
+public:
+    HeadColumns(const AttentionShape& shape, const ColumnRun& run, const void* keys, const void* values, int kv_head,
+                float* scratch)
+        : shape_(shape),
+          run_(run),
+          keys_(static_cast<const uint16_t*>(keys)),
+          values_(static_cast<const uint16_t*>(values)),
+          kv_head_(kv_head),
+          num_tiles_((run.num_columns + kColumns - 1) / kColumns),
+          dim_(shape.head_dim) {
+        const auto take = [&scratch](int64_t num_floats) {
+            float* part = scratch;
+            scratch += num_floats;
+            return part;
+        };
+        queries_ = reinterpret_cast<uint16_t*>(take(static_cast<int64_t>(num_tiles_) * dim_ * kColumns / 2));
+        totals_ = take(num_tiles_ * PartialSums::num_floats(dim_));
+        part_ = take(PartialSums::num_floats(dim_));
+        scores_ = take(kChunkPositions * kColumns);
+        probabilities_ = reinterpret_cast<uint16_t*>(take(kChunkPositions * kColumns / 2));
+        for (auto& edge : edges_) {
+            edge.values = reinterpret_cast<uint16_t*>(take(static_cast<int64_t>(dim_) * kBlockPositions / 2));
+        }
+        first_position_ = last_position_ = run.columns[0].position;
+        for (int i = 1; i < run.num_columns; ++i) {
+            if (run.columns[i].query == nullptr) continue;
+            first_position_ = std::min(first_position_, run.columns[i].position);
+            last_position_ = std::max(last_position_, run.columns[i].position);
+        }
+    }
+
+    static int64_t scratch_floats(int dim, int num_columns) {
+        const int64_t tiles = (num_columns + kColumns - 1) / kColumns;
+        return tiles * dim * kColumns / 2 + (tiles + 1) * PartialSums::num_floats(dim) +
+               kChunkPositions * kColumns * 3 / 2 + 2 * dim * kBlockPositions / 2;
+    }
+
+    // All that the columns see; writes their results.
+    void run() {
+        begin();
+        for (int tile = 0; tile < num_tiles_; ++tile) total(tile).clear();
+        const int first = first_visible(first_position_);
+        load_edge(edges_[0], first / kBlockPositions * kBlockPositions);
+        load_edge(edges_[1], last_position_ / kBlockPositions * kBlockPositions);
+        const PartialSums part = {part_, dim_};
+        for (int start = first / kChunkPositions * kChunkPositions; start <= last_position_; start += kChunkPositions) {
+            for (int tile = 0; tile < num_tiles_; ++tile) {
+                if (add_chunk(tile, start, part)) total(tile).add(part, 0, 0xffff);
+            }
+        }
+        for (int tile = 0; tile < num_tiles_; ++tile) {
+            total(tile).store(run_.columns + tile * kColumns, num_columns(tile));
+        }
+        release_tiles();
+    }
+
+    // What the chunk at `start` adds, to parts [tiles].
+    void run_chunk(int start, float* parts) {
+        begin();
+        load_edge(edges_[0], std::max(first_visible(first_position_), start) / kBlockPositions * kBlockPositions);
+        load_edge(edges_[1], std::min(last_position_, start + kChunkPositions - 1) / kBlockPositions * kBlockPositions);
+        for (int tile = 0; tile < num_tiles_; ++tile) {
+            const PartialSums part = {parts + tile * PartialSums::num_floats(dim_), dim_};
+            if (!add_chunk(tile, start, part)) part.clear();
+        }
+        release_tiles();
+    }
+
+private:
+    // A copy of 16 positions' values [D][16].
+    struct Edge {
+        int start;
+        uint16_t* values;
+    };
+
+    // Registers 0..3 sum; 4 and 5 are keys and queries, 6 and 7 values and probabilities.
+    void begin() {
+        TileConfig config;
+        for (int tile = 0; tile < 6; ++tile) config.set(tile, 16, 64);
+        config.set(6, 16, 2 * kBlockPositions);
+        config.set(7, kBlockPositions / 2, 64);
+        config.load();
+        for (int tile = 0; tile < num_tiles_; ++tile) load_queries(tile);
+    }
+
+    int first_visible(int position) const {
+        return shape_.sliding_window > 0 ? std::max(0, position - shape_.sliding_window + 1) : 0;
+    }
+    int num_columns(int tile) const { return std::min(kColumns, run_.num_columns - tile * kColumns); }
+    PartialSums total(int tile) const { return {totals_ + tile * PartialSums::num_floats(dim_), dim_}; }
+    uint16_t* query_tiles(int tile) const { return queries_ + static_cast<int64_t>(tile) * dim_ * kColumns; }
+
+    // [D / 32] tiles of 16 pairs of dimensions x 16 columns x 2; columns that do not exist are 0.
+    void load_queries(int tile) {
+        for (int d = 0; d < dim_; d += 32) {
+            __m512i rows[16];
+            for (int i = 0; i < kColumns; ++i) {
+                const float* from = i < num_columns(tile) ? run_.columns[tile * kColumns + i].query : nullptr;
+                rows[i] = from == nullptr ? _mm512_setzero_si512()
+                                          : reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(
+                                                _mm512_loadu_ps(from + d + 16), _mm512_loadu_ps(from + d)));
+            }
+            avx512::transpose(rows);
+            uint16_t* to = query_tiles(tile) + d * kColumns;
+            for (int i = 0; i < 16; ++i) _mm512_store_si512(to + i * 32, rows[i]);
+        }
+    }
+
+    int64_t block_at(int position) const { return run_.block_table[position / shape_.block_size]; }
+
+    const uint16_t* keys_at(int position) const {
+        const int64_t slot = block_at(position) * shape_.block_size + position % shape_.block_size;
+        return keys_ + (slot * shape_.num_kv_heads + kv_head_) * dim_;
+    }
+
+    const uint16_t* values_at(int position) const {
+        return values_ + (block_at(position) * shape_.num_kv_heads + kv_head_) * dim_ * shape_.block_size +
+               position % shape_.block_size;
+    }
+
+    // Slots out of the columns' window or not written yet may hold anything, NaN too, and 0 times NaN would reach
+    // the result: the first and the last positions are read from a copy.
+    void load_edge(Edge& edge, int start) {
+        const uint32_t before = (1u << std::clamp(first_visible(first_position_) - start, 0, kBlockPositions)) - 1;
+        const uint32_t written = (1u << std::clamp(run_.seq_len - start, 0, kBlockPositions)) - 1;
+        const auto mask = static_cast<__mmask16>(written & ~before);
+        edge.start = start;
+        const uint16_t* from = values_at(start);
+        for (int d = 0; d < dim_; ++d) {
+            _mm256_store_si256(reinterpret_cast<__m256i*>(edge.values + d * kBlockPositions),
+                               _mm256_maskz_loadu_epi16(mask, from + d * shape_.block_size));
+        }
+    }
+
+    // False, and nothing done, where no column of the tile sees any of the chunk.
+    bool add_chunk(int tile, int start, const PartialSums& part) {
+        int first = last_position_, last = -1;
+        for (int i = 0; i < num_columns(tile); ++i) {
+            const AttentionColumn& column = run_.columns[tile * kColumns + i];
+            positions_[i] = column.query == nullptr ? -1 : column.position;
+            oldest_[i] = first_visible(positions_[i]);
+            if (column.query == nullptr) continue;
+            first = std::min(first, column.position);
+            last = std::max(last, column.position);
+        }
+        std::fill(positions_ + num_columns(tile), positions_ + kColumns, -1);
+        std::fill(oldest_ + num_columns(tile), oldest_ + kColumns, 0);
+        const int first_block = std::max(0, first_visible(first) - start) / kBlockPositions;
+        const int end_block = std::min(last - start, kChunkPositions - 1) / kBlockPositions + 1;
+        if (start > last || first_block >= end_block) return false;
+        for (int block = first_block; block < end_block; block += 4) {
+            score_blocks(tile, start, block, std::min(block + 4, end_block));
+        }
+        // Every column that there is sees every position: nothing to hide.
+        const int begin = start + first_block * kBlockPositions, end = start + end_block * kBlockPositions;
+        hide(start, first_block, end_block, end - 1 > first || begin < first_visible(last));
+        soften(first_block, end_block, part);
+        for (int d = 0; d < dim_; d += 4 * kColumns) add_values(start, first_block, end_block, d, part.data);
+        return true;
+    }
+
+    // Scores [positions, 16] of up to four blocks.
+    void score_blocks(int tile, int start, int first, int end) {
+        const int64_t row_bytes = static_cast<int64_t>(shape_.num_kv_heads) * dim_ * 2;
+        const uint16_t* keys[4];
+        for (int i = 0; i < 4; ++i) keys[i] = keys_at(start + std::min(first + i, end - 1) * kBlockPositions);
+        zero_tile<0>();
+        zero_tile<1>();
+        zero_tile<2>();
+        zero_tile<3>();
+        const uint16_t* queries = query_tiles(tile);
+        for (int d = 0; d < dim_; d += 32) {
+            load_tile<5>(queries + d * kColumns, 64);
+            load_tile<4>(keys[0] + d, row_bytes);
+            multiply_tiles<0, 4, 5>();
+            if (end - first > 1) {
+                load_tile<4>(keys[1] + d, row_bytes);
+                multiply_tiles<1, 4, 5>();
+            }
+            if (end - first > 2) {
+                load_tile<4>(keys[2] + d, row_bytes);
+                multiply_tiles<2, 4, 5>();
+            }
+            if (end - first > 3) {
+                load_tile<4>(keys[3] + d, row_bytes);
+                multiply_tiles<3, 4, 5>();
+            }
+        }
+        float* to = scores_ + first * kBlockPositions * kColumns;
+        store_tile<0>(to, 64);
+        if (end - first > 1) store_tile<1>(to + 256, 64);
+        if (end - first > 2) store_tile<2>(to + 512, 64);
+        if (end - first > 3) store_tile<3>(to + 768, 64);
+    }
+
+    // Scores to probabilities relative to the chunk's own maximum.
+    void soften(int first_block, int end_block, const PartialSums& part) {
+        const int begin = first_block * kBlockPositions, end = end_block * kBlockPositions;
+        __m512 maxima[4];
+        for (auto& maximum : maxima) maximum = _mm512_set1_ps(kHidden);
+        for (int i = begin; i < end; i += 4) {
+            for (int j = 0; j < 4; ++j) maxima[j] = _mm512_max_ps(maxima[j], _mm512_load_ps(scores_ + (i + j) * kColumns));
+        }
+        const __m512 scale = _mm512_set1_ps(shape_.softcap > 0.0f ? 1.0f : shape_.scale * kLog2E);
+        const __m512 most = _mm512_max_ps(_mm512_max_ps(maxima[0], maxima[1]), _mm512_max_ps(maxima[2], maxima[3]));
+        // A column that sees nothing here gets probabilities of 0 and leaves its maximum as it is.
+        const __mmask16 sees = _mm512_cmp_ps_mask(most, _mm512_set1_ps(kHidden), _CMP_NLE_UQ);
+        const __m512 largest = _mm512_maskz_mul_ps(sees, most, scale);
+        alignas(64) static const uint16_t kInterleave[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                             8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+        const __m512i interleave = _mm512_load_si512(kInterleave);
+        // The sum's order is that of positions, two strands of it, whatever block comes first.
+        __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+        for (int i = begin; i < end; i += 2) {
+            const float* scores = scores_ + i * kColumns;
+            const __m512 even = exp2_negative(_mm512_fmsub_ps(_mm512_load_ps(scores), scale, largest));
+            const __m512 odd = exp2_negative(_mm512_fmsub_ps(_mm512_load_ps(scores + kColumns), scale, largest));
+            sums[0] = _mm512_add_ps(sums[0], even);
+            sums[1] = _mm512_add_ps(sums[1], odd);
+            const auto pairs = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even));
+            _mm512_store_si512(probabilities_ + i * kColumns, _mm512_permutexvar_epi16(interleave, pairs));
+        }
+        _mm512_storeu_ps(part.sums(), _mm512_add_ps(sums[0], sums[1]));
+        _mm512_storeu_ps(part.maxima(), _mm512_mask_mov_ps(_mm512_set1_ps(kHidden), sees, largest));
+    }
+
+    // Caps scores (and scales them, as powers of 2), and overwrites those of positions that a column does not see.
+    void hide(int start, int first_block, int end_block, bool some_are_hidden) {
+        const int begin = first_block * kBlockPositions, end = end_block * kBlockPositions;
+        if (shape_.softcap > 0.0f) {
+            const __m512 in = _mm512_set1_ps(shape_.scale / shape_.softcap);
+            const __m512 out = _mm512_set1_ps(shape_.softcap * kLog2E);
+            for (int i = begin; i < end; ++i) {
+                const __m512 score = _mm512_load_ps(scores_ + i * kColumns);
+                _mm512_store_ps(scores_ + i * kColumns, _mm512_mul_ps(avx512::tanh_of(_mm512_mul_ps(score, in)), out));
+            }
+        }
+        if (!some_are_hidden) return;
+        const __m512i last = _mm512_load_si512(positions_), first = _mm512_load_si512(oldest_);
+        const __m512 hidden = _mm512_set1_ps(kHidden);
+        for (int i = begin; i < end; ++i) {
+            const __m512i position = _mm512_set1_epi32(start + i);
+            const __mmask16 seen = _mm512_cmple_epi32_mask(position, last) & _mm512_cmpge_epi32_mask(position, first);
+            float* score = scores_ + i * kColumns;
+            _mm512_store_ps(score, _mm512_mask_mov_ps(hidden, seen, _mm512_load_ps(score)));
+        }
+    }
+
+    // part [64 dimensions from d on][16] = values times probabilities.
+    void add_values(int start, int first, int end, int d, float* part) const {
+        const int count = std::min(4, (dim_ - d) / 16);
+        zero_tile<0>();
+        zero_tile<1>();
+        zero_tile<2>();
+        zero_tile<3>();
+        for (int block = first; block < end; ++block) {
+            const int position = start + block * kBlockPositions;
+            const Edge* edge = position == edges_[0].start   ? &edges_[0]
+                               : position == edges_[1].start ? &edges_[1]
+                                                             : nullptr;
+            const int64_t stride = edge != nullptr ? kBlockPositions : shape_.block_size;
+            const uint16_t* values = (edge != nullptr ? edge->values : values_at(position)) + d * stride;
+            load_tile<7>(probabilities_ + block * kBlockPositions * kColumns, 64);
+            load_tile<6>(values, 2 * stride);
+            multiply_tiles<0, 6, 7>();
+            load_tile<6>(values + 16 * stride, 2 * stride);
+            multiply_tiles<1, 6, 7>();
+            if (count == 2) continue;
+            load_tile<6>(values + 32 * stride, 2 * stride);
+            multiply_tiles<2, 6, 7>();
+            load_tile<6>(values + 48 * stride, 2 * stride);
+            multiply_tiles<3, 6, 7>();
+        }
+        float* to = part + d * kColumns;
+        store_tile<0>(to, 64);
+        store_tile<1>(to + 256, 64);
+        if (count == 2) return;
+        store_tile<2>(to + 512, 64);
+        store_tile<3>(to + 768, 64);
+    }
+
+    const AttentionShape& shape_;
+    const ColumnRun& run_;
+    const uint16_t* keys_;
+    const uint16_t* values_;
+    int kv_head_;
+    int num_tiles_;
+    int dim_;
+    int first_position_;
+    int last_position_;
+    uint16_t* queries_;
+    float* totals_;
+    float* part_;
+    float* scores_;            // [kChunkPositions][16]
+    uint16_t* probabilities_;  // [kChunkPositions / 2][16][2]
+    Edge edges_[2];
+    // Of the tile at hand; -1 where there is no column.
+    alignas(64) int positions_[kColumns];
+    alignas(64) int oldest_[kColumns];
+};
+
+inline bool can_attend(const AttentionShape& shape) {
+    return shape.kv_type == KVType::BF16 && shape.block_size % kBlockPositions == 0 && shape.head_dim % 32 == 0;
+}
+
+// One token's head [D] into its place in a transposed block: values are `stride` apart.
+inline void store_values(const float* from, int dim, int64_t stride, uint16_t* to) {
+    for (int d = 0; d < dim; d += 16) {
+        alignas(32) uint16_t values[16];
+        _mm256_store_si256(reinterpret_cast<__m256i*>(values),
+                           reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_loadu_ps(from + d))));
+        for (int i = 0; i < 16; ++i) to[(d + i) * stride] = values[i];
+    }
+}
+
+inline void attend(const AttentionShape& shape, const ColumnRun& run, const void* keys, const void* values, int kv_head,
+                   float* scratch) {
+    HeadColumns(shape, run, keys, values, kv_head, scratch).run();
+}
+
+inline void attend_chunk(const AttentionShape& shape, const ColumnRun& run, const void* keys, const void* values,
+                         int kv_head, int start, float* parts, float* scratch) {
+    HeadColumns(shape, run, keys, values, kv_head, scratch).run_chunk(start, parts);
+}
+
+inline void merge_chunks(const AttentionShape& shape, std::span<const ChunkPart> parts, const AttentionColumn* columns,
+                         int num_columns, float* scratch) {
+    const PartialSums total = {scratch, shape.head_dim};
+    total.clear();
+    const auto mask = static_cast<__mmask16>((1u << num_columns) - 1);
+    for (const ChunkPart& part : parts) total.add({part.data, shape.head_dim}, part.lane, mask);
+    total.store(columns, num_columns);
+}
+
+}  // namespace pelton::amx

@@ -1,0 +1,37 @@
+// AVX-512 with AMX tiles of bfloat16 (Sapphire Rapids and later).
+
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "attention_amx.h"
+#include "kernel_table.h"
+#include "linear_amx.h"
+
+namespace pelton {
+
+// Linux lends the tile registers to processes that ask for them.
+bool request_tiles() {
+#if defined(__linux__)
+    constexpr int kRequestPermission = 0x1023, kTileData = 18;
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+    return false;
+#endif
+}
+
+const KernelTable& amx_kernels() {
+    static const TileKernels tiles = {amx::pack_rows,    amx::linear_panels,
+                                      amx::gated_rows,   amx::can_attend,
+                                      amx::store_values, amx::attend,
+                                      amx::attend_chunk, amx::merge_chunks,
+                                      amx::PartialSums::num_floats, amx::HeadColumns::scratch_floats};
+    static const KernelTable table = [] {
+        KernelTable made = avx512_kernels();
+        made.name = "amx";
+        made.tiles = &tiles;
+        return made;
+    }();
+    return table;
+}
+
+}  // namespace pelton

@@ -1,0 +1,104 @@
+// AMX tiles of bfloat16: 16 rows of 32 values times 32 x 16 values, summed in float32.
+//
+// A tile product adds up each element of its result in one order, whatever the number of rows; results of
+// successive products chain through the same registers or through float32 in memory. So a row is the same
+// to the bit in a step of one row and of five hundred (law 3).
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <span>
+
+#include "attention.h"
+#include "packed_matrix.h"
+
+namespace pelton {
+
+constexpr int kTileHeight = 16;
+constexpr int kTileValues = kTileHeight * 32;  // bfloat16 in a tile
+constexpr int kTileGroupBytes = 2 * kTileValues * 2;  // a panel's group of weights
+constexpr int kTileRing = 8;   // groups of few rows' products in flight
+constexpr int kTileStrip = 8;  // groups that stay in L1 while all rows pass by
+static_assert(kTileRing <= kTileStrip);
+
+// Activations as tiles: [ceil(num_rows / 16)][num_inputs / 32][16][32] bfloat16. Within a group of 32,
+// inputs lie in the order that unpacks weights fastest (tile_input).
+struct TiledRows {
+    int num_rows;
+    int num_inputs;
+    uint16_t* values;
+
+    uint16_t* block(int index) const { return values + static_cast<int64_t>(index) * kTileHeight * num_inputs; }
+
+    // `count` rows or those that are left from `first` on, a multiple of 16.
+    TiledRows from(int first, int count) const {
+        return {std::min(count, num_rows - first), num_inputs, block(first / kTileHeight)};
+    }
+};
+
+// Which input of a group of 32 lies at `place`: of four bytes, the outer two come first.
+constexpr int tile_input(int place) {
+    constexpr int kOrder[4] = {0, 3, 1, 2};
+    return place / 4 * 4 + kOrder[place % 4];
+}
+
+struct GroupRange {
+    int first;
+    int last;
+};
+
+struct PanelRange {
+    int first;
+    int last;
+};
+
+// A matrix's columns of the result: [S, ld_out], plus bias [O] where given.
+struct LinearResult {
+    const float* bias;
+    float* out;
+    int64_t ld_out;
+};
+
+// Bytes that linear_panels needs for so many rows, which take up to twice 16 more.
+constexpr size_t tile_scratch_bytes(int num_rows) {
+    const int padded = (num_rows + 2 * kTileHeight - 1) / (2 * kTileHeight) * 2 * kTileHeight;
+    return kTileStrip * kTileGroupBytes + static_cast<size_t>(padded) * kPanel * sizeof(float);
+}
+
+// What a processor with tiles does with them.
+struct TileKernels {
+    // num_rows <= 16 rows of x to one block of `to`.
+    void (*pack_rows)(const float* x, int num_rows, int num_inputs, uint16_t* to);
+
+    // result = rows times the `groups` of the `panels`: the first groups start the sums, later ones add to the
+    // result. Up to 32 rows take all groups at once. Blocks of rows are read in pairs, past the last one if need
+    // be. `scratch`: tile_scratch_bytes(num_rows), aligned to 64.
+    void (*linear_panels)(const PackedMatrix& matrix, PanelRange panels, GroupRange groups, const TiledRows& rows,
+                          const LinearResult& result, uint8_t* scratch);
+
+    // act(gate) * up of a group of 32 columns [num_rows <= 16, 32], rows `ld` apart, as a tile.
+    void (*gated_rows)(bool gelu, const float* gate, const float* up, int64_t ld, int num_rows, uint16_t* to);
+
+    // Whether tiles fit the shape. Its values then lie transposed in the cache: [num_blocks, K, D, block_size].
+    bool (*can_attend)(const AttentionShape& shape);
+
+    // One head's values [D] of a token into its slot; dimensions are `stride` apart there.
+    void (*store_values)(const float* from, int dim, int64_t stride, uint16_t* to);
+
+    // The results of a run's columns. Scratch of all three: attention_scratch_floats, aligned to 64.
+    void (*attend)(const AttentionShape& shape, const ColumnRun& run, const void* keys, const void* values, int kv_head,
+                   float* scratch);
+
+    // What the chunk of positions from `start` adds to a run's columns: a part of part_floats for every 16.
+    void (*attend_chunk)(const AttentionShape& shape, const ColumnRun& run, const void* keys, const void* values,
+                         int kv_head, int start, float* parts, float* scratch);
+
+    // The results of up to 16 columns from all chunks that they see, in order.
+    void (*merge_chunks)(const AttentionShape& shape, std::span<const ChunkPart> parts, const AttentionColumn* columns,
+                         int num_columns, float* scratch);
+
+    int64_t (*part_floats)(int head_dim);
+    int64_t (*attention_scratch_floats)(int head_dim, int num_columns);
+};
+
+}  // namespace pelton

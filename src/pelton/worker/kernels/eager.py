@@ -1,0 +1,43 @@
+"""`EagerProgram`: a model run op by op, on any backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from pelton.worker.forward_batch import ForwardBatch
+from pelton.worker.kernels.ops import Array, AttentionContext, AttentionShape, Forward, Kernels, LayerCache
+
+
+class EagerProgram:
+    """Implements `ops.Program`. The obvious way, which recorded programs are tested against."""
+
+    def __init__(
+        self, kernels: Kernels, model: Forward, shapes: Sequence[AttentionShape], caches: Sequence[LayerCache]
+    ) -> None:
+        self._kernels = kernels
+        self._model = model
+        self._shapes = shapes
+        self._caches = caches
+        self._hidden: Array = None
+
+    def forward(self, batch: ForwardBatch) -> None:
+        from_numpy = self._kernels.from_numpy
+        plans = [
+            self._kernels.plan_attention(shape, batch.query_start_loc, batch.seq_lens, from_numpy(group.block_tables))
+            for shape, group in zip(self._shapes, batch.groups, strict=True)
+        ]
+        inputs = [
+            (from_numpy(group.cos), from_numpy(group.sin), from_numpy(group.slot_mapping)) for group in batch.groups
+        ]
+        contexts = [
+            AttentionContext(*inputs[cache.group_id], plans[cache.group_id], cache.keys, cache.values)
+            for cache in self._caches
+        ]
+        self._hidden = self._model.forward(self._kernels, from_numpy(batch.token_ids), contexts)
+
+    def logits(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        hidden = self._kernels.select_rows(self._hidden, rows)
+        return self._kernels.to_numpy(self._model.compute_logits(self._kernels, hidden))
