@@ -226,7 +226,7 @@ UNSUPPORTED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"text_config": {"model_type": "llama"}}, "with text model 'llama'"),
     ("gemma3", {"text_config": {"model_type": "gemma3n_text"}}, "with text model 'gemma3n_text'"),
     ("llama", {"num_local_experts": 8}, "mixtures of experts"),
-    ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantization method 'gptq'"),
+    ("llama", {"quantization_config": {"quant_method": "bitsandbytes"}}, "method 'bitsandbytes'"),
     ("llama", {"hidden_act": "relu"}, "activation 'relu'"),
     ("llama", {"dtype": "float8_e4m3fn"}, "dtype 'float8_e4m3fn'"),
     ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope scaling 'dynamic'"),

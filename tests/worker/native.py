@@ -25,8 +25,13 @@ _HALVES = {
     "Q4_K": (0, 2),
     "Q5_K": (0, 2),
     "Q6_K": (208,),
+    "INT4": (),
+    "INT8": (),
+    "IQ4_XS": (0,),
 }
-PACKED_FORMATS = list(_HALVES)
+_SINGLES = {"INT4": (0, 4), "INT8": (0,)}  # the same of float32
+PACKED_FORMATS = [name for name in _HALVES if name != "IQ4_XS"]  # which has no kernel of its own
+DENSE_FORMATS = ["F32", "F16", "BF16"]
 
 
 def _runs(isa: str) -> bool:
@@ -37,7 +42,7 @@ def _runs(isa: str) -> bool:
     return True
 
 
-ISAS = [isa for isa in ("amx", "avx512", "avx2", "portable") if _runs(isa)]
+ISAS = [isa for isa in ("amx", "avx512", "avx2_vnni", "avx2", "neon_dotprod", "portable") if _runs(isa)]
 
 
 class OnTensors:
@@ -71,12 +76,12 @@ def _to_tensors(value: Any) -> Any:
 
 
 @cache
-def native(isa: str, num_threads: int = 1) -> NativeKernels:
-    return NativeKernels(num_threads, isa)
+def native(isa: str, num_threads: int = 1, activation_dtype: str = "auto") -> NativeKernels:
+    return NativeKernels(num_threads, isa, activation_dtype=activation_dtype)
 
 
-def on_tensors(isa: str, num_threads: int = 1) -> OnTensors:
-    return OnTensors(native(isa, num_threads))
+def on_tensors(isa: str, num_threads: int = 1, activation_dtype: str = "auto") -> OnTensors:
+    return OnTensors(native(isa, num_threads, activation_dtype))
 
 
 def uses_tiles(kernels: NativeKernels | OnTensors) -> bool:
@@ -88,11 +93,22 @@ def random_packed(format_name: str, num_outputs: int, num_inputs: int, seed: int
     """Every code, sub-scale and sub-minimum equally likely; scales of either sign."""
     rng = np.random.default_rng(seed)
     layout = FORMATS[format_name]
+    if format_name in DENSE_FORMATS:
+        values = rng.standard_normal((num_outputs, num_inputs), dtype=np.float32) * np.float32(0.1)
+        bits = {
+            "F32": values,
+            "F16": values.astype(np.float16),
+            "BF16": (values.view(np.uint32) >> 16).astype(np.uint16),
+        }
+        return WeightTensor("w", values.shape, format_name, bits[format_name].reshape(-1).view(np.uint8))
     num_blocks = num_outputs * num_inputs // layout.block_size
     blocks = rng.integers(0, 256, (num_blocks, layout.block_bytes), dtype=np.uint8)
     for offset in _HALVES[format_name]:
         halves = (rng.uniform(0.001, 0.02, num_blocks) * rng.choice([-1, 1], num_blocks)).astype(np.float16)
         blocks[:, offset : offset + 2] = halves.view(np.uint8).reshape(-1, 2)
+    for offset in _SINGLES.get(format_name, ()):
+        singles = (rng.uniform(0.001, 0.02, num_blocks) * rng.choice([-1, 1], num_blocks)).astype(np.float32)
+        blocks[:, offset : offset + 4] = singles.view(np.uint8).reshape(-1, 4)
     return WeightTensor("w", (num_outputs, num_inputs), format_name, blocks.reshape(-1))
 
 

@@ -92,12 +92,12 @@ def test_windows_are_kernels_of_their_own(tmp_path: Path, ceilings: Ceilings) ->
     assert details["context 70, window 16"].num_bytes == 16 * 2 * 32 * 2 * 2
 
 
-def test_formats_without_a_kernel_are_named(
+def test_what_is_multiplied_in_float32_is_named(
     tmp_path: Path, ceilings: Ceilings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pelton.worker.kernels.cpu.packed_weights._FORMATS", {"Q4_0"})
     report = measure(tmp_path, "llama", ceilings)
-    assert report.skipped[0] == "qkv: no native kernel for Q8_0 of 64 inputs"
+    assert report.skipped[0] == "qkv: Q8_0 of 64 inputs is multiplied in float32"
     assert len(report.skipped) == 5
     assert report.figures[0].work.kernel == "attention decode"
 

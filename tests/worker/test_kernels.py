@@ -61,10 +61,15 @@ def assert_near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float =
 def test_unknown_backend_is_refused() -> None:
     with pytest.raises(ConfigError, match="reference"):
         make_kernels("abacus")
+    with pytest.raises(ConfigError, match="only native kernels round"):
+        make_kernels("reference", activation_dtype="int8")
+    with pytest.raises(ConfigError, match="int3 activations"):
+        make_kernels(activation_dtype="int3")
 
 
 def test_auto_is_native_for_float32_only() -> None:
     assert make_kernels().name.startswith("native")
+    assert make_kernels(activation_dtype="float32").name.startswith("native")
     assert make_kernels(dtype="bfloat16").name == "reference"
     with pytest.raises(ConfigError, match="bfloat16: use --kernel-backend reference"):
         make_kernels("native", "bfloat16")
@@ -73,7 +78,7 @@ def test_auto_is_native_for_float32_only() -> None:
 def test_num_weight_bytes_bounds_what_is_held(kernels: Kernels) -> None:
     """Of dense weights; packed ones are in test_native_linear.py."""
     tensor = f32_tensor(torch.randn(50, 64))
-    assert kernels.num_weight_bytes(tensor) == 50 * 64 * 4
+    assert 50 * 64 * 4 <= kernels.num_weight_bytes(tensor) <= 64 * 64 * 4  # in whole panels
     assert narrow_kernels(torch.bfloat16).num_weight_bytes(tensor) == 50 * 64 * 2
 
 

@@ -13,8 +13,17 @@ import torch
 
 from pelton.weights.tensors import WeightTensor
 from pelton.worker.kernels.cpu import pelton_cpu
-from pelton.worker.kernels.cpu.backend import NativeKernels, is_packable
-from tests.worker.native import ISAS, PACKED_FORMATS, OnTensors, decoded, on_tensors, random_packed, uses_tiles
+from pelton.worker.kernels.cpu.backend import NativeKernels
+from tests.worker.native import (
+    DENSE_FORMATS,
+    ISAS,
+    PACKED_FORMATS,
+    OnTensors,
+    decoded,
+    on_tensors,
+    random_packed,
+    uses_tiles,
+)
 
 pytestmark = pytest.mark.torch
 
@@ -36,6 +45,62 @@ def load(kernels: OnTensors, tensors: Sequence[WeightTensor]) -> Any:
 def input_width(format_name: str) -> int:
     """The narrowest matrix of a format."""
     return 256 if format_name.endswith("K") else GROUP
+
+
+def dense_kernels(isa: str, num_threads: int = 1) -> OnTensors:
+    """Float32 products whatever the weights."""
+    return on_tensors(isa, num_threads, "float32")
+
+
+def assert_float_products(x: torch.Tensor, matrix: torch.Tensor, result: torch.Tensor) -> None:
+    exact = x.double() @ matrix.T
+    assert result.shape == exact.shape
+    assert ((result.double() - exact).abs() <= 2e-6 * (x.double().abs() @ matrix.abs().T) + 1e-30).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("format_name", PACKED_FORMATS + DENSE_FORMATS)
+def test_float_products_see_the_very_weights(isa: str, format_name: str) -> None:
+    """One input of 1 picks a column: bit for bit what weights/dequantize.py makes of it."""
+    kernels = dense_kernels(isa)
+    tensor = random_packed(format_name, 41, 256)
+    result = kernels.linear(torch.eye(256), load(kernels, [tensor]))
+    assert torch.equal(result.T, decoded([tensor]).float())
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("format_name", [*PACKED_FORMATS, *DENSE_FORMATS])
+def test_float_products_do_not_depend_on_their_company(isa: str, format_name: str) -> None:
+    torch.manual_seed(0)
+    tensors = [random_packed(format_name, 70, 512), random_packed("Q8_0", 33, 512)]
+    kernels = on_tensors(isa) if format_name in DENSE_FORMATS else dense_kernels(isa)
+    x, bias = torch.randn(600, 512) * torch.logspace(-3, 3, 600)[:, None], torch.randn(103)
+    weight = load(kernels, tensors)
+    expected = kernels.linear(x, weight, bias)
+    assert_float_products(x[::7], decoded(tensors[:1]), kernels.linear(x, weight)[::7, :70])
+    for num_rows in range(1, 41):
+        first = 13 * num_rows
+        part = kernels.linear(x[first : first + num_rows], weight, bias)
+        assert torch.equal(part, expected[first : first + num_rows])
+    threaded = on_tensors(isa, 3) if format_name in DENSE_FORMATS else dense_kernels(isa, 3)
+    assert torch.equal(threaded.linear(x, weight, bias), expected)
+    assert torch.equal(threaded.linear(x[:9], load(threaded, tensors), bias), expected[:9])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("num_inputs", [1, 2, 31, 33, 97])
+@pytest.mark.parametrize("format_name", DENSE_FORMATS)
+def test_dense_weights_may_have_any_width(isa: str, format_name: str, num_inputs: int) -> None:
+    kernels = on_tensors(isa)
+    tensor = random_packed(format_name, 35, num_inputs)
+    weight, matrix = load(kernels, [tensor]), decoded([tensor])
+    x = torch.randn(14, num_inputs)
+    x[3, -1], x[5, 0] = math.nan, -math.inf
+    result = kernels.linear(x, weight)
+    clean = [i for i in range(14) if i not in (3, 5)]
+    assert_float_products(x[clean], matrix, result[clean])
+    assert not result[[3, 5]].isfinite().any()
+    assert torch.equal(kernels.linear(x[6:7], weight), result[6:7])
 
 
 def weight_error(kernels: OnTensors, matrix: torch.Tensor) -> torch.Tensor:
@@ -192,13 +257,13 @@ def test_instruction_sets_agree() -> None:
         assert (result - results[0]).abs().max() <= 1e-5 * results[0].abs().max()
 
 
-@pytest.mark.parametrize("format_name", PACKED_FORMATS)
-def test_memory_is_bounded_beforehand(kernels: OnTensors, format_name: str) -> None:
+@pytest.mark.parametrize("format_name", [*PACKED_FORMATS, *DENSE_FORMATS, "IQ4_XS"])
+def test_memory_is_known_beforehand(kernels: OnTensors, format_name: str) -> None:
     for num_outputs in (1, 33, 128):
         tensor = random_packed(format_name, num_outputs, 256)
-        held = load(kernels, [tensor]).num_bytes
-        assert held <= kernels.num_weight_bytes(tensor)
-    assert kernels.num_weight_bytes(tensor) < 2 * tensor.data.nbytes
+        assert load(kernels, [tensor]).num_bytes == kernels.num_weight_bytes(tensor)
+    if format_name != "IQ4_XS":
+        assert kernels.num_weight_bytes(tensor) < 2 * tensor.data.nbytes
 
 
 @pytest.mark.parametrize("num_bytes", [-1, 1, -144])
@@ -213,14 +278,17 @@ def test_wrong_sizes_are_refused(kernels: OnTensors, format_name: str, num_bytes
 def test_what_has_no_kernel_is_refused(kernels: OnTensors) -> None:
     weight = pelton_cpu.LinearWeight(64)
     data = np.zeros(4096, dtype=np.uint8)
-    for format_name in ("Q2_K", "F32", "", "q4_0"):
+    for format_name in ("Q2_K", "", "q4_0"):
         with pytest.raises(ValueError, match="no native kernel"):
             weight.add(kernels.runtime, format_name, 1, data.ctypes.data, 36)
     with pytest.raises(ValueError, match="multiple of a block"):
         weight.add(kernels.runtime, "Q4_K", 1, data.ctypes.data, 36)
+    for format_name in PACKED_FORMATS:
+        with pytest.raises(ValueError, match="multiple of a block"):
+            pelton_cpu.LinearWeight(33).add(kernels.runtime, format_name, 1, data.ctypes.data, 36)
     assert weight.num_outputs == 0
-    for num_inputs in (0, -32, 33):
-        with pytest.raises(ValueError, match="multiple of 32"):
+    for num_inputs in (0, -32):
+        with pytest.raises(ValueError, match="without inputs"):
             pelton_cpu.LinearWeight(num_inputs)
     with pytest.raises(ValueError, match="64"):
         kernels.linear(torch.zeros(1, 32), weight)
@@ -228,33 +296,32 @@ def test_what_has_no_kernel_is_refused(kernels: OnTensors) -> None:
         NativeKernels(1, "abacus")
     with pytest.raises(ValueError, match="thread"):
         NativeKernels(0)
+    with pytest.raises(ValueError, match="int3 activations"):
+        NativeKernels(1, activation_dtype="int3")
+    with pytest.raises(ValueError, match="need AMX"):
+        NativeKernels(1, "portable", activation_dtype="bfloat16")
 
 
-def test_what_cannot_be_packed_is_decoded(kernels: OnTensors) -> None:
-    """Formats without a packed kernel, widths that are no whole groups, and packed matrices beside such."""
-    packed = random_packed("Q4_K", 5, 256)
-    dense = torch.randn(70, 256)
-    other = WeightTensor("w", (70, 256), "F32", dense.numpy().reshape(-1).view(np.uint8))
-    assert is_packable(packed)
-    assert not is_packable(other)
-    x, bias = torch.randn(9, 256), torch.randn(75)
-    weight = kernels.make_linear_loader().load([packed, other])
-    assert isinstance(weight, pelton_cpu.DenseWeight)
-    expected = x.double() @ torch.cat([decoded([packed]), dense.double()]).T + bias
-    result = kernels.linear(x, weight, bias)
-    assert (result.double() - expected).abs().max() <= 2e-6 * expected.abs().max()
+def test_what_has_no_kernel_is_kept_in_float32(kernels: OnTensors) -> None:
+    """Formats that are only read, beside others; tiles leave such a weight alone."""
+    tensors = [random_packed(name, 5, 256, seed=i) for i, name in enumerate(("IQ4_XS", "Q4_K", "BF16"))]
+    x = torch.randn(3, 256)
+    result = kernels.linear(x, load(kernels, tensors))
+    assert_float_products(x, decoded(tensors[:1]), result[:, :5])
+    assert_float_products(x, decoded(tensors[2:]), result[:, 10:])
     with pytest.raises(ValueError, match="256"):
-        kernels.linear(x[:, :32], weight)
-    with pytest.raises(IndexError, match="fewer rows"):
-        weight.set_rows(75, 1, 0)
+        kernels.linear(x[:, :32], load(kernels, tensors))
 
 
-def test_dense_rows_do_not_depend_on_their_company(kernels: OnTensors) -> None:
-    """Law 3, past the rows and panels of one task."""
-    matrix, x = torch.randn(100, 77), torch.randn(150, 77)
-    tensor = WeightTensor("w", (100, 77), "F32", matrix.numpy().reshape(-1).view(np.uint8))
-    weight = kernels.make_linear_loader().load([tensor])
-    expected = kernels.linear(x, weight)
-    for num_rows in (1, 2, 3, 4, 5, 63, 64, 65, 149):
-        assert torch.equal(kernels.linear(x[-num_rows:], weight), expected[-num_rows:])
-    assert torch.equal(on_tensors(kernels.runtime.isa, 3).linear(x, weight), expected)
+def test_tiles_are_left_out_for_8_bits() -> None:
+    if "amx" not in ISAS:
+        return
+    tensors, x = [random_packed("Q5_0", 40, 256)], torch.randn(9, 256)
+    in_bytes = on_tensors("amx", 1, "int8")
+    assert torch.equal(
+        in_bytes.linear(x, load(in_bytes, tensors)), on_tensors("avx512").linear(x, load(in_bytes, tensors))
+    )
+    in_tiles = on_tensors("amx", 1, "bfloat16")
+    assert torch.equal(
+        in_tiles.linear(x, load(in_tiles, tensors)), on_tensors("amx").linear(x, load(in_tiles, tensors))
+    )

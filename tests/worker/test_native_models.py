@@ -19,6 +19,7 @@ from pelton.worker.kernels.cpu.recorder import Recorder, Value
 from pelton.worker.kernels.eager import EagerProgram
 from pelton.worker.kv_storage import KVStorage
 from pelton.worker.models.registry import Model, attention_shapes, compile_model, load_model
+from tests.weights.make_compressed import LAYOUTS, write_compressed
 from tests.weights.make_models import TINY_CONFIGS, VOCABULARY, random_tensors, write_gguf
 from tests.worker.native import ISAS, native
 from tests.worker.test_models_real import TEXTS
@@ -84,6 +85,26 @@ def test_logits_are_close_to_the_reference(tiny_path: Path, isa: str) -> None:
         error = (logits - expected).square().mean().sqrt() / expected.std()
         assert 0 < error < 0.03  # 0.005 to 0.014 when written
         assert mean_kl(expected, logits) < 2e-3  # 4e-4 at most
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_float32_activations_are_those_of_the_reference(tiny_path: Path, isa: str) -> None:
+    files = open_model(tiny_path)
+    expected = all_logits(load_model(files, REFERENCE), "float32", prompt())
+    logits = all_logits(load_model(files, native(isa, 1, "float32")), "float32", prompt())
+    assert (logits - expected).abs().max() <= 2e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("layout", ["gptq", "awq", "w8a8", "w8a8, float32 scales", "w4a16, zeros"])
+def test_compressed_models_are_close_to_the_reference(tmp_path: Path, layout: str) -> None:
+    write_compressed(tmp_path, LAYOUTS[layout], "qwen3")
+    files = open_model(tmp_path)
+    expected = all_logits(load_model(files, REFERENCE), "float32", prompt())
+    exact = all_logits(load_model(files, native(ISAS[0], 1, "float32")), "float32", prompt())
+    assert (exact - expected).abs().max() <= 2e-5 * expected.abs().max()
+    for isa in ISAS:
+        rounded = all_logits(load_model(files, native(isa)), "bfloat16", prompt())
+        assert 0 < (rounded - expected).square().mean().sqrt() / expected.std() < 0.03
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -45,9 +45,9 @@ def test_parts_are_all_of_a_step(tmp_path: Path, name: str) -> None:
         assert list(each.parts) == sorted(each.parts, key=lambda part: -part.time_s)
 
 
-def test_matrices_that_are_not_packed_are_named_too(tmp_path: Path) -> None:
+def test_dense_layers_are_named_alike(tmp_path: Path) -> None:
     calls = {part.name: part.num_calls for part in profile(tmp_path, "llama", gguf.GGMLQuantizationType.F32)[0].parts}
-    assert calls["linear 64 -> 192"] == calls["gated"] == calls["linear 96 -> 64"] == 3
+    assert calls["gated_mlp 64 -> 96 -> 64"] == calls["linear 64 -> 64"] == 3
 
 
 def test_the_median_step_of_those_after_the_first() -> None:

@@ -17,11 +17,12 @@ import gguf
 import numpy as np
 import pytest
 
+from pelton.weights.gguf.formats import FORMATS
 from pelton.weights.model_files import open_model
 from pelton.weights.packed_files import content_identity, packed_path
 from pelton.weights.tensors import ModelFiles
 from pelton.worker.kernels.cpu import pelton_cpu, weight_cache
-from pelton.worker.kernels.cpu.packed_weights import MappedWeights, PackedWeights, is_packable
+from pelton.worker.kernels.cpu.packed_weights import MappedWeights, PackedWeights
 from pelton.worker.kernels.cpu.weight_cache import CacheKey, open_weight_cache, try_map
 from tests.weights.make_models import TINY_CONFIGS, random_tensors, write_gguf
 
@@ -44,7 +45,7 @@ def load_into(weights: PackedWeights, files: ModelFiles) -> dict[str, pelton_cpu
     matrices = {}
     for name in files.tensor_names():
         tensor = files.tensor(name)
-        if len(tensor.shape) == 2 and is_packable(tensor):
+        if len(tensor.shape) == 2:
             matrices[name] = pelton_cpu.LinearWeight(tensor.shape[1])
             weights.add_to(matrices[name], tensor)
     return matrices
@@ -95,9 +96,10 @@ def test_the_second_start_maps_what_the_first_repacked(model: Path, tmp_path: Pa
 @pytest.mark.parametrize("format_name", pelton_cpu.FORMATS)
 def test_kept_bytes_are_those_of_a_fresh_repack(format_name: str, tmp_path: Path) -> None:
     """The whole memory, byte for byte, with rows that do not fill a panel."""
-    layout = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[format_name]]
+    layout = FORMATS[format_name]
     num_outputs, num_inputs = 45, 512
-    blocks = np.random.default_rng(0).integers(0, 256, num_outputs * num_inputs // layout[0] * layout[1], np.uint8)
+    num_blocks = num_outputs * num_inputs // layout.block_size
+    blocks = np.random.default_rng(0).integers(0, 256, num_blocks * layout.block_bytes, np.uint8)
     num_bytes = pelton_cpu.packed_num_bytes(format_name, num_outputs, num_inputs)
     images = []
     for _ in range(2):

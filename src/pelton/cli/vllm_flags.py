@@ -12,7 +12,7 @@ _MISSING: dict[str, str] = {
     "data_parallel_size": f"{_NOT_YET}; it runs on one device",
     "distributed_executor_backend": f"{_NOT_YET}; it runs on one device",
     "device": f"{_NOT_YET}; it runs on the CPU",
-    "quantization": f"{_NOT_YET}; a quantized GGUF file is read as it is",
+    "quantization": f"{_NOT_YET}; a model that is quantized is read as it is",
     "tool_call_parser": _NOT_YET,
     "enable_auto_tool_choice": _NOT_YET,
     "reasoning_parser": _NOT_YET,

@@ -21,7 +21,7 @@ from pelton.weights.gguf.reader import GGUFFile, read_gguf
 from pelton.weights.gguf.spec import spec_from_gguf
 from pelton.weights.mapped_file import read_json_object
 from pelton.weights.safetensors import SafetensorsFile, holds_safetensors, open_safetensors_folder
-from pelton.weights.specs import spec_from_config
+from pelton.weights.specs import compression_from_config, spec_from_config
 from pelton.weights.tensors import GenerationDefaults, ModelFiles, WeightTensor
 
 # Buffers that old checkpoints carry and nothing needs.
@@ -112,11 +112,16 @@ class SafetensorsModelFiles:
         self.generation_defaults: GenerationDefaults = defaults_from_folder(folder, config)
         self.chat_template = chat_template or template_from_folder(folder)
         self._shapes = expected_tensors(self.spec)
+        self._scheme = compression_from_config(folder / "config.json", config)
         self._places: dict[str, tuple[SafetensorsFile, str]] = {}
+        # Of compressed matrices: name -> ending -> where that part is stored.
+        self._parts: dict[str, dict[str, tuple[SafetensorsFile, str]]] = {}
         unknown: list[str] = []
         for stored_name, file in open_safetensors_folder(folder).items():
             name = _text_name(stored_name)
             if name is None or (name == "lm_head.weight" and self.spec.tie_word_embeddings):
+                continue
+            if self._place_part(name, file, stored_name):
                 continue
             if name in self._places:
                 raise ModelFileError(folder, f"tensor {name} occurs twice, also as {stored_name}")
@@ -126,10 +131,32 @@ class SafetensorsModelFiles:
                 unknown.append(stored_name)
         _refuse_unknown(folder, self.spec, unknown)
 
+    def _place_part(self, name: str, file: SafetensorsFile, stored_name: str) -> bool:
+        """Whether the tensor is a part of a compressed matrix; then it is noted as such. The embedding is none:
+        its rows are read from the file's own bytes."""
+        module, _, part = name.rpartition(".")
+        matrix = f"{module}.weight"
+        if self._scheme is None or part not in self._scheme.parts or len(self._shapes.get(matrix, ())) != 2:
+            return False
+        if module == "model.embed_tokens":
+            return False
+        if part == "weight" and file.tensors[stored_name].dtype != "I8":
+            return False
+        self._parts.setdefault(matrix, {})[part] = (file, stored_name)
+        return True
+
     def tensor_names(self) -> list[str]:
-        return list(self._places)
+        return [*self._places, *(name for name in self._parts if name not in self._places)]
 
     def tensor(self, name: str) -> WeightTensor:
+        if name in self._parts:
+            if name in self._places:
+                raise ModelFileError(self.path, f"tensor {name} is there both as it is and compressed")
+            from pelton.weights.compressed.tensor import CompressedTensor  # needs numpy
+
+            assert self._scheme is not None
+            parts = {part: file.part(stored_name) for part, (file, stored_name) in self._parts[name].items()}
+            return CompressedTensor(self.path, name, self._shapes[name], self._scheme, parts)
         if name not in self._places:
             raise ModelFileError(self.path, f"tensor {name} is missing")
         file, stored_name = self._places[name]
@@ -138,7 +165,8 @@ class SafetensorsModelFiles:
         return WeightTensor(name, stored.shape, stored.format, stored.data)
 
     def drop_pages(self) -> None:
-        for file in {id(file): file for file, _ in self._places.values()}.values():
+        places = [*self._places.values(), *(place for parts in self._parts.values() for place in parts.values())]
+        for file in {id(file): file for file, _ in places}.values():
             file.drop_pages()
 
 

@@ -71,14 +71,19 @@ class SafetensorsFile:
 
     def tensor(self, name: str) -> WeightTensor:
         """Raises `UnsupportedModelError` for a dtype that is not a plain float."""
-        info = self.tensors[name]
-        if info.dtype not in _READABLE_DTYPES:
+        tensor = self.part(name)
+        if tensor.format not in _READABLE_DTYPES:
             raise UnsupportedModelError(
-                f"{self.path}: tensor {shown(name)} is stored as {info.dtype}; "
+                f"{self.path}: tensor {shown(name)} is stored as {tensor.format}; "
                 f"supported are {', '.join(_READABLE_DTYPES)}"
             )
+        return tensor
+
+    def part(self, name: str) -> WeightTensor:
+        """A tensor of any dtype, named as its format."""
         import numpy as np
 
+        info = self.tensors[name]
         data: npt.NDArray[np.uint8] = np.frombuffer(
             self._data, dtype=np.uint8, count=info.num_bytes, offset=info.offset
         )

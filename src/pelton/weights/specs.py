@@ -21,6 +21,7 @@ from pelton.weights.architectures import (
     check_spec,
     unsupported_architecture,
 )
+from pelton.weights.compressed.scheme import CompressedScheme, scheme_from_config
 from pelton.weights.fields import Fields
 from pelton.weights.mapped_file import shown
 from pelton.weights.rope import RopeDefaults, extended_length, rope_from_config
@@ -64,6 +65,7 @@ def spec_from_config(path: Path, config: Mapping[str, Any]) -> ModelSpec:
     architecture, text_config = _resolve_architecture(path, config)
     fields = Fields(path, {**_DEFAULTS[architecture], **text_config})
     _refuse_unimplemented(fields)
+    scheme = scheme_from_config(fields)
     is_gemma = architecture in ("gemma2", "gemma3")
     hidden_size = fields.integer("hidden_size", high=MAX_WIDTH)
     num_layers = fields.integer("num_hidden_layers", high=MAX_LAYERS)
@@ -96,9 +98,15 @@ def spec_from_config(path: Path, config: Mapping[str, Any]) -> ModelSpec:
         final_softcap=fields.optional_number("final_logit_softcapping") if is_gemma else None,
         embedding_scale=math.sqrt(hidden_size) if is_gemma else 1.0,
         dtype=_dtype(fields),
+        quantization=None if scheme is None else scheme.name,
     )
     check_spec(path, spec)
     return spec
+
+
+def compression_from_config(path: Path, config: Mapping[str, Any]) -> CompressedScheme | None:
+    """How the model's matrices are compressed, if they are. Raises as `spec_from_config`."""
+    return scheme_from_config(Fields(path, _resolve_architecture(path, config)[1]))
 
 
 def _resolve_architecture(path: Path, config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
@@ -125,11 +133,6 @@ def _resolve_architecture(path: Path, config: Mapping[str, Any]) -> tuple[str, M
 
 
 def _refuse_unimplemented(fields: Fields) -> None:
-    quantization = fields.section("quantization_config")
-    if quantization is not None:
-        raise UnsupportedModelError(
-            f"{fields.path}: quantization method {shown(quantization.get('quant_method'))} is not supported"
-        )
     if fields.flag("use_bidirectional_attention", False):
         raise UnsupportedModelError(f"{fields.path}: bidirectional attention is not supported")
     for key in ("num_local_experts", "num_experts"):

@@ -26,6 +26,11 @@ class WorkerConfig:
     )
     enable_weight_cache: bool = setting(True, "keep repacked weights on disk, for later starts to map")
     weight_cache_dir: str | None = setting(None, "where they are kept; default: .packed beside the pulled models")
+    activation_dtype: str = setting(
+        "auto",
+        "type that activations are rounded to in products with quantized weights (native kernels); auto: the fastest",
+        choices=("auto", "int8", "bfloat16", "float32"),
+    )
     threads: int | None = setting(None, "compute threads; default: the cores this process may use")
 
     def __post_init__(self) -> None:

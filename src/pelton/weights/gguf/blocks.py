@@ -37,6 +37,8 @@ _Q4_K = _fields(_D, _M, ("scales", "u1", 12), ("qs", "u1", 128))
 _Q5_K = _fields(_D, _M, ("scales", "u1", 12), ("qh", "u1", 32), ("qs", "u1", 128))
 _Q6_K = _fields(("ql", "u1", 128), ("qh", "u1", 64), ("scales", "i1", 16), _D)
 _IQ4_XS = _fields(_D, ("scales_h", "<u2"), ("scales_l", "u1", 4), ("qs", "u1", 128))
+_INT4 = _fields(("d", "<f4"), ("m", "<f4"), ("qs", "u1", 16))
+_INT8 = _fields(("d", "<f4"), ("qs", "i1", 32))
 
 # The 16 levels of IQ4_NL and IQ4_XS.
 _IQ4_LEVELS = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=np.int8)
@@ -200,6 +202,18 @@ def _decode_iq4_xs(blocks: U8, out: F32) -> None:
     decoded *= (_column(block["d"]) * scales)[:, :, None]
 
 
+def _decode_int4(blocks: U8, out: F32) -> None:
+    block = _INT4(blocks)
+    out[...] = _nibbles(block["qs"], 16).reshape(out.shape)
+    out *= block["d"][:, None]
+    out -= block["m"][:, None]
+
+
+def _decode_int8(blocks: U8, out: F32) -> None:
+    block = _INT8(blocks)
+    np.multiply(block["qs"], block["d"][:, None], out=out, dtype=np.float32)
+
+
 DECODERS: dict[str, Callable[[U8, F32], None]] = {
     "F32": _decode_f32,
     "F16": _decode_f16,
@@ -216,6 +230,8 @@ DECODERS: dict[str, Callable[[U8, F32], None]] = {
     "Q6_K": _decode_q6_k,
     "IQ4_NL": _decode_iq4_nl,
     "IQ4_XS": _decode_iq4_xs,
+    "INT4": _decode_int4,
+    "INT8": _decode_int8,
 }
 
 

@@ -1,4 +1,4 @@
-"""Sizes of the tensor formats that Pelton reads. Names and numbers are those of ggml."""
+"""Sizes of the tensor formats that Pelton reads. Names and numbers are those of ggml, but for INT4 and INT8."""
 
 from __future__ import annotations
 
@@ -32,6 +32,9 @@ FORMATS: dict[str, TensorFormat] = {
         TensorFormat("Q6_K", 256, 210),
         TensorFormat("IQ4_NL", 32, 18),
         TensorFormat("IQ4_XS", 256, 136),
+        # Pelton's own, for compressed safetensors: a float32 scale, INT4: and minimum, then codes as in Q4_1 and Q8_0.
+        TensorFormat("INT4", 32, 24),
+        TensorFormat("INT8", 32, 36),
     )
 }
 

@@ -51,7 +51,7 @@ def build_executor(
     wanted_model_len(spec, engine_config)
     dtype = "float32" if worker_config.dtype == "auto" else worker_config.dtype
     num_threads = worker_config.threads or num_available_cores()
-    kernels = make_kernels(worker_config.kernel_backend, dtype, num_threads)
+    kernels = make_kernels(worker_config.kernel_backend, dtype, num_threads, worker_config.activation_dtype)
     kv_dtype = _resolve_kv_dtype(worker_config.kv_cache_dtype, kernels)
     model = load_weights(files, model_config, worker_config, kernels)
     plan = plan_kv_cache(spec, engine_config, DTYPE_BYTES[kv_dtype], num_available_memory_bytes())

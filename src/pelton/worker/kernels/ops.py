@@ -229,33 +229,43 @@ class Kernels(Ops, Protocol):
         ...
 
 
-def _reference(dtype: str, num_threads: int | None) -> Kernels:
+def _reference(dtype: str, num_threads: int | None, activation_dtype: str) -> Kernels:
+    if activation_dtype != "auto":
+        raise ConfigError(
+            f"activation_dtype is {activation_dtype}, but only native kernels round activations; the reference keeps "
+            "them as dtype says"
+        )
     require_torch()
     from pelton.worker.kernels.reference import ReferenceKernels
 
     return ReferenceKernels(dtype, num_threads)
 
 
-def _native(dtype: str, num_threads: int | None) -> Kernels:
+def _native(dtype: str, num_threads: int | None, activation_dtype: str) -> Kernels:
     from pelton.worker.kernels.cpu.backend import NativeKernels
 
     if dtype != "float32":
         raise ConfigError(f"native kernels compute in float32, not {dtype}: use --kernel-backend reference")
-    return NativeKernels(num_threads or 1)
+    try:
+        return NativeKernels(num_threads or 1, activation_dtype=activation_dtype)
+    except ValueError as error:
+        raise ConfigError(f"activation_dtype is {activation_dtype}: {error}") from error
 
 
 # Name -> maker, imported on demand: a backend may need a compiled module, a large package or a GPU.
-BACKENDS: dict[str, Callable[[str, int | None], Kernels]] = {"native": _native, "reference": _reference}
+BACKENDS: dict[str, Callable[[str, int | None, str], Kernels]] = {"native": _native, "reference": _reference}
 
 
-def make_kernels(backend: str = "auto", dtype: str = "float32", num_threads: int | None = None) -> Kernels:
-    """Raises `ConfigError` for an unknown name and for a backend that cannot run here or not in `dtype`.
+def make_kernels(
+    backend: str = "auto", dtype: str = "float32", num_threads: int | None = None, activation_dtype: str = "auto"
+) -> Kernels:
+    """Raises `ConfigError` for an unknown name and for a backend that cannot run here or not in these types.
 
     "auto" is the fastest backend for activations of `dtype`: native for float32, which is what it
-    computes in, else the reference.
+    computes in, else the reference. `activation_dtype` is what they are rounded to within products.
     """
     if backend == "auto":
         backend = "native" if dtype == "float32" else "reference"
     if backend not in BACKENDS:
         raise ConfigError(f"kernel backend {backend!r} is unknown; known are auto, {', '.join(BACKENDS)}")
-    return BACKENDS[backend](dtype, num_threads)
+    return BACKENDS[backend](dtype, num_threads, activation_dtype)

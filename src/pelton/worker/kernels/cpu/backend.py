@@ -1,7 +1,8 @@
 """The native backend: `pelton_cpu`, C++ kernels over packed weights. Arrays are numpy's; activations float32.
 
-Weights stay in their 4 to 8 bits, repacked without loss; activations are quantized to 8 bits, per row and
-group of 32, as they enter a product. Matrices in a format without a packed kernel are decoded to float32.
+Quantized weights stay in their 4 to 8 bits, repacked without loss; activations are rounded to bfloat16 or to 8 bits,
+per row and group of 32, as they enter a product with them. Dense weights are multiplied in float32, and so is
+everything where the activations are to stay float32.
 A step runs as a recorded program (`program.py`); the ops here, one call each, are what it is tested against.
 """
 
@@ -16,7 +17,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pelton.weights.dequantize import dequantize
 from pelton.weights.tensors import ModelFiles, WeightTensor
 from pelton.worker.kernels.cpu import pelton_cpu
 from pelton.worker.kernels.cpu.arrays import (
@@ -29,14 +29,11 @@ from pelton.worker.kernels.cpu.arrays import (
     is_bfloat16,
     native_shape,
 )
-from pelton.worker.kernels.cpu.packed_weights import PackedWeights, is_packable
+from pelton.worker.kernels.cpu.packed_weights import PackedWeights, PlacedMatrix
 from pelton.worker.kernels.cpu.program import NativeProgram
 from pelton.worker.kernels.cpu.sampler import NativeSampler
 from pelton.worker.kernels.cpu.weight_cache import open_weight_cache
 from pelton.worker.kernels.ops import AttentionShape, Forward, LayerCache
-
-_PANEL = 32  # outputs
-_DECODED_ROWS = 32 * _PANEL  # of a matrix at once
 
 
 class NativeLoader:
@@ -45,25 +42,11 @@ class NativeLoader:
     def __init__(self, packed_weights: PackedWeights) -> None:
         self._packed_weights = packed_weights
 
-    def load(self, tensors: Sequence[WeightTensor]) -> pelton_cpu.LinearWeight | pelton_cpu.DenseWeight:
-        in_features = tensors[0].shape[1]
-        if not all(map(is_packable, tensors)):
-            return _load_dense(tensors, in_features)
-        weight = pelton_cpu.LinearWeight(in_features)
+    def load(self, tensors: Sequence[WeightTensor]) -> pelton_cpu.LinearWeight:
+        weight = pelton_cpu.LinearWeight(tensors[0].shape[1])
         for tensor in tensors:
             self._packed_weights.add_to(weight, tensor)
         return weight
-
-
-def _load_dense(tensors: Sequence[WeightTensor], in_features: int) -> pelton_cpu.DenseWeight:
-    weight = pelton_cpu.DenseWeight(in_features, sum(tensor.shape[0] for tensor in tensors))
-    first_output = 0
-    for tensor in tensors:
-        for row in range(0, tensor.shape[0], _DECODED_ROWS):
-            values = dequantize(tensor, rows=slice(row, row + _DECODED_ROWS))
-            weight.set_rows(first_output + row, len(values), address(values))
-        first_output += tensor.shape[0]
-    return weight
 
 
 class NativeKernels:
@@ -72,8 +55,10 @@ class NativeKernels:
     dtype = "float32"
     kv_dtypes = tuple(KV_TYPES)
 
-    def __init__(self, num_threads: int, isa: str | None = None, cpus: Sequence[int] = ()) -> None:
-        self.runtime = pelton_cpu.Runtime(isa, num_threads, list(cpus))
+    def __init__(
+        self, num_threads: int, isa: str | None = None, cpus: Sequence[int] = (), activation_dtype: str = "auto"
+    ) -> None:
+        self.runtime = pelton_cpu.Runtime(isa, num_threads, list(cpus), activation_dtype)
         self.name = f"native ({self.runtime.isa})"
         self.packed_weights = PackedWeights(self.runtime)
 
@@ -87,11 +72,7 @@ class NativeKernels:
         self.packed_weights = PackedWeights(self.runtime)
 
     def num_weight_bytes(self, tensor: WeightTensor) -> int:
-        if not tensor.shape or not is_packable(tensor):
-            return math.prod(tensor.shape) * 4
-        num_outputs = tensor.shape[0]
-        padded = -(-num_outputs // _PANEL) * _PANEL
-        return tensor.data.nbytes // num_outputs * padded * 3 // 2  # K formats get a float32 for each scale
+        return PlacedMatrix.of(tensor).num_bytes if len(tensor.shape) == 2 else math.prod(tensor.shape) * 4
 
     def from_numpy(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return np.ascontiguousarray(values)
@@ -108,9 +89,7 @@ class NativeKernels:
     def compile(self, model: Forward, shapes: Sequence[AttentionShape], caches: Sequence[LayerCache]) -> NativeProgram:
         return NativeProgram(self.runtime, model, shapes, caches)
 
-    def linear(
-        self, x: Floats, weight: pelton_cpu.LinearWeight | pelton_cpu.DenseWeight, bias: Floats | None = None
-    ) -> Floats:
+    def linear(self, x: Floats, weight: pelton_cpu.LinearWeight, bias: Floats | None = None) -> Floats:
         x = np.ascontiguousarray(x)
         if x.shape[1] != weight.num_inputs:
             raise ValueError(f"x has {x.shape[1]} columns, but the weight takes {weight.num_inputs}")

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
+
+from pelton.weights.dequantize import dequantize
 from pelton.weights.tensors import WeightTensor
 from pelton.worker.kernels.cpu import pelton_cpu
 
 _FORMATS = frozenset(pelton_cpu.FORMATS)
+_DENSE_FORMATS = frozenset({"F32", "F16", "BF16"})  # of any width
 _GROUP = 32  # inputs
 ALIGNMENT = 64
 
@@ -23,16 +27,22 @@ class PlacedMatrix(NamedTuple):
     @classmethod
     def of(cls, tensor: WeightTensor, offset: int = 0) -> PlacedMatrix:
         num_outputs, num_inputs = tensor.shape
-        return cls(tensor.format, num_outputs, num_inputs, offset)
+        return cls(packed_format(tensor), num_outputs, num_inputs, offset)
 
     @property
     def num_bytes(self) -> int:
         return pelton_cpu.packed_num_bytes(self.format, self.num_outputs, self.num_inputs)
 
 
-def is_packable(tensor: WeightTensor) -> bool:
-    """Whether there is a native kernel for a matrix of this format and width."""
-    return tensor.format in _FORMATS and tensor.shape[-1] % _GROUP == 0
+def packed_format(tensor: WeightTensor) -> str:
+    """The format that a matrix is kept in: its own, or float32 where that has no native kernel."""
+    has_kernel = tensor.format in _FORMATS and (tensor.format in _DENSE_FORMATS or tensor.shape[-1] % _GROUP == 0)
+    return tensor.format if has_kernel else "F32"
+
+
+def is_kept_dense(tensor: WeightTensor) -> bool:
+    """Whether its products are float32 whatever the activations are rounded to."""
+    return packed_format(tensor) in _DENSE_FORMATS
 
 
 class PackedWeights:
@@ -52,8 +62,9 @@ class PackedWeights:
         memory: pelton_cpu.WeightMemory | None,
         offset: int,
     ) -> None:
-        data = tensor.data
-        weight.add(self._runtime, tensor.format, tensor.shape[0], data.ctypes.data, data.nbytes, memory, offset)
+        kept = packed_format(tensor)
+        data = np.ascontiguousarray(tensor.data) if kept == tensor.format else dequantize(tensor)
+        weight.add(self._runtime, kept, tensor.shape[0], data.ctypes.data, data.nbytes, memory, offset)
 
 
 class MappedWeights(PackedWeights):
@@ -69,7 +80,7 @@ class MappedWeights(PackedWeights):
 
     def add_to(self, weight: pelton_cpu.LinearWeight, tensor: WeightTensor) -> None:
         found = self._matrices.get(tensor.name)
-        if found is None or found[:3] != (tensor.format, *tensor.shape):
+        if found is None or found[:3] != (packed_format(tensor), *tensor.shape):
             self.is_complete = False
             super().add_to(weight, tensor)
         else:

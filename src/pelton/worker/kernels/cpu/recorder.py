@@ -72,9 +72,7 @@ class Recorder:
         self._add("select_rows", width, out)
         return out
 
-    def linear(
-        self, x: Value, weight: pelton_cpu.LinearWeight | pelton_cpu.DenseWeight, bias: Floats | None = None
-    ) -> Value:
+    def linear(self, x: Value, weight: pelton_cpu.LinearWeight, bias: Floats | None = None) -> Value:
         out = _new(weight.num_outputs)
         self._add("linear", weight, x, 0 if bias is None else address(bias), out)
         return out
@@ -189,5 +187,4 @@ def _try_fuse_mlp(ops: Sequence[Op], num_uses: Mapping[Buffer, int]) -> Op | Non
         return None
     (wide_weight, x, wide_bias, wide), (gelu, gate_up, _, gated), (weight, narrow, bias, out) = [a for _, a in ops]
     is_chain = gate_up is wide and narrow is gated and num_uses[wide.buffer] == num_uses[gated.buffer] == 2
-    is_packed = all(isinstance(each, pelton_cpu.LinearWeight) for each in (wide_weight, weight))
-    return ("gated_mlp", (gelu, wide_weight, wide_bias, weight, bias, x, out)) if is_chain and is_packed else None
+    return ("gated_mlp", (gelu, wide_weight, wide_bias, weight, bias, x, out)) if is_chain else None

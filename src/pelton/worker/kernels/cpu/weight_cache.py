@@ -33,7 +33,6 @@ from pelton.worker.kernels.cpu.packed_weights import (
     MappedWeights,
     PackedWeights,
     PlacedMatrix,
-    is_packable,
 )
 
 # Raised whenever native/packed_matrix.h or repack.cpp changes a byte of what is kept.
@@ -93,7 +92,7 @@ def _try_key(path: Path | None, model: Path) -> CacheKey | None:
 
 def _max_packed_bytes(files: ModelFiles) -> int:
     tensors = [tensor for name in files.tensor_names() if len((tensor := files.tensor(name)).shape) == 2]
-    return sum(PlacedMatrix.of(tensor).num_bytes + ALIGNMENT for tensor in tensors if is_packable(tensor))
+    return sum(PlacedMatrix.of(tensor).num_bytes + ALIGNMENT for tensor in tensors)
 
 
 def try_map(runtime: pelton_cpu.Runtime, key: CacheKey) -> MappedWeights | None:

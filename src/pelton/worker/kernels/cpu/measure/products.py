@@ -14,7 +14,7 @@ from pelton.bench.roofline import KernelFigure, KernelWork, make_figure
 from pelton.weights.tensors import ModelFiles, WeightTensor
 from pelton.worker.kernels.cpu import pelton_cpu
 from pelton.worker.kernels.cpu.measure.setup import MAX_LOGITS_ROWS, Setup, repeats
-from pelton.worker.kernels.cpu.packed_weights import PackedWeights, is_packable
+from pelton.worker.kernels.cpu.packed_weights import PackedWeights, is_kept_dense
 
 _LAYER_MATRICES = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -36,7 +36,7 @@ class Matrix:
 
 
 def load_matrices(files: ModelFiles, runtime: pelton_cpu.Runtime) -> tuple[list[Matrix], list[str]]:
-    """The model's products in the order of a step, and those that have no native kernel."""
+    """The model's products in the order of a step, and those that are not quantized, which no ceiling here is for."""
     spec = files.spec
     head = "model.embed_tokens" if spec.tie_word_embeddings else "lm_head"
     matrices: list[Matrix] = []
@@ -47,11 +47,13 @@ def load_matrices(files: ModelFiles, runtime: pelton_cpu.Runtime) -> tuple[list[
         matrix = Matrix(kernel, layers[0][0].shape[1])
         for tensors in layers:
             matrix.formats.update(dict.fromkeys(tensor.format for tensor in tensors))
-        if all(is_packable(tensor) for tensors in layers for tensor in tensors):
+        if any(is_kept_dense(tensor) for tensors in layers for tensor in tensors):
+            skipped.append(
+                f"{kernel}: {'+'.join(matrix.formats)} of {matrix.num_inputs} inputs is multiplied in float32"
+            )
+        else:
             matrix.weights = [_pack(tensors, runtime) for tensors in layers]
             matrices.append(matrix)
-        else:
-            skipped.append(f"{kernel}: no native kernel for {'+'.join(matrix.formats)} of {matrix.num_inputs} inputs")
     return matrices, skipped
 
 

@@ -2,6 +2,9 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
 #endif
 
 #include "kernel_table.h"
@@ -19,10 +22,17 @@ bool has_tiles() {
     return (d & kBf16) && (d & kTile);
 }
 
+// The same for "avxvnni". What the system must save for it is AVX2's.
+bool has_avx_vnni() {
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & (1u << 4)) != 0;
+}
+
 }  // namespace
 #endif
 
 const KernelTable* find_kernels(const char* name) {
+    const auto is_wanted = [name](const char* table) { return name == nullptr || std::strcmp(name, table) == 0; };
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool has_avx2 =
@@ -30,13 +40,14 @@ const KernelTable* find_kernels(const char* name) {
     const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                             __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
-    const bool wants_tiles = name == nullptr || std::strcmp(name, "amx") == 0;
-    if (has_avx512 && wants_tiles && has_tiles() && request_tiles()) return &amx_kernels();
-    if (has_avx512 && (name == nullptr || std::strcmp(name, "avx512") == 0)) return &avx512_kernels();
-    if (has_avx2 && (name == nullptr || std::strcmp(name, "avx2") == 0)) return &avx2_kernels();
+    if (has_avx512 && is_wanted("amx") && has_tiles() && request_tiles()) return &amx_kernels();
+    if (has_avx512 && is_wanted("avx512")) return &avx512_kernels();
+    if (has_avx2 && has_avx_vnni() && is_wanted("avx2_vnni")) return &avx2_vnni_kernels();
+    if (has_avx2 && is_wanted("avx2")) return &avx2_kernels();
+#elif defined(__aarch64__)
+    if ((getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0 && is_wanted("neon_dotprod")) return &neon_dotprod_kernels();
 #endif
-    if (name == nullptr || std::strcmp(name, "portable") == 0) return &portable_kernels();
-    return nullptr;
+    return is_wanted("portable") ? &portable_kernels() : nullptr;
 }
 
 }  // namespace pelton

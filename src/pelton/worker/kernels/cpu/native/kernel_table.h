@@ -23,6 +23,11 @@ struct KernelTable {
     void (*linear_panel)(const PackedMatrix& matrix, int panel, const QuantizedRows& rows, const float* bias,
                          float* out, int64_t ld_out, uint8_t* scratch);
 
+    // As linear_panel, but of float activations, and weights of any format: float32 products, one multiply-add
+    // per input, in order. `scratch`: dense_scratch_bytes(num_inputs), aligned to 64.
+    void (*dense_panel)(const PackedMatrix& matrix, int panel, const FloatRows& rows, const float* bias, float* out,
+                        int64_t ld_out, uint8_t* scratch);
+
     // out [H] = rms_norm(x + residual) * weight; residual becomes x + residual. residual may be null.
     void (*rms_norm_row)(const float* x, float* residual, const float* weight, int size, float eps, float* out);
 
@@ -44,10 +49,6 @@ struct KernelTable {
     // x [size] becomes cap * tanh(x / cap).
     void (*softcap_row)(float* x, int64_t size, float cap);
 
-    // Columns [num_columns] of out [S, ld_out] = x [S, I] times a float32 panel [I][32], plus bias where given.
-    void (*dense_panel)(const float* panel, int num_inputs, const float* x, int num_rows, const float* bias,
-                        int num_columns, float* out, int64_t ld_out);
-
     // Passes over a row of logits: see sampling_rows.h.
     float (*block_maxima)(const float* x, int64_t size, float* maxima);
     void (*block_weights)(const float* x, int64_t size, float greatest, float inverse_temperature, int64_t* weights);
@@ -63,14 +64,20 @@ inline size_t linear_scratch_bytes(int num_inputs) {
     return static_cast<size_t>(num_inputs / kGroup) * (1024 + 4 * kPanel * 4);
 }
 
+// A panel of quantized weights as float32 [inputs][32].
+inline size_t dense_scratch_bytes(int num_inputs) { return static_cast<size_t>(num_inputs) * kPanel * 4; }
+
 const KernelTable& portable_kernels();
 #if defined(__x86_64__)
-const KernelTable& avx2_kernels();    // AVX2, FMA, F16C
-const KernelTable& avx512_kernels();  // AVX-512 F, BW, VL, DQ, VNNI, BF16
-const KernelTable& amx_kernels();     // the same and AMX tiles of bfloat16
+const KernelTable& avx2_kernels();       // AVX2, FMA, F16C
+const KernelTable& avx2_vnni_kernels();  // and AVX-VNNI
+const KernelTable& avx512_kernels();     // AVX-512 F, BW, VL, DQ, VNNI, BF16
+const KernelTable& amx_kernels();        // the same and AMX tiles of bfloat16
 
 // Whether this process may use tiles from now on.
 bool request_tiles();
+#elif defined(__aarch64__)
+const KernelTable& neon_dotprod_kernels();  // Armv8.2-A with dot products
 #endif
 
 // The fastest table that this processor runs, or the one named. Null where that does not run here.

@@ -1,4 +1,4 @@
-// AVX2 with FMA: the plain kernels, vectorized by the compiler.
+// AVX2 with FMA and F16C (Haswell, Zen and later).
 #define PELTON_ISA avx2
 #include "kernels_generic.h"
 

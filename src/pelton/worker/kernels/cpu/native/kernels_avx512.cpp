@@ -1,13 +1,14 @@
 // AVX-512 with VNNI and BF16 (Zen 4 and 5, Sapphire Rapids and later).
 
+#define PELTON_ISA avx512
+
 #include <immintrin.h>
 
 #include <cmath>
 
-#define PELTON_ISA avx512
 #include "activation_avx512.h"
 #include "attention_avx512.h"
-#include "dense_generic.h"
+#include "dense_tiles.h"
 #include "kernel_table.h"
 #include "linear_avx512.h"
 #include "sampling_rows.h"
@@ -130,9 +131,9 @@ void softcap_row(float* x, int64_t size, float cap) {
 
 const KernelTable& avx512_kernels() {
     using namespace avx512;
-    static const KernelTable table = {"avx512",     quantize_row, linear_panel, rms_norm_row, silu_mul_row,
-                                      gelu_tanh_mul_row, rotate_head,  store_kv,     attend_head,  softcap_row,
-                                      dense_panel,  block_maxima_512, block_weights, num_above,   mask_row};
+    static const KernelTable table = {"avx512",          quantize_row, linear_panel, dense_panel,      rms_norm_row,
+                                      silu_mul_row,      gelu_tanh_mul_row, rotate_head, store_kv,    attend_head,
+                                      softcap_row,       block_maxima_512, block_weights, num_above,  mask_row};
     return table;
 }
 

@@ -312,6 +312,9 @@ inline void linear_panels(const PackedMatrix& matrix, PanelRange panels, GroupRa
         case Format::Q4_K: return multiply_panels<Format::Q4_K>(matrix, panels, groups, rows, result, scratch);
         case Format::Q5_K: return multiply_panels<Format::Q5_K>(matrix, panels, groups, rows, result, scratch);
         case Format::Q6_K: return multiply_panels<Format::Q6_K>(matrix, panels, groups, rows, result, scratch);
+        case Format::INT4: return multiply_panels<Format::INT4>(matrix, panels, groups, rows, result, scratch);
+        case Format::INT8: return multiply_panels<Format::INT8>(matrix, panels, groups, rows, result, scratch);
+        default: return;  // dense: dense_panel's
     }
 }
 

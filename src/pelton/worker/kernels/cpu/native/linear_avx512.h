@@ -247,6 +247,9 @@ inline void linear_panel(const PackedMatrix& matrix, int panel, const QuantizedR
         case Format::Q4_K: return multiply_panel<Format::Q4_K>(matrix, panel, rows, bias, out, ld_out, scratch);
         case Format::Q5_K: return multiply_panel<Format::Q5_K>(matrix, panel, rows, bias, out, ld_out, scratch);
         case Format::Q6_K: return multiply_panel<Format::Q6_K>(matrix, panel, rows, bias, out, ld_out, scratch);
+        case Format::INT4: return multiply_panel<Format::INT4>(matrix, panel, rows, bias, out, ld_out, scratch);
+        case Format::INT8: return multiply_panel<Format::INT8>(matrix, panel, rows, bias, out, ld_out, scratch);
+        default: return;  // dense: dense_panel's
     }
 }
 

@@ -14,7 +14,6 @@
 
 #include "attention_plan.h"
 #include "ceilings.h"
-#include "dense.h"
 #include "embedding.h"
 #include "program_module.h"
 #include "runtime.h"
@@ -35,7 +34,16 @@ T* at(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
-constexpr const char* kFormatNames[kNumFormats] = {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"};
+constexpr const char* kFormatNames[kNumFormats] = {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K",
+                                                "Q6_K", "INT4", "INT8", "BF16", "F16",  "F32"};
+
+ActivationType activation_of(const std::string& name) {
+    if (name == "auto") return ActivationType::Auto;
+    if (name == "int8") return ActivationType::INT8;
+    if (name == "bfloat16") return ActivationType::BF16;
+    if (name == "float32") return ActivationType::F32;
+    throw std::invalid_argument("no products of " + name + " activations");
+}
 
 Format format_of(const std::string& name) {
     for (int i = 0; i < kNumFormats; ++i) {
@@ -255,9 +263,7 @@ NB_MODULE(pelton_cpu, m) {
     nb::class_<LinearWeight>(m, "LinearWeight")
         .def("__init__",
              [](LinearWeight* self, int num_inputs) {
-                 if (num_inputs <= 0 || num_inputs % kGroup != 0) {
-                     throw std::invalid_argument("the inputs are no multiple of 32");
-                 }
+                 if (num_inputs <= 0) throw std::invalid_argument("a weight without inputs");
                  new (self) LinearWeight(num_inputs);
              })
         .def("add", &add_part, "runtime"_a, "format"_a, "num_outputs"_a, "data"_a, "num_bytes"_a,
@@ -266,16 +272,6 @@ NB_MODULE(pelton_cpu, m) {
         .def_ro("num_inputs", &LinearWeight::num_inputs)
         .def_ro("num_outputs", &LinearWeight::num_outputs)
         .def_prop_ro("num_bytes", &LinearWeight::num_bytes);
-
-    nb::class_<DenseWeight>(m, "DenseWeight")
-        .def(nb::init<int, int>(), "num_inputs"_a, "num_outputs"_a)
-        .def("set_rows",
-             [](DenseWeight& self, int first_output, int num_rows, Address values) {
-                 self.set_rows(first_output, num_rows, at<const float>(values));
-             },
-             no_gil)
-        .def_ro("num_inputs", &DenseWeight::num_inputs)
-        .def_ro("num_outputs", &DenseWeight::num_outputs);
 
     nb::class_<EmbeddingTable>(m, "EmbeddingTable")
         .def("__init__",
@@ -297,24 +293,24 @@ NB_MODULE(pelton_cpu, m) {
 
     nb::class_<Runtime>(m, "Runtime")
         .def("__init__",
-             [](Runtime* self, std::optional<std::string> isa, int num_threads, const std::vector<int>& cpus) {
+             [](Runtime* self, std::optional<std::string> isa, int num_threads, const std::vector<int>& cpus,
+                const std::string& activation_dtype) {
                  const KernelTable* kernels = find_kernels(isa ? isa->c_str() : nullptr);
                  if (kernels == nullptr) throw std::invalid_argument("no kernels " + *isa + " on this processor");
                  if (num_threads < 1) throw std::invalid_argument("at least one thread is needed");
-                 new (self) Runtime(*kernels, num_threads, cpus);
+                 const ActivationType activation = activation_of(activation_dtype);
+                 if (activation == ActivationType::BF16 && kernels->tiles == nullptr) {
+                     throw std::invalid_argument("products of bfloat16 need AMX, which kernels " +
+                                                 std::string(kernels->name) + " do not have: use int8 or float32");
+                 }
+                 new (self) Runtime(*kernels, num_threads, cpus, activation);
              },
-             "isa"_a.none(), "num_threads"_a, "cpus"_a)
+             "isa"_a.none(), "num_threads"_a, "cpus"_a, "activation_dtype"_a = "auto")
         .def_prop_ro("isa", [](const Runtime& self) { return self.kernels().name; })
         .def_prop_ro("num_threads", [](Runtime& self) { return self.pool().num_threads(); })
         .def("linear",
              [](Runtime& self, const LinearWeight& weight, Address x, int num_rows, Address bias, Address out) {
                  self.linear(weight, at<const float>(x), num_rows, at<const float>(bias), at<float>(out));
-             },
-             no_gil)
-        .def("linear",
-             [](Runtime& self, const DenseWeight& weight, Address x, int num_rows, Address bias, Address out) {
-                 linear_dense(weight, at<const float>(x), num_rows, at<const float>(bias), at<float>(out),
-                              self.kernels(), self.pool());
              },
              no_gil)
         .def("embedding",

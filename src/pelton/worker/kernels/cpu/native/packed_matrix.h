@@ -1,4 +1,4 @@
-// Weights of a linear layer, repacked without loss from the block formats of GGUF.
+// Weights of a linear layer, repacked without loss from the block formats that weights/ reads.
 //
 // 32 output features make a panel; a panel is a row of groups of 32 input features. A group holds, in
 // this order (k4: four consecutive inputs; lane: an output and one of its four inputs, 4 * output + input):
@@ -8,6 +8,11 @@
 //   scales     [subgroups][32], float16 or float32
 //   minima     the same, where the format has them
 // The value of a weight is scale * (q - zero_point) - minimum.
+//
+// Dense formats have no scales; a group holds 32 inputs of
+//   F32, F16   [32 inputs][32 outputs]
+//   BF16       [16 pairs of inputs][32 outputs][2 inputs], as products of bfloat16 pairs want it
+// and the last group of a row is filled up with zeros.
 #pragma once
 
 #include <cstddef>
@@ -20,11 +25,11 @@ namespace pelton {
 constexpr int kPanel = 32;
 constexpr int kGroup = 32;
 
-enum class Format { Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K };
-constexpr int kNumFormats = 8;
+enum class Format { Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, INT4, INT8, BF16, F16, F32 };
+constexpr int kNumFormats = 13;
 
 struct FormatTraits {
-    int bits;
+    int bits;       // 16 and 32: dense
     int subgroups;  // scales per group of 32
     bool f16_scales;
     bool has_min;
@@ -32,8 +37,9 @@ struct FormatTraits {
     int file_block_values;
     int file_block_bytes;
 
-    constexpr int low_bytes() const { return bits == 8 ? 1024 : 512; }
-    constexpr int high_bytes() const { return bits == 8 ? 0 : (bits - 4) * 128; }
+    constexpr bool is_dense() const { return bits >= 16; }
+    constexpr int low_bytes() const { return bits >= 8 ? bits * 128 : 512; }
+    constexpr int high_bytes() const { return bits >= 8 ? 0 : (bits - 4) * 128; }
     constexpr int scale_bytes() const { return subgroups * kPanel * (f16_scales ? 2 : 4); }
     constexpr int group_bytes() const {
         return low_bytes() + high_bytes() + scale_bytes() * (has_min ? 2 : 1);
@@ -50,6 +56,11 @@ constexpr FormatTraits traits_of(Format format) {
         case Format::Q4_K: return {4, 1, false, true, 0, 256, 144};
         case Format::Q5_K: return {5, 1, false, true, 0, 256, 176};
         case Format::Q6_K: return {6, 2, false, false, 32, 256, 210};
+        case Format::INT4: return {4, 1, false, true, 0, 32, 24};
+        case Format::INT8: return {8, 1, false, false, 128, 32, 36};
+        case Format::BF16: return {16, 0, false, false, 0, 1, 2};
+        case Format::F16: return {16, 0, false, false, 0, 1, 2};
+        case Format::F32: return {32, 0, false, false, 0, 1, 4};
     }
     return {};
 }
@@ -64,7 +75,7 @@ struct PackedMatrix {
     int num_inputs;
     std::shared_ptr<uint8_t> data;  // its own, or part of a `WeightMemory`, which may be read-only
 
-    int num_groups() const { return num_inputs / kGroup; }
+    int num_groups() const { return (num_inputs + kGroup - 1) / kGroup; }
     int num_panels() const { return (num_outputs + kPanel - 1) / kPanel; }
     size_t panel_bytes() const { return static_cast<size_t>(num_groups()) * traits_of(format).group_bytes(); }
     size_t num_bytes() const { return num_panels() * panel_bytes(); }
@@ -78,6 +89,12 @@ struct QuantizedRows {
     const int8_t* values;   // [num_rows, num_inputs]
     const float* scales;    // [num_rows, num_groups]
     const int32_t* sums;    // [num_rows, num_groups, 2]: of q over each half of a group
+};
+
+struct FloatRows {
+    int num_rows;
+    int num_inputs;
+    const float* values;  // [num_rows, num_inputs]
 };
 
 class ThreadPool;

@@ -53,14 +53,6 @@ void Program::linear(const LinearWeight& weight, View x, const float* bias, View
         [=, this, &weight] { runtime_.linear(weight, at(x).data, inputs_.num_rows, bias, at(out).data); });
 }
 
-void Program::linear(const DenseWeight& weight, View x, const float* bias, View out) {
-    check_whole(x, weight.num_inputs);
-    check_whole(out, weight.num_outputs);
-    ops_.push_back([=, this, &weight] {
-        linear_dense(weight, at(x).data, inputs_.num_rows, bias, at(out).data, runtime_.kernels(), runtime_.pool());
-    });
-}
-
 void Program::rms_norm(View x, int num_heads, const float* weight, int size, float eps, View out) {
     check(x, num_heads * size);
     check(out, num_heads * size);

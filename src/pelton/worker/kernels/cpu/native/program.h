@@ -11,7 +11,6 @@
 #include <vector>
 
 #include "attention_plan.h"
-#include "dense.h"
 #include "embedding.h"
 #include "runtime.h"
 
@@ -66,7 +65,6 @@ public:
     void select_rows(int size, View out);  // of the run's `hidden`
     void embedding(const EmbeddingTable& table, View out);
     void linear(const LinearWeight& weight, View x, const float* bias, View out);
-    void linear(const DenseWeight& weight, View x, const float* bias, View out);
     // Each of `num_heads` heads of `size` columns by itself.
     void rms_norm(View x, int num_heads, const float* weight, int size, float eps, View out);
     // out = norm(x + residual); residual becomes x + residual.

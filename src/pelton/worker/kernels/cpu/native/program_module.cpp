@@ -108,11 +108,6 @@ void bind_program(nb::module_& m) {
                  self.linear(weight, view_of(x), floats_of(bias), view_of(out));
              },
              nb::keep_alive<1, 2>())
-        .def("linear",
-             [](Program& self, const DenseWeight& weight, ViewPair x, Address bias, ViewPair out) {
-                 self.linear(weight, view_of(x), floats_of(bias), view_of(out));
-             },
-             nb::keep_alive<1, 2>())
         .def("rms_norm",
              [](Program& self, ViewPair x, int num_heads, Address weight, int size, float eps, ViewPair out) {
                  self.rms_norm(view_of(x), num_heads, floats_of(weight), size, eps, view_of(out));

@@ -110,12 +110,30 @@ void decode_k6(const uint8_t* block, int group, int output, DecodedGroup& out) {
     }
 }
 
+// Blocks of compressed safetensors as weights/ writes them: float32 scale (INT4: and minimum), then codes.
+template <Format kFormat>
+void decode_integers(const uint8_t* block, int output, DecodedGroup& out) {
+    uint8_t* q = out.q[output];
+    std::memcpy(out.scales + 4 * output, block, 4);
+    if constexpr (kFormat == Format::INT8) {
+        for (int k = 0; k < kGroup; ++k) q[k] = block[4 + k] ^ 128;  // + 128
+    } else {
+        std::memcpy(out.scales + traits_of(kFormat).scale_bytes() + 4 * output, block + 4, 4);
+        for (int k = 0; k < 16; ++k) {
+            q[k] = block[8 + k] & 15;
+            q[k + 16] = block[8 + k] >> 4;
+        }
+    }
+}
+
 template <Format kFormat>
 void decode_group(const uint8_t* row, int group, int output, DecodedGroup& out) {
     constexpr FormatTraits traits = traits_of(kFormat);
     constexpr int kGroupsPerBlock = traits.file_block_values / kGroup;
     const uint8_t* block = row + static_cast<size_t>(group / kGroupsPerBlock) * traits.file_block_bytes;
-    if constexpr (kGroupsPerBlock == 1) {
+    if constexpr (kFormat == Format::INT4 || kFormat == Format::INT8) {
+        decode_integers<kFormat>(block, output, out);
+    } else if constexpr (kGroupsPerBlock == 1) {
         decode_legacy<kFormat>(block, output, out);
     } else if constexpr (kFormat == Format::Q6_K) {
         decode_k6(block, group % kGroupsPerBlock, output, out);
@@ -177,6 +195,22 @@ void repack_panel(const uint8_t* source, size_t row_bytes, int num_rows, int num
     }
 }
 
+// Values as they are: [inputs][32 outputs], or with pairs of inputs together.
+template <typename Value, bool kPairs>
+void repack_dense_panel(const uint8_t* source, size_t row_bytes, int num_rows, int num_groups, uint8_t* target) {
+    auto* values = reinterpret_cast<Value*>(target);
+    const int num_inputs = static_cast<int>(row_bytes / sizeof(Value)), padded_inputs = num_groups * kGroup;
+    for (int k = 0; k < padded_inputs; ++k) {
+        for (int output = 0; output < kPanel; ++output) {
+            Value value = 0;
+            if (k < num_inputs && output < num_rows) {
+                std::memcpy(&value, source + output * row_bytes + k * sizeof(Value), sizeof(Value));
+            }
+            values[kPairs ? k / 2 * 2 * kPanel + 2 * output + k % 2 : k * kPanel + output] = value;
+        }
+    }
+}
+
 using RepackPanel = void (*)(const uint8_t*, size_t, int, int, uint8_t*);
 
 RepackPanel repack_panel_of(Format format) {
@@ -189,6 +223,11 @@ RepackPanel repack_panel_of(Format format) {
         case Format::Q4_K: return repack_panel<Format::Q4_K>;
         case Format::Q5_K: return repack_panel<Format::Q5_K>;
         case Format::Q6_K: return repack_panel<Format::Q6_K>;
+        case Format::INT4: return repack_panel<Format::INT4>;
+        case Format::INT8: return repack_panel<Format::INT8>;
+        case Format::BF16: return repack_dense_panel<uint16_t, true>;
+        case Format::F16: return repack_dense_panel<uint16_t, false>;
+        case Format::F32: return repack_dense_panel<uint32_t, false>;
     }
     return nullptr;
 }

@@ -39,16 +39,21 @@ size_t LinearWeight::num_bytes() const {
 }
 
 void Runtime::linear(const LinearWeight& weight, const float* x, int num_rows, const float* bias, float* out) {
-    if (multiplies_tiles()) {
+    if (multiplies_tiles(weight)) {
         multiply_tiles(weight, pack_tiles(x, num_rows, weight.num_inputs), bias, out);
     } else {
-        multiply_quantized(weight, x, num_rows, bias, out);
+        multiply_panels(weight, x, num_rows, bias, out);
     }
 }
 
-void Runtime::multiply_quantized(const LinearWeight& weight, const float* x, int num_rows, const float* bias,
-                                 float* out) {
-    const int num_inputs = weight.num_inputs, num_groups = num_inputs / kGroup;
+bool Runtime::multiplies_tiles(const LinearWeight& weight) const {
+    if (kernels_.tiles == nullptr || activation_ == ActivationType::INT8) return false;
+    return std::none_of(weight.parts.begin(), weight.parts.end(),
+                        [this](const PackedMatrix& part) { return multiplies_floats(part); });
+}
+
+QuantizedRows Runtime::quantize(const float* x, int num_rows, int num_inputs) {
+    const int num_groups = num_inputs / kGroup;
     const size_t value_bytes = aligned(static_cast<size_t>(num_rows) * num_inputs);
     const size_t scale_bytes = aligned(static_cast<size_t>(num_rows) * num_groups * sizeof(float));
     auto* memory = static_cast<uint8_t*>(activations_.reserve(value_bytes + 3 * scale_bytes + kAlign));
@@ -60,29 +65,49 @@ void Runtime::multiply_quantized(const LinearWeight& weight, const float* x, int
         kernels_.quantize_row(x + static_cast<size_t>(row) * num_inputs, num_inputs,
                               values + static_cast<size_t>(row) * num_inputs, scales + group, sums + 2 * group);
     });
+    return {num_rows, num_inputs, values, scales, sums};
+}
 
+void Runtime::multiply_panels(const LinearWeight& weight, const float* x, int num_rows, const float* bias, float* out) {
+    const int num_inputs = weight.num_inputs;
     int num_panels = 0;
-    for (const auto& part : weight.parts) num_panels += part.num_panels();
-    const size_t scratch_bytes = aligned(linear_scratch_bytes(num_inputs));
+    bool any_floats = false, any_quantized = false;
+    for (const auto& part : weight.parts) {
+        num_panels += part.num_panels();
+        (multiplies_floats(part) ? any_floats : any_quantized) = true;
+    }
+    const QuantizedRows quantized = any_quantized ? quantize(x, num_rows, num_inputs) : QuantizedRows{};
+    const int padded_inputs = (num_inputs + kGroup - 1) / kGroup * kGroup;
+    const size_t scratch_bytes = aligned(
+        std::max(linear_scratch_bytes(padded_inputs), any_floats ? dense_scratch_bytes(padded_inputs) : 0));
     auto* scratch = static_cast<uint8_t*>(scratch_.reserve(scratch_bytes * pool_.num_threads()));
-    const int chunk_rows = std::max(48, kChunkBytes / num_inputs);
+    const int chunk_rows = std::max(48, kChunkBytes / (any_floats ? 4 * num_inputs : num_inputs));
     const int num_chunks = (num_rows + chunk_rows - 1) / chunk_rows;
     pool_.run(num_panels * num_chunks, [&](int task, int thread) {
         const int first = static_cast<int>(static_cast<int64_t>(num_rows) * (task / num_panels) / num_chunks);
         const int last = static_cast<int>(static_cast<int64_t>(num_rows) * (task / num_panels + 1) / num_chunks);
-        const size_t group = static_cast<size_t>(first) * num_groups;
-        const QuantizedRows rows = {last - first, num_inputs, values + static_cast<size_t>(first) * num_inputs,
-                                    scales + group, sums + 2 * group};
         int panel = task % num_panels, column = 0;
         for (const auto& part : weight.parts) {
-            if (panel < part.num_panels()) {
-                kernels_.linear_panel(part, panel, rows, bias != nullptr ? bias + column : nullptr,
-                                      out + static_cast<int64_t>(first) * weight.num_outputs + column,
-                                      weight.num_outputs, scratch + thread * scratch_bytes);
-                return;
+            if (panel >= part.num_panels()) {
+                panel -= part.num_panels();
+                column += part.num_outputs;
+                continue;
             }
-            panel -= part.num_panels();
-            column += part.num_outputs;
+            const float* offsets = bias != nullptr ? bias + column : nullptr;
+            float* to = out + static_cast<int64_t>(first) * weight.num_outputs + column;
+            uint8_t* memory = scratch + thread * scratch_bytes;
+            const size_t value = static_cast<size_t>(first) * num_inputs;
+            if (multiplies_floats(part)) {
+                kernels_.dense_panel(part, panel, {last - first, num_inputs, x + value}, offsets, to,
+                                     weight.num_outputs, memory);
+            } else {
+                const size_t group = value / kGroup;
+                kernels_.linear_panel(part, panel,
+                                      {last - first, num_inputs, quantized.values + value, quantized.scales + group,
+                                       quantized.sums + 2 * group},
+                                      offsets, to, weight.num_outputs, memory);
+            }
+            return;
         }
     });
 }
@@ -127,7 +152,8 @@ void Runtime::multiply_tiles(const LinearWeight& weight, const TiledRows& x, con
 // the two wide results would cost as much time in memory as the products.
 void Runtime::gated_mlp(const GatedWeights& weights, const float* x, int num_rows, float* out) {
     const int size = weights.down->num_inputs;
-    if (!multiplies_tiles() || weights.gate_up->parts.size() != 2) {
+    const bool has_tiles = multiplies_tiles(*weights.gate_up) && multiplies_tiles(*weights.down);
+    if (!has_tiles || weights.gate_up->parts.size() != 2) {
         auto* wide = static_cast<float*>(mlp_.reserve(static_cast<size_t>(num_rows) * size * 3 * sizeof(float)));
         float* narrow = wide + static_cast<size_t>(num_rows) * size * 2;
         linear(*weights.gate_up, x, num_rows, weights.gate_up_bias, wide);

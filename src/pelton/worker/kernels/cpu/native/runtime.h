@@ -44,6 +44,14 @@ struct GatedWeights {
     bool gelu;
 };
 
+// What activations are rounded to as they enter a product with quantized weights.
+enum class ActivationType {
+    Auto,  // the fastest
+    INT8,
+    BF16,  // with tiles only
+    F32,
+};
+
 struct Tokens {
     int num_tokens;
     const int64_t* slots;  // [T]
@@ -67,8 +75,9 @@ class Runtime {
     static constexpr int kTasksPerThread = 16;
 
 public:
-    Runtime(const KernelTable& kernels, int num_threads, const std::vector<int>& cpus)
-        : kernels_(kernels), pool_(num_threads, cpus) {}
+    Runtime(const KernelTable& kernels, int num_threads, const std::vector<int>& cpus,
+            ActivationType activation = ActivationType::Auto)
+        : kernels_(kernels), activation_(activation), pool_(num_threads, cpus) {}
 
     const KernelTable& kernels() const { return kernels_; }
     ThreadPool& pool() { return pool_; }
@@ -98,8 +107,15 @@ private:
         return kernels_.tiles != nullptr && kernels_.tiles->can_attend(shape);
     }
 
-    void multiply_quantized(const LinearWeight& weight, const float* x, int num_rows, const float* bias, float* out);
-    bool multiplies_tiles() const { return kernels_.tiles != nullptr; }
+    // Float32 products, of decoded weights where need be.
+    bool multiplies_floats(const PackedMatrix& part) const {
+        return activation_ == ActivationType::F32 || traits_of(part.format).is_dense();
+    }
+    // A weight with a dense part goes another way as a whole.
+    bool multiplies_tiles(const LinearWeight& weight) const;
+    void multiply_panels(const LinearWeight& weight, const float* x, int num_rows, const float* bias, float* out);
+    // Rows in 8 bits, in memory that the next call reuses.
+    QuantizedRows quantize(const float* x, int num_rows, int num_inputs);
     TiledRows reserve_tiles(Buffer& buffer, int num_rows, int num_inputs);
     TiledRows pack_tiles(const float* x, int num_rows, int num_inputs);
     void multiply_tiles(const LinearWeight& weight, const TiledRows& x, const float* bias, float* out);
@@ -129,6 +145,7 @@ private:
                       const AttentionSchedule& schedule, const void* key_cache, const void* value_cache);
 
     const KernelTable& kernels_;
+    ActivationType activation_;
     ThreadPool pool_;
     Buffer activations_;
     Buffer scratch_;

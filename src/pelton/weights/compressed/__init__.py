@@ -1,0 +1,1 @@
+"""Weights in integers inside safetensors: GPTQ, AWQ, compressed-tensors."""
