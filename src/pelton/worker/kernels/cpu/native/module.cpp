@@ -240,6 +240,8 @@ std::optional<std::vector<Logprobs>> token_logprobs(Sampler& sampler, Address lo
 
 NB_MODULE(pelton_cpu, m) {
     using namespace pelton;
+    // What a background thread still holds when the interpreter ends is not worth a page on standard error.
+    nb::set_leak_warnings(false);
     const auto no_gil = nb::call_guard<nb::gil_scoped_release>();
 
     m.attr("FORMATS") = nb::cast(std::vector<std::string>(kFormatNames, kFormatNames + kNumFormats));
