@@ -185,7 +185,7 @@ from pelton.worker.kernels.ops import make_kernels
 
 config = WorkerConfig(weight_cache_dir=sys.argv[2])
 kernels = make_kernels("native", num_threads=2)
-model = build_worker._load(open_model(Path(sys.argv[1])), ModelConfig(), config, kernels)
+model = build_worker.load_weights(open_model(Path(sys.argv[1])), ModelConfig(), config, kernels)
 for thread in threading.enumerate():
     if thread.name == "pelton-weight-cache":
         thread.join()
