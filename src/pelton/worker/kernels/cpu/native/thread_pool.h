@@ -1,6 +1,7 @@
 // A pool of pinned threads for one operation at a time. Idle threads spin briefly, then sleep.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
@@ -37,7 +38,21 @@ public:
         run_job(job);
     }
 
+    // The same for small tasks: a thread takes some neighbours at a time.
+    template <typename Task>
+    void run_small(int count, const Task& task) {
+        const int num_pieces = std::min(count, num_threads_ * kPiecesPerThread);
+        run(num_pieces, [&](int piece, int thread) {
+            const int last = static_cast<int>(static_cast<int64_t>(count) * (piece + 1) / num_pieces);
+            for (int i = static_cast<int>(static_cast<int64_t>(count) * piece / num_pieces); i < last; ++i) {
+                task(i, thread);
+            }
+        });
+    }
+
 private:
+    static constexpr int kPiecesPerThread = 8;
+
     struct Job {
         void (*call)(const void* context, int i, int thread);
         const void* context;
