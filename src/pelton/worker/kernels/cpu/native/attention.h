@@ -18,7 +18,7 @@ struct AttentionShape {
     KVType kv_type;
 };
 
-// Caches are [num_blocks, block_size, K, D] of kv_type.
+// Caches are [num_blocks, block_size, K, D] of kv_type, but for tiles (tiles.h).
 struct AttentionRequest {
     const float* query;  // [num_tokens, N, D]; rows are ld_query apart
     int64_t ld_query;

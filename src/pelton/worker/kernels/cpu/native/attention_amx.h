@@ -2,8 +2,8 @@
 //
 // A query head of a token is a column (attention.h): scores are keys [16, D] times queries [D, 16], so that softmax runs
 // down the columns without a sum across a register, and results are values [D, 16 keys] times
-// probabilities [16 keys, 16]. Keys lie in the cache as everywhere; values lie transposed, in each block
-// [K][D][block_size], which is what the second product reads.
+// probabilities [16 keys, 16]. In the cache a block holds a head's keys together, [K][block_size][D], and its values
+// transposed, [K][D][block_size], which is what the second product reads.
 //
 // Law 3: positions are taken in chunks that start at multiples of kChunkPositions. What a chunk adds to a
 // column depends on that column and the chunk alone; chunks are merged in order.
@@ -204,8 +204,8 @@ private:
     int64_t block_at(int position) const { return run_.block_table[position / shape_.block_size]; }
 
     const uint16_t* keys_at(int position) const {
-        const int64_t slot = block_at(position) * shape_.block_size + position % shape_.block_size;
-        return keys_ + (slot * shape_.num_kv_heads + kv_head_) * dim_;
+        const int64_t first = (block_at(position) * shape_.num_kv_heads + kv_head_) * shape_.block_size;
+        return keys_ + (first + position % shape_.block_size) * dim_;
     }
 
     const uint16_t* values_at(int position) const {
@@ -285,7 +285,6 @@ private:
 
     // Values of four blocks and keys of the next four. Only where a tile is alone: others read from the caches.
     void prefetch(int start, int first, int end) const {
-        const int64_t row_values = static_cast<int64_t>(shape_.num_kv_heads) * dim_;
         for (int block = first; block < end; ++block) {
             const int position = start + block * kBlockPositions;
             if (block < first + 4) {
@@ -297,10 +296,8 @@ private:
                 }
             } else {
                 const uint16_t* keys = keys_at(position);
-                for (int row = 0; row < kBlockPositions; ++row) {
-                    for (int d = 0; d < dim_; d += 32) {
-                        _mm_prefetch(reinterpret_cast<const char*>(keys + row * row_values + d), _MM_HINT_T0);
-                    }
+                for (int i = 0; i < kBlockPositions * dim_; i += 32) {
+                    _mm_prefetch(reinterpret_cast<const char*>(keys + i), _MM_HINT_T0);
                 }
             }
         }
@@ -308,7 +305,7 @@ private:
 
     // Scores [positions, 16] of up to four blocks.
     void score_blocks(int tile, int start, int first, int end) {
-        const int64_t row_bytes = static_cast<int64_t>(shape_.num_kv_heads) * dim_ * 2;
+        const int64_t row_bytes = dim_ * 2;
         const uint16_t* keys[4];
         for (int i = 0; i < 4; ++i) keys[i] = keys_at(start + std::min(first + i, end - 1) * kBlockPositions);
         zero_tile<0>();
@@ -342,7 +339,7 @@ private:
 
     // Scores of one or two blocks for two tiles of columns.
     void score_pair(int tile, int start, int block, bool has_second) {
-        const int64_t row_bytes = static_cast<int64_t>(shape_.num_kv_heads) * dim_ * 2;
+        const int64_t row_bytes = dim_ * 2;
         const uint16_t* first = keys_at(start + block * kBlockPositions);
         const uint16_t* second = has_second ? keys_at(start + (block + 1) * kBlockPositions) : first;
         const uint16_t *left = query_tiles(tile), *right = query_tiles(tile + 1);

@@ -229,16 +229,17 @@ void Runtime::rotate_and_store(const AttentionShape& shape, const Tokens& tokens
             const float* value = rows.values + token * rows.ld_values + static_cast<int64_t>(head) * dim;
             kernels_.rotate_head(key, cos, sin, tokens.half);
             const int64_t slot = tokens.slots[token];
-            const int64_t at = (slot * shape.num_kv_heads + head) * dim * element_bytes;
-            kernels_.store_kv(key, dim, shape.kv_type, static_cast<uint8_t*>(key_cache) + at);
             if (!uses_tiles(shape)) {
+                const int64_t at = (slot * shape.num_kv_heads + head) * dim * element_bytes;
+                kernels_.store_kv(key, dim, shape.kv_type, static_cast<uint8_t*>(key_cache) + at);
                 kernels_.store_kv(value, dim, shape.kv_type, static_cast<uint8_t*>(value_cache) + at);
                 continue;
             }
             const int64_t block = slot / shape.block_size, offset = slot % shape.block_size;
+            const int64_t first = (block * shape.num_kv_heads + head) * dim * shape.block_size;
+            kernels_.store_kv(key, dim, shape.kv_type, static_cast<uint16_t*>(key_cache) + first + offset * dim);
             kernels_.tiles->store_values(value, dim, shape.block_size,
-                                         static_cast<uint16_t*>(value_cache) +
-                                             (block * shape.num_kv_heads + head) * dim * shape.block_size + offset);
+                                         static_cast<uint16_t*>(value_cache) + first + offset);
         }
     });
 }

@@ -80,7 +80,8 @@ struct TileKernels {
     // act(gate) * up of a group of 32 columns [num_rows <= 16, 32], rows `ld` apart, as a tile.
     void (*gated_rows)(bool gelu, const float* gate, const float* up, int64_t ld, int num_rows, uint16_t* to);
 
-    // Whether tiles fit the shape. Its values then lie transposed in the cache: [num_blocks, K, D, block_size].
+    // Whether tiles fit the shape. Caches are then [num_blocks, K, block_size, D] of keys and
+    // [num_blocks, K, D, block_size] of values.
     bool (*can_attend)(const AttentionShape& shape);
 
     // One head's values [D] of a token into its slot; dimensions are `stride` apart there.
