@@ -1,4 +1,5 @@
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -167,7 +168,14 @@ def test_a_closed_pipe_is_no_traceback() -> None:
 
 def test_interrupt_is_exit_code_130() -> None:
     command = [sys.executable, "-m", "pelton.cli.main", "chat", "--base-url", "http://127.0.0.1:9", "--model", "m"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    # A shell without job control starts its background jobs, this one's parent maybe, with the signal ignored.
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
         time.sleep(0.6)  # it waits for its standard input
         process.send_signal(2)
         _, err = process.communicate(timeout=10)
