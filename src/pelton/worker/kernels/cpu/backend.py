@@ -143,7 +143,7 @@ class NativeKernels:
     def plan_attention(
         self, shape: AttentionShape, query_start_loc: Ints, seq_lens: Ints, block_tables: Ints
     ) -> NativePlan:
-        return NativePlan(shape, query_start_loc, seq_lens, block_tables)
+        return NativePlan(self.runtime, shape, query_start_loc, seq_lens, block_tables)
 
     def rotate_and_store(
         self,
@@ -201,7 +201,15 @@ class NativeKernels:
 class NativePlan:
     """A step's requests, handed over once for all layers of a KV group."""
 
-    def __init__(self, shape: AttentionShape, query_start_loc: Ints, seq_lens: Ints, block_tables: Ints) -> None:
+    def __init__(
+        self,
+        runtime: pelton_cpu.Runtime,
+        shape: AttentionShape,
+        query_start_loc: Ints,
+        seq_lens: Ints,
+        block_tables: Ints,
+    ) -> None:
+        self._runtime = runtime
         self._args = (shape, query_start_loc, seq_lens, np.ascontiguousarray(block_tables))
         self._native: pelton_cpu.AttentionPlan | None = None
 
@@ -209,6 +217,7 @@ class NativePlan:
         if self._native is None:
             shape, query_start_loc, seq_lens, block_tables = self._args
             self._native = pelton_cpu.AttentionPlan(
+                self._runtime,
                 *native_shape(shape, bf16),
                 address(query_start_loc),
                 address(seq_lens),

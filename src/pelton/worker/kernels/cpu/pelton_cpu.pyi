@@ -53,6 +53,7 @@ class EmbeddingTable:
 class AttentionPlan:
     def __init__(
         self,
+        runtime: Runtime,
         num_heads: int,
         num_kv_heads: int,
         head_dim: int,

@@ -10,7 +10,9 @@ import numpy.typing as npt
 
 from pelton.bench.roofline import KernelFigure, KernelWork, make_figure
 from pelton.worker.kernels.cpu import pelton_cpu
+from pelton.worker.kernels.cpu.arrays import address, native_shape
 from pelton.worker.kernels.cpu.measure.setup import BLOCK_SIZE, Setup, repeats
+from pelton.worker.kernels.ops import AttentionShape
 
 _CYCLE_BYTES = 512 << 20  # keys and values that calls go through in turn
 _EVICT_BYTES = 64 << 20
@@ -40,17 +42,14 @@ class AttentionBench:
         tables = self._setup.rng.permutation(num_blocks).reshape(num_requests, num_columns)
         starts = np.arange(num_requests + 1, dtype=np.int64) * num_tokens
         seq_lens = np.full(num_requests, context, np.int64)
+        shape = AttentionShape(spec.num_heads, spec.num_kv_heads, spec.head_dim, BLOCK_SIZE, window)
         plan = pelton_cpu.AttentionPlan(
-            spec.num_heads,
-            spec.num_kv_heads,
-            spec.head_dim,
-            BLOCK_SIZE,
-            window or 0,
-            True,
-            starts.ctypes.data,
-            seq_lens.ctypes.data,
+            self._setup.runtime,
+            *native_shape(shape, True),
+            address(starts),
+            address(seq_lens),
             num_requests,
-            tables.ctypes.data,
+            address(tables),
             num_columns,
         )
         values_per_cache = num_blocks * BLOCK_SIZE * spec.num_kv_heads * spec.head_dim
@@ -72,11 +71,11 @@ class AttentionBench:
                 num_blocks,
                 scale,
                 spec.attention_softcap or 0.0,
-                query.ctypes.data,
+                address(query),
                 width,
-                keys.ctypes.data,
-                values.ctypes.data,
-                out.ctypes.data,
+                address(keys),
+                address(values),
+                address(out),
             )
             times_s.append(time.perf_counter() - start_s)
         seen = np.minimum(np.arange(context - num_tokens, context) + 1, window or context)

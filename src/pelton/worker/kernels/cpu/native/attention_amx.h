@@ -308,10 +308,7 @@ private:
         const int64_t row_bytes = dim_ * 2;
         const uint16_t* keys[4];
         for (int i = 0; i < 4; ++i) keys[i] = keys_at(start + std::min(first + i, end - 1) * kBlockPositions);
-        zero_tile<0>();
-        zero_tile<1>();
-        zero_tile<2>();
-        zero_tile<3>();
+        zero_sums();
         const uint16_t* queries = query_tiles(tile);
         for (int d = 0; d < dim_; d += 32) {
             load_tile<5>(queries + d * kColumns, 64);
@@ -343,10 +340,7 @@ private:
         const uint16_t* first = keys_at(start + block * kBlockPositions);
         const uint16_t* second = has_second ? keys_at(start + (block + 1) * kBlockPositions) : first;
         const uint16_t *left = query_tiles(tile), *right = query_tiles(tile + 1);
-        zero_tile<0>();
-        zero_tile<1>();
-        zero_tile<2>();
-        zero_tile<3>();
+        zero_sums();
         for (int d = 0; d < dim_; d += 32) {
             load_tile<4>(first + d, row_bytes);
             load_tile<5>(left + d * kColumns, 64);
@@ -433,10 +427,7 @@ private:
     // part [64 dimensions from d on][16] = values times probabilities.
     void add_values(int start, int first, int end, int d, float* part) const {
         const int count = std::min(4, (dim_ - d) / 16);
-        zero_tile<0>();
-        zero_tile<1>();
-        zero_tile<2>();
-        zero_tile<3>();
+        zero_sums();
         for (int block = first; block < end; ++block) {
             const auto [base, stride] = readable_values(start + block * kBlockPositions);
             const uint16_t* values = base + d * stride;
@@ -461,10 +452,7 @@ private:
 
     // The same for two tiles: parts [32 dimensions from d on][16] of each.
     void add_values_pair(int start, int first, int end, int d, const PartialSums* parts) const {
-        zero_tile<0>();
-        zero_tile<1>();
-        zero_tile<2>();
-        zero_tile<3>();
+        zero_sums();
         for (int block = first; block < end; ++block) {
             const auto [base, stride] = readable_values(start + block * kBlockPositions);
             const uint16_t* values = base + d * stride;

@@ -26,14 +26,14 @@ std::vector<int64_t> sharing_key(const AttentionShape& shape, const AttentionSch
 
 }  // namespace
 
-AttentionSchedule::AttentionSchedule(const AttentionShape& shape, std::span<const Request> requests) {
+AttentionSchedule::AttentionSchedule(const AttentionShape& shape, std::span<const Request> requests, bool in_chunks) {
     const int group = shape.num_heads / shape.num_kv_heads;
     // Chunks that may take one more member, by start and key.
     std::map<std::pair<int, std::vector<int64_t>>, int> open;
     std::vector<std::pair<int, int>> places;  // chunk and member, of the merges' parts
     for (int index = 0; index < static_cast<int>(requests.size()); ++index) {
         const Request& request = requests[index];
-        if (request.num_tokens * group > kTileColumns || request.seq_len <= kChunkPositions) {
+        if (!in_chunks || request.num_tokens * group > kTileColumns || request.seq_len <= kChunkPositions) {
             add_runs(index, request);
             continue;
         }

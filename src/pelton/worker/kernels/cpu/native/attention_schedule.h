@@ -1,7 +1,7 @@
-// How a step's attention is cut into pieces that threads take one by one, where tiles do it.
+// How a step's attention is cut into pieces that threads take one by one.
 //
-// A request with many new tokens is cut into runs of its tokens, each over all positions. One with few, a
-// decode, is cut into chunks of positions instead: a long context is shared out among threads, and a chunk
+// A request is cut into runs of its new tokens, each over all positions. Where tiles do it, one with few new
+// tokens, a decode, is cut into chunks of positions instead: a long context is shared out among threads, and a chunk
 // that requests have in common (a shared prefix) is read once for all of them. Either way a column's result
 // is the same to the bit (attention_amx.h).
 #pragma once
@@ -51,7 +51,7 @@ public:
     };
 
     AttentionSchedule() = default;
-    AttentionSchedule(const AttentionShape& shape, std::span<const Request> requests);
+    AttentionSchedule(const AttentionShape& shape, std::span<const Request> requests, bool in_chunks);
 
     std::vector<Run> runs;
     std::vector<Chunk> chunks;

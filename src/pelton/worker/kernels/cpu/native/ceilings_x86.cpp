@@ -2,13 +2,11 @@
 // for what it uses, and called only where the processor has it.
 
 #include "ceilings.h"
+#include "processor.h"
 
 #if defined(__x86_64__)
 
-#include <cpuid.h>
 #include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 namespace pelton {
 
@@ -170,35 +168,11 @@ PELTON_TARGET("avx512f") uint64_t read_avx512(const uint8_t* data, size_t num_by
     return words[0];
 }
 
-// What neither gcc nor clang of every supported version can be asked for by name.
-struct Features {
-    bool avx_vnni = false, tile = false, tile_bf16 = false, tile_int8 = false;
-
-    Features() {
-        unsigned a, b, c, d;
-        if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
-        tile = (d & (1u << 24)) != 0 && may_use_tiles();
-        tile_bf16 = tile && (d & (1u << 22)) != 0;
-        tile_int8 = tile && (d & (1u << 25)) != 0;
-        if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) avx_vnni = (a & (1u << 4)) != 0;
-    }
-
-    // Linux lends the tile registers to processes that ask for them.
-    static bool may_use_tiles() {
-#if defined(__linux__)
-        constexpr int kRequestPermission = 0x1023, kTileData = 18;
-        return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-#else
-        return false;
-#endif
-    }
-};
-
 }  // namespace
 
 std::vector<PeakLoop> x86_peak_loops() {
     __builtin_cpu_init();
-    const Features features;
+    const ProcessorFeatures& features = processor_features();
     const bool has_avx2 = __builtin_cpu_supports("avx2");
     const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
     const PeakLoop loops[] = {

@@ -1,35 +1,14 @@
 #include <cstring>
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-#elif defined(__aarch64__)
+#if defined(__aarch64__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
 #endif
 
 #include "kernel_table.h"
+#include "processor.h"
 
 namespace pelton {
-
-#if defined(__x86_64__)
-namespace {
-
-// gcc learned to ask for "amx-bf16" only in version 11, clang in 18.
-bool has_tiles() {
-    unsigned a, b, c, d;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
-    return (d & kBf16) && (d & kTile);
-}
-
-// The same for "avxvnni". What the system must save for it is AVX2's.
-bool has_avx_vnni() {
-    unsigned a, b, c, d;
-    return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & (1u << 4)) != 0;
-}
-
-}  // namespace
-#endif
 
 const KernelTable* find_kernels(const char* name) {
     const auto is_wanted = [name](const char* table) { return name == nullptr || std::strcmp(name, table) == 0; };
@@ -40,9 +19,9 @@ const KernelTable* find_kernels(const char* name) {
     const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                             __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
-    if (has_avx512 && is_wanted("amx") && has_tiles() && request_tiles()) return &amx_kernels();
+    if (has_avx512 && is_wanted("amx") && processor_features().tile_bf16) return &amx_kernels();
     if (has_avx512 && is_wanted("avx512")) return &avx512_kernels();
-    if (has_avx2 && has_avx_vnni() && is_wanted("avx2_vnni")) return &avx2_vnni_kernels();
+    if (has_avx2 && is_wanted("avx2_vnni") && processor_features().avx_vnni) return &avx2_vnni_kernels();
     if (has_avx2 && is_wanted("avx2")) return &avx2_kernels();
 #elif defined(__aarch64__)
     if ((getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0 && is_wanted("neon_dotprod")) return &neon_dotprod_kernels();

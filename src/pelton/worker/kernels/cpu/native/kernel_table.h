@@ -73,9 +73,6 @@ const KernelTable& avx2_kernels();       // AVX2, FMA, F16C
 const KernelTable& avx2_vnni_kernels();  // and AVX-VNNI
 const KernelTable& avx512_kernels();     // AVX-512 F, BW, VL, DQ, VNNI, BF16
 const KernelTable& amx_kernels();        // the same and AMX tiles of bfloat16
-
-// Whether this process may use tiles from now on.
-bool request_tiles();
 #elif defined(__aarch64__)
 const KernelTable& neon_dotprod_kernels();  // Armv8.2-A with dot products
 #endif

@@ -1,23 +1,10 @@
 // AVX-512 with AMX tiles of bfloat16 (Sapphire Rapids and later).
 
-#include <sys/syscall.h>
-#include <unistd.h>
-
 #include "attention_amx.h"
 #include "kernel_table.h"
 #include "linear_amx.h"
 
 namespace pelton {
-
-// Linux lends the tile registers to processes that ask for them.
-bool request_tiles() {
-#if defined(__linux__)
-    constexpr int kRequestPermission = 0x1023, kTileData = 18;
-    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-#else
-    return false;
-#endif
-}
 
 const KernelTable& amx_kernels() {
     static const TileKernels tiles = {amx::pack_rows,    amx::linear_panels,

@@ -105,16 +105,6 @@ inline void unpack_group(const avx512::PackedSource<kFormat>& source, uint8_t* t
 // Sums of up to 32 rows x 32 columns, in tile registers 0 to 3: two blocks of rows x two halves of a panel.
 // Rows pass through 4 and 5, weights through 6 and 7.
 template <bool kTwoBlocks>
-inline void zero_sums() {
-    zero_tile<0>();
-    zero_tile<1>();
-    if constexpr (kTwoBlocks) {
-        zero_tile<2>();
-        zero_tile<3>();
-    }
-}
-
-template <bool kTwoBlocks>
 inline void load_sums(const float* from, int64_t ld) {
     load_tile<0>(from, ld * 4);
     load_tile<1>(from + 16, ld * 4);
@@ -194,7 +184,7 @@ void multiply_few(const PackedMatrix& matrix, int panel, const TiledRows& rows, 
         columns.load_bias(row);
         load_sums<kTwoBlocks>(row, 0);
     } else {
-        zero_sums<kTwoBlocks>();
+        zero_sums();
     }
     avx512::PackedSource<kFormat> source(matrix.panel(panel));
     const auto multiply = [&](int group) {
@@ -284,13 +274,13 @@ void multiply_many(const PackedMatrix& matrix, int panel, GroupRange groups, con
 template <Format kFormat>
 void multiply_panels(const PackedMatrix& matrix, PanelRange panels, GroupRange groups, const TiledRows& rows,
                      const LinearResult& result, uint8_t* scratch) {
-    if (rows.num_rows > 2 * kTileHeight) {
-        configure(kTileHeight, kTileHeight);
-    } else {
+    if (rows.is_few()) {
         configure(std::min(rows.num_rows, kTileHeight), std::max(rows.num_rows - kTileHeight, 1));
+    } else {
+        configure(kTileHeight, kTileHeight);
     }
     for (int panel = panels.first; panel < panels.last; ++panel) {
-        if (rows.num_rows > 2 * kTileHeight) {
+        if (!rows.is_few()) {
             multiply_many<kFormat>(matrix, panel, groups, rows, result, scratch);
         } else if (rows.num_rows > kTileHeight) {
             multiply_few<kFormat, true>(matrix, panel, rows, result, scratch);

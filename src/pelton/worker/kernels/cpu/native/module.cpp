@@ -284,13 +284,14 @@ NB_MODULE(pelton_cpu, m) {
         .def_ro("width", &EmbeddingTable::width);
 
     nb::class_<AttentionPlan>(m, "AttentionPlan")
-        .def("__init__", [](AttentionPlan* self, int num_heads, int num_kv_heads, int head_dim, int block_size,
-                            int sliding_window, bool bf16, Address query_start_loc, Address seq_lens,
+        .def("__init__", [](AttentionPlan* self, const Runtime& runtime, int num_heads, int num_kv_heads, int head_dim,
+                            int block_size, int sliding_window, bool bf16, Address query_start_loc, Address seq_lens,
                             int64_t num_requests, Address block_tables, int64_t num_columns) {
             const AttentionShape shape = {num_heads, num_kv_heads, head_dim, block_size, sliding_window, 1.0f, 0.0f,
                                           bf16 ? KVType::BF16 : KVType::F32};
             new (self) AttentionPlan(shape, at<const int64_t>(query_start_loc), at<const int64_t>(seq_lens),
-                                     num_requests, at<const int64_t>(block_tables), num_columns);
+                                     num_requests, at<const int64_t>(block_tables), num_columns,
+                                     runtime.attends_in_chunks(shape));
         });
 
     nb::class_<Runtime>(m, "Runtime")

@@ -16,6 +16,12 @@ constexpr int kTileChunkRows = 512;
 constexpr int kTileChunkGroups = 32;
 constexpr int kFewPanels = 8;
 
+// Rows of so many inputs that take as much memory as such a chunk; whole pairs of blocks.
+constexpr int tile_rows_at_once(int num_inputs) {
+    const int num_rows = kTileChunkRows * kTileChunkGroups * kGroup / num_inputs;
+    return std::max(1, num_rows / (2 * kTileHeight)) * 2 * kTileHeight;
+}
+
 constexpr size_t aligned(size_t num_bytes) { return (num_bytes + kAlign - 1) / kAlign * kAlign; }
 
 }  // namespace
@@ -131,11 +137,11 @@ TiledRows Runtime::pack_tiles(const float* x, int num_rows, int num_inputs) {
 
 void Runtime::multiply_tiles(const LinearWeight& weight, const TiledRows& x, const float* bias, float* out) {
     const int num_groups = weight.num_inputs / kGroup;
-    const int groups_at_once = x.num_rows <= 2 * kTileHeight ? num_groups : kTileChunkGroups;
     const size_t scratch_bytes = tile_scratch_bytes(std::min(x.num_rows, kTileChunkRows));
     auto* scratch = static_cast<uint8_t*>(scratch_.reserve(scratch_bytes * pool_.num_threads()));
     for (int row = 0; row < x.num_rows; row += kTileChunkRows) {
         const TiledRows rows = x.from(row, kTileChunkRows);
+        const int groups_at_once = rows.is_few() ? num_groups : kTileChunkGroups;
         for (int group = 0; group < num_groups; group += groups_at_once) {
             const GroupRange groups = {group, std::min(group + groups_at_once, num_groups)};
             run_panels(weight.parts, [&](const PackedMatrix& part, PanelRange panels, int column, int thread) {
@@ -148,54 +154,63 @@ void Runtime::multiply_tiles(const LinearWeight& weight, const TiledRows& x, con
     }
 }
 
-// Panels of gate and up are multiplied side by side, and their activation goes straight into tiles: for many rows
-// the two wide results would cost as much time in memory as the products.
 void Runtime::gated_mlp(const GatedWeights& weights, const float* x, int num_rows, float* out) {
-    const int size = weights.down->num_inputs;
     const bool has_tiles = multiplies_tiles(*weights.gate_up) && multiplies_tiles(*weights.down);
-    if (!has_tiles || weights.gate_up->parts.size() != 2) {
-        auto* wide = static_cast<float*>(mlp_.reserve(static_cast<size_t>(num_rows) * size * 3 * sizeof(float)));
-        float* narrow = wide + static_cast<size_t>(num_rows) * size * 2;
-        linear(*weights.gate_up, x, num_rows, weights.gate_up_bias, wide);
-        gated(weights.gelu, wide, num_rows, size, narrow);
-        linear(*weights.down, narrow, num_rows, weights.down_bias, out);
+    if (has_tiles && weights.gate_up->parts.size() == 2) {
+        const TiledRows hidden = multiply_gated(weights, pack_tiles(x, num_rows, weights.gate_up->num_inputs));
+        multiply_tiles(*weights.down, hidden, weights.down_bias, out);
         return;
     }
+    const int size = weights.down->num_inputs;
+    auto* wide = static_cast<float*>(mlp_.reserve(static_cast<size_t>(num_rows) * size * 3 * sizeof(float)));
+    float* narrow = wide + static_cast<size_t>(num_rows) * size * 2;
+    linear(*weights.gate_up, x, num_rows, weights.gate_up_bias, wide);
+    gated(weights.gelu, wide, num_rows, size, narrow);
+    linear(*weights.down, narrow, num_rows, weights.down_bias, out);
+}
+
+// Panels of gate and up are multiplied side by side, and their activation goes straight into tiles: for many rows
+// the two wide results would cost as much time in memory as the products.
+TiledRows Runtime::multiply_gated(const GatedWeights& weights, const TiledRows& x) {
+    const int size = weights.down->num_inputs;
     const auto& parts = weights.gate_up->parts;
     const float* bias[2] = {weights.gate_up_bias, weights.gate_up_bias == nullptr ? nullptr : weights.gate_up_bias + size};
-    const TiledRows rows = pack_tiles(x, num_rows, weights.gate_up->num_inputs);
-    const TiledRows hidden = reserve_tiles(mlp_, num_rows, size);
-    const bool few = num_rows <= 2 * kTileHeight;
-    const int chunk_rows = few ? num_rows : std::max(2 * kTileHeight, kTileChunkRows * kTileChunkGroups * kGroup / rows.num_inputs / (2 * kTileHeight) * (2 * kTileHeight));
-    const int panels_at_once = few ? kFewPanels : 1;
+    const TiledRows hidden = reserve_tiles(mlp_, x.num_rows, size);
+    const int chunk_rows = std::min(x.num_rows, tile_rows_at_once(x.num_inputs));
+    const int panels_at_once = x.is_few() ? kFewPanels : 1;
     const int64_t ld = panels_at_once * kPanel;
-    const size_t side_bytes = aligned(static_cast<size_t>(std::min(num_rows, chunk_rows)) * ld * sizeof(float));
-    const size_t work_bytes = tile_scratch_bytes(std::min(num_rows, chunk_rows)) + 2 * side_bytes;
+    const size_t side_bytes = aligned(static_cast<size_t>(chunk_rows) * ld * sizeof(float));
+    const size_t work_bytes = tile_scratch_bytes(chunk_rows) + 2 * side_bytes;
     auto* scratch = static_cast<uint8_t*>(scratch_.reserve(work_bytes * pool_.num_threads()));
-    for (int row = 0; row < num_rows; row += chunk_rows) {
-        const TiledRows chunk = rows.from(row, chunk_rows), to = hidden.from(row, chunk_rows);
+    for (int row = 0; row < x.num_rows; row += chunk_rows) {
+        const TiledRows rows = x.from(row, chunk_rows), to = hidden.from(row, chunk_rows);
         run_panels(std::span(parts).first(1), [&](const PackedMatrix&, PanelRange panels, int, int thread) {
             uint8_t* work = scratch + thread * work_bytes;
             float* sides[2] = {reinterpret_cast<float*>(work), reinterpret_cast<float*>(work + side_bytes)};
             for (int first = panels.first; first < panels.last; first += panels_at_once) {
                 const PanelRange some = {first, std::min(first + panels_at_once, panels.last)};
                 for (int side = 0; side < 2; ++side) {
-                    kernels_.tiles->linear_panels(parts[side], some, {0, rows.num_inputs / kGroup}, chunk,
+                    kernels_.tiles->linear_panels(parts[side], some, {0, rows.num_inputs / kGroup}, rows,
                                                   {bias[side], sides[side] - first * kPanel, ld}, work + 2 * side_bytes);
                 }
                 for (int panel = some.first; panel < some.last; ++panel) {
-                    const int64_t column = (panel - some.first) * kPanel;
-                    for (int block = 0; block * kTileHeight < chunk.num_rows; ++block) {
-                        const int64_t at = block * kTileHeight * ld + column;
-                        kernels_.tiles->gated_rows(weights.gelu, sides[0] + at, sides[1] + at, ld,
-                                                   std::min(kTileHeight, chunk.num_rows - block * kTileHeight),
-                                                   to.block(block) + static_cast<int64_t>(panel) * kTileValues);
-                    }
+                    store_gated(weights.gelu, sides, (panel - some.first) * kPanel, ld, to, panel);
                 }
             }
         });
     }
-    multiply_tiles(*weights.down, hidden, weights.down_bias, out);
+    return hidden;
+}
+
+// Columns [column, column + 32) of both sides, rows `ld` apart, to group `group` of `to`.
+void Runtime::store_gated(bool gelu, const float* const (&sides)[2], int column, int64_t ld, const TiledRows& to,
+                          int group) const {
+    for (int block = 0; block * kTileHeight < to.num_rows; ++block) {
+        const int64_t at = block * kTileHeight * ld + column;
+        kernels_.tiles->gated_rows(gelu, sides[0] + at, sides[1] + at, ld,
+                                   std::min(kTileHeight, to.num_rows - block * kTileHeight),
+                                   to.block(block) + static_cast<int64_t>(group) * kTileValues);
+    }
 }
 
 void Runtime::rms_norm(const float* x, float* residual, const float* weight, int num_rows, int size, float eps,
@@ -229,7 +244,7 @@ void Runtime::rotate_and_store(const AttentionShape& shape, const Tokens& tokens
             const float* value = rows.values + token * rows.ld_values + static_cast<int64_t>(head) * dim;
             kernels_.rotate_head(key, cos, sin, tokens.half);
             const int64_t slot = tokens.slots[token];
-            if (!uses_tiles(shape)) {
+            if (!attends_in_chunks(shape)) {
                 const int64_t at = (slot * shape.num_kv_heads + head) * dim * element_bytes;
                 kernels_.store_kv(key, dim, shape.kv_type, static_cast<uint8_t*>(key_cache) + at);
                 kernels_.store_kv(value, dim, shape.kv_type, static_cast<uint8_t*>(value_cache) + at);
@@ -246,34 +261,13 @@ void Runtime::rotate_and_store(const AttentionShape& shape, const Tokens& tokens
 
 void Runtime::attend(const AttentionShape& shape, std::span<const AttentionRequest> requests,
                      const AttentionSchedule& schedule, const void* key_cache, const void* value_cache) {
-    if (uses_tiles(shape)) return attend_tiles(shape, requests, schedule, key_cache, value_cache);
-    struct Task {
-        int request;
-        int kv_head;
-        int first_token;
-    };
-    std::vector<Task> tasks;
-    for (int index = 0; index < static_cast<int>(requests.size()); ++index) {
-        for (int token = 0; token < requests[index].num_tokens; token += kTileTokens) {
-            for (int head = 0; head < shape.num_kv_heads; ++head) tasks.push_back({index, head, token});
-        }
-    }
-    // Longest first: what is left over at the end is short.
-    std::stable_sort(tasks.begin(), tasks.end(), [&](const Task& a, const Task& b) {
-        const auto cost = [&](const Task& task) {
-            const AttentionRequest& request = requests[task.request];
-            const int64_t num_tokens = std::min(kTileTokens, request.num_tokens - task.first_token);
-            return num_tokens * (request.seq_len - request.num_tokens + task.first_token + num_tokens);
-        };
-        return cost(a) > cost(b);
-    });
+    if (attends_in_chunks(shape)) return attend_tiles(shape, requests, schedule, key_cache, value_cache);
     const size_t scratch_bytes = aligned(attention_scratch_floats(shape) * sizeof(float));
     auto* scratch = static_cast<uint8_t*>(scratch_.reserve(scratch_bytes * pool_.num_threads()));
-    pool_.run(static_cast<int>(tasks.size()), [&](int index, int thread) {
-        const Task& task = tasks[index];
-        const AttentionRequest& request = requests[task.request];
-        kernels_.attend_head(shape, request, key_cache, value_cache, task.kv_head, task.first_token,
-                             std::min(kTileTokens, request.num_tokens - task.first_token),
+    pool_.run(static_cast<int>(schedule.pieces.size()) * shape.num_kv_heads, [&](int index, int thread) {
+        const auto& run = schedule.runs[schedule.pieces[index / shape.num_kv_heads].run];
+        kernels_.attend_head(shape, requests[run.request], key_cache, value_cache, index % shape.num_kv_heads,
+                             run.first_token, run.num_tokens,
                              reinterpret_cast<float*>(scratch + thread * scratch_bytes));
     });
 }

@@ -98,15 +98,16 @@ public:
     void rotate_and_store(const AttentionShape& shape, const Tokens& tokens, const HeadRows& rows, void* key_cache,
                           void* value_cache);
 
+    // Whether attention of this shape is in tiles, which a schedule must know.
+    bool attends_in_chunks(const AttentionShape& shape) const {
+        return kernels_.tiles != nullptr && kernels_.tiles->can_attend(shape);
+    }
+
     // `schedule` is made of the same requests.
     void attend(const AttentionShape& shape, std::span<const AttentionRequest> requests,
                 const AttentionSchedule& schedule, const void* key_cache, const void* value_cache);
 
 private:
-    bool uses_tiles(const AttentionShape& shape) const {
-        return kernels_.tiles != nullptr && kernels_.tiles->can_attend(shape);
-    }
-
     // Float32 products, of decoded weights where need be.
     bool multiplies_floats(const PackedMatrix& part) const {
         return activation_ == ActivationType::F32 || traits_of(part.format).is_dense();
@@ -119,6 +120,9 @@ private:
     TiledRows reserve_tiles(Buffer& buffer, int num_rows, int num_inputs);
     TiledRows pack_tiles(const float* x, int num_rows, int num_inputs);
     void multiply_tiles(const LinearWeight& weight, const TiledRows& x, const float* bias, float* out);
+    TiledRows multiply_gated(const GatedWeights& weights, const TiledRows& x);
+    void store_gated(bool gelu, const float* const (&sides)[2], int column, int64_t ld, const TiledRows& to,
+                     int group) const;
 
     // Calls run(part, panels, first column, thread) for all panels, some neighbours at a time: streams of memory
     // are long, and the kernel prefetches a next panel that is its own.

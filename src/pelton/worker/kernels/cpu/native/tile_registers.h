@@ -37,6 +37,14 @@ inline void zero_tile() {
     asm volatile("tilezero %%tmm%c0" ::"i"(kTile));
 }
 
+// Tiles 0 to 3 hold sums wherever tiles multiply.
+inline void zero_sums() {
+    zero_tile<0>();
+    zero_tile<1>();
+    zero_tile<2>();
+    zero_tile<3>();
+}
+
 // sums += a [rows, 32] * b [16 pairs, columns, 2], of bfloat16.
 template <int kSums, int kA, int kB>
 inline void multiply_tiles() {

@@ -29,6 +29,9 @@ struct TiledRows {
     int num_inputs;
     uint16_t* values;
 
+    // Sums of so few stay in tile registers.
+    bool is_few() const { return num_rows <= 2 * kTileHeight; }
+
     uint16_t* block(int index) const { return values + static_cast<int64_t>(index) * kTileHeight * num_inputs; }
 
     // `count` rows or those that are left from `first` on, a multiple of 16.
