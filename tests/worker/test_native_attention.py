@@ -198,8 +198,9 @@ def test_a_tokens_result_depends_on_nothing_else(
 @pytest.mark.parametrize("block_size", [16, 48])
 @pytest.mark.parametrize("heads", [(14, 2, 64), (4, 1, 32), (16, 1, 32), (3, 3, 96)])
 def test_a_shared_prefix_changes_nothing(kernels: OnTensors, heads: tuple[int, int, int], block_size: int) -> None:
-    """Decodes over blocks in common, far more of them than are read together, among others."""
-    work = [(20, 560), *[(1 + row % 2, 540 + 3 * row) for row in range(40)], (1, 528), (1, 300)]
+    """Decodes over blocks in common, far more of them than are read together, among others. The two long ones have
+    whole chunks of their own after those in common."""
+    work = [(20, 560), *[(1 + row % 2, 540 + 3 * row) for row in range(40)], (1, 528), (1, 300), (1, 1100), (1, 1100)]
     requests = Requests(work, heads, torch.bfloat16, block_size=block_size, num_shared=528)
     results = requests.run_all(kernels)
     requests.check(results)

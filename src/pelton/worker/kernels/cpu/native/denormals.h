@@ -1,5 +1,5 @@
-// Denormal floats count as zero while kernels run: arithmetic on them takes a hundred cycles and more, and
-// probabilities far from the maximum would be full of them.
+// Denormal floats count as zero while one of these lives: arithmetic on them takes a hundred cycles and more, and
+// probabilities far from the maximum are full of them.
 #pragma once
 
 #include <cstdint>

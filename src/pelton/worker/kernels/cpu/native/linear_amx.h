@@ -14,6 +14,7 @@ namespace pelton::amx {
 
 constexpr int kRowBytes = 64;
 constexpr int kTileBytes = kTileHeight * kRowBytes;
+constexpr int kUnpackRounds = 4;  // over which the next strip is unpacked
 
 // Values are cut off, not rounded, to bfloat16: scaled up by the mean loss, that is as good on average
 // (for mantissas spread evenly on a logarithmic scale) and costs half.
@@ -63,11 +64,10 @@ inline __m512i cut_pairs(__m512 low, __m512 high) {
                                      _mm512_set1_epi32(static_cast<int>(0xffff0000)), 0xf8);
 }
 
-// Four inputs of 16 outputs, a byte each, to two rows of a tile: inputs (0, 3) and (1, 2).
+// Four inputs of 16 outputs, a byte each, not yet cut.
 template <Format kFormat>
-inline void store_rows(__m512i bytes, const Scales& scales, uint8_t* to) {
+inline void decode_bytes(__m512i bytes, const Scales& scales, __m512 (&input)[4]) {
     const __m512i turned = _mm512_ror_epi32(bytes, 16);
-    __m512 input[4];
     if constexpr (traits_of(kFormat).bits == 8) {
         input[0] = float_at_8(_mm512_rol_epi32(bytes, 8), scales);
         input[2] = float_at_8(_mm512_ror_epi32(bytes, 8), scales);
@@ -77,6 +77,13 @@ inline void store_rows(__m512i bytes, const Scales& scales, uint8_t* to) {
     }
     input[1] = float_at_8(bytes, scales);
     input[3] = float_at_8(turned, scales);
+}
+
+// The same to two rows of a tile: inputs (0, 3) and (1, 2).
+template <Format kFormat>
+inline void store_rows(__m512i bytes, const Scales& scales, uint8_t* to) {
+    __m512 input[4];
+    decode_bytes<kFormat>(bytes, scales, input);
     _mm512_store_si512(to, cut_pairs(input[0], input[3]));
     _mm512_store_si512(to + kRowBytes, cut_pairs(input[1], input[2]));
 }
@@ -124,16 +131,16 @@ inline void store_sums(float* to, int64_t ld) {
     }
 }
 
-// sums += a group of two blocks of rows, one at `rows` and one `next_block` further on.
-template <bool kTwoBlocks>
+// sums += a group of two blocks of rows, one at `rows` and one `next_block` further on. kPassing: others follow.
+template <bool kTwoBlocks, bool kPassing = false>
 inline void add_group(const uint16_t* rows, int64_t next_block, const uint8_t* weights) {
     load_tile<6>(weights, kRowBytes);
     load_tile<7>(weights + kTileBytes, kRowBytes);
-    load_tile<4>(rows, kRowBytes);
+    kPassing ? load_passing_tile<4>(rows, kRowBytes) : load_tile<4>(rows, kRowBytes);
     multiply_tiles<0, 4, 6>();
     multiply_tiles<1, 4, 7>();
     if constexpr (kTwoBlocks) {
-        load_tile<5>(rows + next_block, kRowBytes);
+        kPassing ? load_passing_tile<5>(rows + next_block, kRowBytes) : load_tile<5>(rows + next_block, kRowBytes);
         multiply_tiles<2, 5, 6>();
         multiply_tiles<3, 5, 7>();
     }
@@ -208,6 +215,61 @@ void multiply_few(const PackedMatrix& matrix, int panel, const TiledRows& rows, 
     }
 }
 
+// One row, without tiles, in their order: of a group's pairs first the sum of each side, then that of both.
+// `x`: the row's values as floats, as they lie in its tiles.
+template <Format kFormat>
+void multiply_one(const PackedMatrix& matrix, int panel, const float* x, const LinearResult& result) {
+    constexpr FormatTraits traits = traits_of(kFormat);
+    constexpr int kPairs = 4 / traits.subgroups;
+    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+    const auto cut = [upper](__m512 value) {
+        return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(value), upper));
+    };
+    const Columns columns(matrix, panel, result);
+    alignas(64) float row[kPanel];
+    columns.load_bias(row);
+    __m512 total[2] = {_mm512_load_ps(row), _mm512_load_ps(row + 16)};
+    avx512::PackedSource<kFormat> source(matrix.panel(panel));
+    for (int group = 0; group < matrix.num_groups(); ++group, source.next(), x += kGroup) {
+        const avx512::GroupScales all = source.scales();
+        __m512 even[2] = {}, odd[2] = {};
+        for (int sub = 0; sub < traits.subgroups; ++sub) {
+            Scales scales[2];
+            for (int half = 0; half < 2; ++half) load_scales<kFormat>(all, sub, half, scales[half]);
+            for (int pair = sub * kPairs; pair < (sub + 1) * kPairs; ++pair) {
+                for (int half = 0; half < 2; ++half) {
+                    __m512i bytes[2];
+                    source.load_pair(pair, half, bytes[0], bytes[1]);
+                    for (int four = 0; four < 2; ++four) {
+                        const float* own = x + 8 * pair + 4 * four;
+                        __m512 input[4];
+                        decode_bytes<kFormat>(bytes[four], scales[half], input);
+                        even[half] = _mm512_fmadd_ps(cut(input[0]), _mm512_set1_ps(own[0]), even[half]);
+                        odd[half] = _mm512_fmadd_ps(cut(input[3]), _mm512_set1_ps(own[1]), odd[half]);
+                        even[half] = _mm512_fmadd_ps(cut(input[1]), _mm512_set1_ps(own[2]), even[half]);
+                        odd[half] = _mm512_fmadd_ps(cut(input[2]), _mm512_set1_ps(own[3]), odd[half]);
+                    }
+                }
+            }
+        }
+        for (int half = 0; half < 2; ++half) total[half] = _mm512_add_ps(total[half], _mm512_add_ps(even[half], odd[half]));
+    }
+    _mm512_store_ps(row, total[0]);
+    _mm512_store_ps(row + 16, total[1]);
+    std::copy_n(row, columns.count, columns.out);
+}
+
+// The first row of a block of tiles as floats.
+inline void widen_row(const TiledRows& rows, float* to) {
+    for (int at = 0; at < rows.num_inputs; at += 32) {
+        const auto* tile = reinterpret_cast<const __m256i*>(rows.values + at * kTileHeight);
+        for (int half = 0; half < 2; ++half) {
+            const __m512i words = _mm512_cvtepu16_epi32(_mm256_load_si256(tile + half));
+            _mm512_store_si512(to + at + 16 * half, _mm512_slli_epi32(words, 16));
+        }
+    }
+}
+
 // Any number of rows. A strip of groups is unpacked once for all rows and stays in L1; sums wait in `sums`
 // [rows, 32] between strips and in the result between calls.
 template <Format kFormat>
@@ -221,9 +283,13 @@ void multiply_many(const PackedMatrix& matrix, int panel, GroupRange groups, con
     columns.load_bias(bias);
     avx512::PackedSource<kFormat> source(matrix.panel(panel) +
                                          static_cast<size_t>(groups.first) * traits_of(kFormat).group_bytes());
+    // Strips of equal length.
+    const int num_groups = groups.last - groups.first;
+    const int num_strips = (num_groups + kTileStrip - 1) / kTileStrip;
+    const int strip = (num_groups + num_strips - 1) / num_strips;
     const auto strip_at = [&](int group) {
-        return scratch + (group - groups.first) / kTileStrip % 2 * kTileStripBytes +
-               (group - groups.first) % kTileStrip * kTileGroupBytes;
+        return scratch + (group - groups.first) / strip % 2 * kTileStripBytes +
+               (group - groups.first) % strip * kTileGroupBytes;
     };
     const auto unpack = [&](int group) {
         unpack_group<kFormat>(source, strip_at(group));
@@ -234,9 +300,11 @@ void multiply_many(const PackedMatrix& matrix, int panel, GroupRange groups, con
         return columns.count == kPanel && (block + 2) * kTileHeight <= rows.num_rows;
     };
     const auto num_rows_of = [&](int block) { return std::min(2 * kTileHeight, rows.num_rows - block * kTileHeight); };
-    for (int group = groups.first; group < std::min(groups.first + kTileStrip, groups.last); ++group) unpack(group);
-    for (int group = groups.first; group < groups.last; group += kTileStrip) {
-        const int end = std::min(group + kTileStrip, groups.last);
+    for (int group = groups.first; group < std::min(groups.first + strip, groups.last); ++group) unpack(group);
+    for (int group = groups.first; group < groups.last; group += strip) {
+        const int end = std::min(group + strip, groups.last);
+        int unpacked = end;
+        const int unpack_end = std::min(end + strip, groups.last);
         for (int block = 0; block < num_blocks; block += 2) {
             float* own = sums + static_cast<int64_t>(block) * kTileHeight * kPanel;
             float* out = columns.out + static_cast<int64_t>(block) * kTileHeight * columns.ld_out;
@@ -253,10 +321,15 @@ void multiply_many(const PackedMatrix& matrix, int panel, GroupRange groups, con
                 load_sums<true>(own, kPanel);
             }
             const uint16_t* values = rows.block(block) + static_cast<int64_t>(group) * kTileValues;
+            // The vector units unpack the next strip while the tiles multiply this one, in the last rounds.
+            const int rounds_left = (num_blocks - block) / 2, every = std::min(rounds_left, kUnpackRounds);
+            const bool unpacks = rounds_left <= kUnpackRounds;
             for (int i = group; i < end; ++i, values += kTileValues) {
-                add_group<true>(values, next_block, strip_at(i));
-                // The vector units unpack the next strip while the tiles multiply this one.
-                if (block + 2 >= num_blocks && i + kTileStrip < groups.last) unpack(i + kTileStrip);
+                add_group<true, true>(values, next_block, strip_at(i));
+                if (unpacks && (i - group) % every == 0 && unpacked < unpack_end) unpack(unpacked++);
+            }
+            if (block + 2 >= num_blocks) {
+                while (unpacked < unpack_end) unpack(unpacked++);
             }
             if (end == groups.last && is_direct(block)) {
                 store_sums<true>(out, columns.ld_out);
@@ -274,6 +347,13 @@ void multiply_many(const PackedMatrix& matrix, int panel, GroupRange groups, con
 template <Format kFormat>
 void multiply_panels(const PackedMatrix& matrix, PanelRange panels, GroupRange groups, const TiledRows& rows,
                      const LinearResult& result, uint8_t* scratch) {
+    // Eight bits come from memory too slowly for the difference to show.
+    if (rows.num_rows == 1 && traits_of(kFormat).bits < 8) {
+        auto* x = reinterpret_cast<float*>(scratch);
+        widen_row(rows, x);
+        for (int panel = panels.first; panel < panels.last; ++panel) multiply_one<kFormat>(matrix, panel, x, result);
+        return;
+    }
     if (rows.is_few()) {
         configure(std::min(rows.num_rows, kTileHeight), std::max(rows.num_rows - kTileHeight, 1));
     } else {

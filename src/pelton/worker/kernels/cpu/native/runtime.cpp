@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <new>
 
+#include "denormals.h"
+
 namespace pelton {
 
 namespace {
@@ -137,14 +139,15 @@ TiledRows Runtime::pack_tiles(const float* x, int num_rows, int num_inputs) {
 
 void Runtime::multiply_tiles(const LinearWeight& weight, const TiledRows& x, const float* bias, float* out) {
     const int num_groups = weight.num_inputs / kGroup;
-    const size_t scratch_bytes = tile_scratch_bytes(std::min(x.num_rows, kTileChunkRows));
+    const size_t scratch_bytes = tile_scratch_bytes(std::min(x.num_rows, kTileChunkRows), x.num_inputs);
     auto* scratch = static_cast<uint8_t*>(scratch_.reserve(scratch_bytes * pool_.num_threads()));
     for (int row = 0; row < x.num_rows; row += kTileChunkRows) {
         const TiledRows rows = x.from(row, kTileChunkRows);
-        const int groups_at_once = rows.is_few() ? num_groups : kTileChunkGroups;
+        const int groups_at_once = rows.is_few() ? num_groups : kTileChunkRows * kTileChunkGroups / rows.num_rows;
         for (int group = 0; group < num_groups; group += groups_at_once) {
             const GroupRange groups = {group, std::min(group + groups_at_once, num_groups)};
             run_panels(weight.parts, [&](const PackedMatrix& part, PanelRange panels, int column, int thread) {
+                const FlushDenormals flush;  // as tiles do
                 const LinearResult result = {bias != nullptr ? bias + column : nullptr,
                                              out + static_cast<int64_t>(row) * weight.num_outputs + column,
                                              weight.num_outputs};
@@ -180,11 +183,12 @@ TiledRows Runtime::multiply_gated(const GatedWeights& weights, const TiledRows& 
     const int panels_at_once = x.is_few() ? kFewPanels : 1;
     const int64_t ld = panels_at_once * kPanel;
     const size_t side_bytes = aligned(static_cast<size_t>(chunk_rows) * ld * sizeof(float));
-    const size_t work_bytes = tile_scratch_bytes(chunk_rows) + 2 * side_bytes;
+    const size_t work_bytes = tile_scratch_bytes(chunk_rows, x.num_inputs) + 2 * side_bytes;
     auto* scratch = static_cast<uint8_t*>(scratch_.reserve(work_bytes * pool_.num_threads()));
     for (int row = 0; row < x.num_rows; row += chunk_rows) {
         const TiledRows rows = x.from(row, chunk_rows), to = hidden.from(row, chunk_rows);
         run_panels(std::span(parts).first(1), [&](const PackedMatrix&, PanelRange panels, int, int thread) {
+            const FlushDenormals flush;
             uint8_t* work = scratch + thread * work_bytes;
             float* sides[2] = {reinterpret_cast<float*>(work), reinterpret_cast<float*>(work + side_bytes)};
             for (int first = panels.first; first < panels.last; first += panels_at_once) {
@@ -265,6 +269,7 @@ void Runtime::attend(const AttentionShape& shape, std::span<const AttentionReque
     const size_t scratch_bytes = aligned(attention_scratch_floats(shape) * sizeof(float));
     auto* scratch = static_cast<uint8_t*>(scratch_.reserve(scratch_bytes * pool_.num_threads()));
     pool_.run(static_cast<int>(schedule.pieces.size()) * shape.num_kv_heads, [&](int index, int thread) {
+        const FlushDenormals flush;
         const auto& run = schedule.runs[schedule.pieces[index / shape.num_kv_heads].run];
         kernels_.attend_head(shape, requests[run.request], key_cache, value_cache, index % shape.num_kv_heads,
                              run.first_token, run.num_tokens,
@@ -298,6 +303,7 @@ void Runtime::attend_tiles(const AttentionShape& shape, std::span<const Attentio
         }
     };
     pool_.run(static_cast<int>(schedule.pieces.size()) * num_kv_heads, [&](int index, int thread) {
+        const FlushDenormals flush;
         const auto& piece = schedule.pieces[index / num_kv_heads];
         const int kv_head = index % num_kv_heads;
         auto* columns = reinterpret_cast<AttentionColumn*>(scratch + thread * work_bytes);
@@ -323,6 +329,7 @@ void Runtime::attend_tiles(const AttentionShape& shape, std::span<const Attentio
                              value_cache, kv_head, chunk.start, part_at(kv_head, chunk.first_tile), work);
     });
     pool_.run(static_cast<int>(schedule.merges.size()) * num_kv_heads, [&](int index, int thread) {
+        const FlushDenormals flush;
         const auto& merge = schedule.merges[index / num_kv_heads];
         const int kv_head = index % num_kv_heads;
         const AttentionRequest& request = requests[merge.request];

@@ -18,7 +18,7 @@ constexpr int kTileHeight = 16;
 constexpr int kTileValues = kTileHeight * 32;  // bfloat16 in a tile
 constexpr int kTileGroupBytes = 2 * kTileValues * 2;  // a panel's group of weights
 constexpr int kTileRing = 8;   // groups of few rows' products in flight
-constexpr int kTileStrip = 8;  // groups that stay in L1 while all rows pass by
+constexpr int kTileStrip = 16;  // groups that stay in L1 while all rows pass by, at most
 constexpr int kTileStripBytes = kTileStrip * kTileGroupBytes;
 static_assert(kTileRing <= 2 * kTileStrip);
 
@@ -63,10 +63,11 @@ struct LinearResult {
     int64_t ld_out;
 };
 
-// Bytes that linear_panels needs for so many rows, which take up to twice 16 more.
-constexpr size_t tile_scratch_bytes(int num_rows) {
+// Bytes that linear_panels needs: for many rows two strips of weights and the sums, for a single
+// one its values as floats.
+constexpr size_t tile_scratch_bytes(int num_rows, int num_inputs) {
     const int padded = (num_rows + 2 * kTileHeight - 1) / (2 * kTileHeight) * 2 * kTileHeight;
-    return 2 * kTileStripBytes + static_cast<size_t>(padded) * kPanel * sizeof(float);
+    return std::max(2 * kTileStripBytes + padded * kPanel * sizeof(float), num_inputs * sizeof(float));
 }
 
 // What a processor with tiles does with them.
@@ -76,7 +77,7 @@ struct TileKernels {
 
     // result = rows times the `groups` of the `panels`: the first groups start the sums, later ones add to the
     // result. Up to 32 rows take all groups at once. Blocks of rows are read in pairs, past the last one if need
-    // be. `scratch`: tile_scratch_bytes(num_rows), aligned to 64.
+    // be. `scratch`: tile_scratch_bytes, aligned to 64.
     void (*linear_panels)(const PackedMatrix& matrix, PanelRange panels, GroupRange groups, const TiledRows& rows,
                           const LinearResult& result, uint8_t* scratch);
 
