@@ -25,9 +25,13 @@ if TYPE_CHECKING:
 
     from pelton.bench.roofline import KernelBenchPlan, KernelReport
     from pelton.bench.step_profile import StepProfile, StepProfilePlan
-    from pelton.core.protocols import TokenDecoder
+    from pelton.core.events import EngineInfo
+    from pelton.core.model_spec import KVGroupSpec
+    from pelton.core.protocols import Clock, Executor, TokenDecoder
     from pelton.engine.client import EngineClient
     from pelton.engine.engine import Engine
+    from pelton.simulate.cost import StepCost
+    from pelton.simulate.server import SimulatedServer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,13 +71,6 @@ def build_engine(config: PeltonConfig, decoder: TokenDecoder | None = None) -> E
     `decoder` is the model's, where the caller has it already.
     """
     from pelton.core.protocols import MonotonicClock
-    from pelton.core.tenant import parse_tenants
-    from pelton.engine.engine import Engine
-    from pelton.engine.kv.block_pool import BlockPool
-    from pelton.engine.kv.manager import KVManager
-    from pelton.engine.policies import POLICIES
-    from pelton.engine.policies.context import PolicyContext
-    from pelton.engine.scheduler import Scheduler
     from pelton.weights.catalog import resolve_model
     from pelton.weights.model_files import open_model
     from pelton.weights.tokenizer import load_decoder
@@ -85,29 +82,72 @@ def build_engine(config: PeltonConfig, decoder: TokenDecoder | None = None) -> E
     executor, info = build_executor(
         files, config.model, config.worker, config.engine, eos_token_ids=decoder.eos_token_ids
     )
+    if config.engine.step_log is not None:
+        from pelton.simulate.step_log import StepLogExecutor
+
+        executor = StepLogExecutor(executor, Path(config.engine.step_log))
+    identity = f"{path}|{info.dtype}"
+    return join_engine(config.engine, executor, info, decoder, MonotonicClock(), files.spec.kv_groups, identity)
+
+
+def join_engine(
+    config: EngineConfig,
+    executor: Executor,
+    info: EngineInfo,
+    decoder: TokenDecoder,
+    clock: Clock,
+    kv_groups: tuple[KVGroupSpec, ...],
+    identity: str,
+) -> Engine:
+    """The control plane that `config` asks for, over whatever executes and tells the time."""
+    from pelton.core.tenant import parse_tenants
+    from pelton.engine.engine import Engine
+    from pelton.engine.kv.block_pool import BlockPool
+    from pelton.engine.kv.manager import KVManager
+    from pelton.engine.policies import POLICIES
+    from pelton.engine.policies.context import PolicyContext
+    from pelton.engine.scheduler import Scheduler
+
     kv = KVManager(
-        files.spec.kv_groups,
+        kv_groups,
         BlockPool(info.num_blocks),
         info.block_size,
         enable_prefix_caching=info.enable_prefix_caching,
-        identity=f"{path}|{info.dtype}",
+        identity=identity,
     )
-    clock = MonotonicClock()
     policy_context = PolicyContext(
-        tenants=parse_tenants(config.engine.tenants),
+        tenants=parse_tenants(config.tenants),
         clock=clock,
         num_blocks=info.num_blocks,
         num_cached_tokens=lambda request: kv.match(request).num_tokens,
     )
     scheduler = Scheduler(
-        POLICIES[config.engine.scheduling_policy](policy_context),
+        POLICIES[config.scheduling_policy](policy_context),
         kv,
         clock,
         max_num_seqs=info.max_num_seqs,
         max_num_batched_tokens=info.max_num_batched_tokens,
-        long_prefill_chunk=config.engine.long_prefill_chunk,
+        long_prefill_chunk=config.long_prefill_chunk,
     )
-    return Engine(scheduler, executor, decoder, clock, info, enable_overlap=config.engine.enable_overlap)
+    return Engine(scheduler, executor, decoder, clock, info, enable_overlap=config.enable_overlap)
+
+
+def build_simulated_server(config: EngineConfig, cost: StepCost) -> SimulatedServer:
+    """The production engine over a cost function. Call on the virtual loop of `simulate.clock`."""
+    import asyncio
+
+    from pelton.core.model_spec import KVGroupSpec
+    from pelton.simulate.clock import VirtualTimeLoop
+    from pelton.simulate.executor import CostExecutor, OneLetterDecoder, simulated_info
+    from pelton.simulate.server import SimulatedServer
+
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualTimeLoop)
+    executor = CostExecutor(cost, loop)
+    info = simulated_info(config, cost)
+    return SimulatedServer(
+        join_engine(config, executor, info, OneLetterDecoder(), loop.clock, (KVGroupSpec((0,)),), cost.name), executor
+    )
 
 
 def build_engine_from_settings(settings: bytes) -> Engine:
