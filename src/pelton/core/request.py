@@ -58,6 +58,8 @@ class Request:
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at first admission
     num_preemptions: int = 0
     num_lost_tokens: int = 0  # computed tokens given up by the last preemption
+    num_charged_tokens: int = 0  # prompt positions whose computation its tenant has been charged for
+    num_overtaken: int = 0  # requests behind it that were admitted while it found no room
     num_prompt_logprobs: int = 0  # prompt positions whose logprobs the client has
     block_tables: list[list[int]] = field(default_factory=list)  # one per KV group
     # As the last batch carried them; None once they have changed.

@@ -21,7 +21,9 @@ class EngineConfig:
     )
     num_kv_blocks: int | None = setting(None, "number of KV blocks, instead of --kv-cache-memory-gb")
     enable_prefix_caching: bool = setting(True, "keep KV of finished requests for prompts that start alike")
-    scheduling_policy: str = setting("fcfs", "order of the waiting and choice of victims", choices=("fcfs", "priority"))
+    scheduling_policy: str = setting(
+        "fcfs", "order of the waiting and choice of victims", choices=("fcfs", "priority", "fair")
+    )
     tenants: tuple[str, ...] = setting(
         (),
         "weight and caps of a tenant, as NAME:weight=2,max_num_running=8; the name * is for all others",

@@ -6,10 +6,12 @@ from collections.abc import Callable
 
 from pelton.core.protocols import SchedulingPolicy
 from pelton.engine.policies.context import PolicyContext
+from pelton.engine.policies.fair import FairPolicy
 from pelton.engine.policies.fcfs import FCFSPolicy
 from pelton.engine.policies.priority import PriorityPolicy
 
 POLICIES: dict[str, Callable[[PolicyContext], SchedulingPolicy]] = {
     "fcfs": FCFSPolicy,
     "priority": PriorityPolicy,
+    "fair": FairPolicy,
 }
