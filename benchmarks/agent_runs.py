@@ -9,6 +9,7 @@ import shlex
 import sys
 import urllib.request
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,29 @@ from pelton.bench.errors import BenchError
 from pelton.bench.tokenize import make_prompt_maker
 from pelton.bench.workloads import WARM_UP, PromptMaker
 
-# Runs plans on the server that has been started: (plans, agents at a time) -> records.
-RunPlans = Callable[[list[AgentPlan], int], Awaitable[list[AgentRecord]]]
+
+@dataclass(frozen=True)
+class StartedServer:
+    """A server that has answered its first request."""
+
+    engine: Engine
+    base_url: str
+    client: ServerClient
+    maker: PromptMaker
+
+    async def run(self, plans: list[AgentPlan], num_concurrent: int) -> list[AgentRecord]:
+        """All plans, with a line of progress. Pelton is told who is who; others do not ask."""
+        texts = await make_texts(self.maker, list(all_pieces(plans)))
+        num_turns = sum(1 for _ in all_turns(plans))
+        is_terminal = sys.stderr.isatty()
+
+        def on_turn(num_done: int) -> None:
+            if is_terminal or num_done % max(1, num_turns // 5) == 0:
+                end = "\r" if is_terminal else "\n"
+                print(f"  {num_done} of {num_turns} turns", file=sys.stderr, end=end, flush=True)
+
+        target = HttpAgentTarget(self.client, texts, send_identity=self.engine.is_pelton)
+        return await AgentRunner(target, on_turn).run(plans, num_concurrent)
 
 
 def say(line: str) -> None:
@@ -78,10 +100,10 @@ async def run_on_server(
     args: argparse.Namespace,
     results: Results,
     number: int,
-    drive: Callable[[RunPlans], Awaitable[dict[str, Any]]],
+    drive: Callable[[StartedServer], Awaitable[dict[str, Any]]],
     num_clients: int,
 ) -> dict[str, Any] | None:
-    """Start the server, warm it up, let `drive` run plans on it; None where it failed, which is noted."""
+    """Start the server, warm it up, let `drive` use it; None where it failed, which is noted."""
     port = free_port()
     base_url = f"http://127.0.0.1:{port}"
     command = [part.replace("{port}", str(port)) for part in engine.command]
@@ -95,13 +117,9 @@ async def run_on_server(
                 maker = await _maker(args, client)
                 for prompt in await maker.make_prompts(WARM_UP, f"{args.seed}/{number}"):
                     await client.complete(prompt, WARM_UP.num_output_tokens)
-
-                async def run_plans(plans: list[AgentPlan], num_concurrent: int) -> list[AgentRecord]:
-                    return await _run_plans(client, maker, engine, plans, num_concurrent)
-
                 busy_s, known_s = busy_cpu_s(), server.cpu_s() + own_cpu_s()
                 start_s = asyncio.get_running_loop().time()
-                run = await drive(run_plans)
+                run = await drive(StartedServer(engine, base_url, client, maker))
                 foreign_s = busy_cpu_s() - busy_s - (server.cpu_s() + own_cpu_s() - known_s)
                 elapsed_s = asyncio.get_running_loop().time() - start_s
                 run["foreign_cpu"] = round(max(0.0, foreign_s) / elapsed_s, 2)
@@ -118,21 +136,6 @@ async def _maker(args: argparse.Namespace, client: ServerClient) -> PromptMaker:
     """All servers get the same texts, so one tokenizer counts for all."""
     model = args.tokenizer or (shlex.split(args.pelton[0].partition("=")[2])[0] if args.pelton else None)
     return PromptMaker(LocalTokenizer(model)) if model else await make_prompt_maker([client])
-
-
-async def _run_plans(
-    client: ServerClient, maker: PromptMaker, engine: Engine, plans: list[AgentPlan], num_concurrent: int
-) -> list[AgentRecord]:
-    texts = await make_texts(maker, list(all_pieces(plans)))
-    num_turns = sum(1 for _ in all_turns(plans))
-    is_terminal = sys.stderr.isatty()
-
-    def on_turn(num_done: int) -> None:
-        if is_terminal or num_done % max(1, num_turns // 10) == 0:
-            print(f"  {num_done} of {num_turns} turns", file=sys.stderr, end="\r" if is_terminal else "\n", flush=True)
-
-    target = HttpAgentTarget(client, texts, send_identity=engine.is_pelton)
-    return await AgentRunner(target, on_turn).run(plans, num_concurrent)
 
 
 def read_counter(base_url: str, name: str) -> float | None:

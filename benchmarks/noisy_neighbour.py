@@ -6,9 +6,10 @@
     python benchmarks/noisy_neighbour.py --output result.json --table      # table and plot of what is there
 
 Tenant B runs two chats: messages of 48 tokens, answers of 32, half a second of thought. First alone; then, on the
-same server, tenant A sends 64 prompts of 2,000 tokens at once, 5 s after B began, for answers of 16 tokens. B's figures
-of the second run are of turns sent while a request of A was in the server; `worst gap`, B's longest wait between two
-tokens of an answer, of those that were running then, too. `--short` is a tenth of it. The plot lies beside `--output`, as `.svg`.
+same server, tenant A sends 64 prompts of 2,000 tokens at once, 5 s after B began, for answers of 16 tokens. B's
+figures of the second run are of turns sent while a request of A was in the server; `worst gap`, B's longest wait
+between two tokens of an answer, of those that were running then, too. `--short` is a tenth of it. The plot lies
+beside `--output`, as `.svg`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
-from agent_runs import add_server_arguments, each_server, open_results, run_on_server, say
+from agent_runs import StartedServer, add_server_arguments, each_server, open_results, run_on_server, say
 from peers import Engine, Results
 from plot import Bars, Chart, Series, save_svg
 
@@ -104,12 +105,12 @@ def figures(records: list[AgentRecord], *, under_flood: bool) -> dict[str, Any]:
 
 
 async def run_real(engine: Engine, scenario: Scenario, number: int, results: Results, args: argparse.Namespace) -> None:
-    async def drive(run_plans: Any) -> dict[str, Any]:
+    async def drive(server: StartedServer) -> dict[str, Any]:
         seed = f"{args.seed}/{number}"
         say(f"{engine.name}: B alone")
-        alone = await run_plans(scenario.chats(f"{seed}/alone"), 999)
+        alone = await server.run(scenario.chats(f"{seed}/alone"), 999)
         say(f"{engine.name}: B beside A")
-        beside = await run_plans(scenario.flood(seed) + scenario.chats(f"{seed}/beside"), 999)
+        beside = await server.run(scenario.flood(seed) + scenario.chats(f"{seed}/beside"), 999)
         return {"alone": figures(alone, under_flood=False), "beside": figures(beside, under_flood=True)}
 
     run = await run_on_server(engine, args, results, number, drive, scenario.num_flood + scenario.num_chats)
