@@ -154,13 +154,13 @@ class Scheduler:
         num_lost = request.num_computed_tokens
         self.running.remove(request)
         self.counters.num_preemptions += 1
-        self._record(request, EventKind.PREEMPTED, num_lost, f"no free KV block for {beneficiary.request_id}")
+        whom = "itself" if request is beneficiary else f"{beneficiary.request_id} (tenant {beneficiary.tenant_id})"
+        self._record(request, EventKind.PREEMPTED, num_lost, f"no free KV block for {whom}")
         _log.info(
-            "preempted %s (tenant %s) for %s (tenant %s): no free KV block; up to %d tokens will be computed again",
+            "preempted %s (tenant %s): no free KV block for %s; up to %d tokens will be computed again",
             request.request_id,
             request.tenant_id,
-            beneficiary.request_id,
-            beneficiary.tenant_id,
+            whom,
             num_lost,
         )
         request.num_preemptions += 1
