@@ -175,7 +175,7 @@ def num_of(lost: dict[str, int], request: Request) -> int:
 
 
 def test_a_preemption_says_who_for_whom_and_how_much(caplog: pytest.LogCaptureFixture) -> None:
-    engine = make_engine(policy="fair", num_blocks=20, max_model_len=60, enable_overlap=False)
+    engine = make_engine(policy="fair", num_blocks=20, max_model_len=60)
     events = []
     for name, num_tokens in (("large", 30), ("small", 12)):
         engine.submit(make_submission([num_tokens] * num_tokens, name, max_tokens=30, ignore_eos=True, tenant_id=name))

@@ -91,11 +91,6 @@ class Request:
         return self.num_tokens - self.num_computed_tokens
 
     @property
-    def has_progressed(self) -> bool:
-        """Whether it has more computed than when it was last preempted, or has never been."""
-        return self.num_computed_tokens > self.num_lost_tokens or not self.num_preemptions
-
-    @property
     def is_finished(self) -> bool:
         return self.status is RequestStatus.FINISHED
 

@@ -139,16 +139,28 @@ class Scheduler:
 
     def _make_room(self, request: Request, step: _Step) -> bool:
         """Preempt somebody so that `request` can go on; False: it cannot, in this step."""
-        candidates = [other for other in self.running if other.has_progressed and other.request_id not in step.starts]
-        victim = self.policy.choose_victim([other for other in candidates if other is not request], request)
-        if victim is None and not request.has_progressed:
+        candidates = [other for other in self.running if other is not request and _has_progressed(other, step)]
+        victim = self.policy.choose_victim(candidates, request)
+        if victim is None and not _has_progressed(request, step):
             # It waits with what it has while others go on: nobody is preempted twice for nothing.
             if step.scheduled or any(other.num_steps_in_flight for other in self.running):
                 return False
             victim = candidates[-1] if candidates else request
         victim = victim or request
+        if victim.request_id in step.starts:
+            self._withdraw(victim, step)
         self._preempt(victim, request)
         return victim is not request
+
+    def _withdraw(self, request: Request, step: _Step) -> None:
+        """Undo `_choose`. Copies made for the request stay: nobody reads where they go before writing it."""
+        del step.starts[request.request_id]
+        index = next(i for i, scheduled in enumerate(step.scheduled) if scheduled.request_id == request.request_id)
+        scheduled = step.scheduled.pop(index)
+        step.num_budget_tokens += len(scheduled.token_ids)
+        request.num_computed_tokens = scheduled.num_computed_tokens
+        request.num_pending_tokens -= scheduled.samples
+        request.num_steps_in_flight -= 1
 
     def _preempt(self, request: Request, beneficiary: Request) -> None:
         num_lost = request.num_computed_tokens
@@ -314,3 +326,9 @@ class Scheduler:
 
     def _record(self, request: Request, kind: EventKind, num_tokens: int, detail: str = "") -> None:
         self.events.append(RequestEvent(request.request_id, kind, self.clock.now_s(), num_tokens, detail))
+
+
+def _has_progressed(request: Request, step: _Step) -> bool:
+    """Whether more of it is computed than when it was last preempted, or it never was."""
+    num_computed_tokens = step.starts.get(request.request_id, request.num_computed_tokens)
+    return not request.num_preemptions or num_computed_tokens > request.num_lost_tokens
