@@ -21,6 +21,8 @@ from pelton.engine.kv.manager import KVManager, PrefixMatch
 MAX_LOOKAHEAD = 8
 MAX_OVERTAKEN = 64
 _log = logging.getLogger("pelton.engine")
+_RUNNING = RequestStatus.RUNNING
+_new = tuple.__new__  # a `NamedTuple` without the checks of its constructor
 _ONE_PENDING = (PENDING_TOKEN_ID,)
 
 
@@ -93,19 +95,10 @@ class Scheduler:
     def schedule(self) -> ScheduledBatch | None:
         """The next step, or None where nothing can be computed now."""
         step = _Step(self.max_num_batched_tokens)
-        one_token: list[Request] = []
-        chunks: list[Request] = []
-        for request in self.running:
-            num_wanted = self._num_wanted(request)
-            if num_wanted == 1:
-                one_token.append(request)
-            elif num_wanted:
-                chunks.append(request)
+        num_preemptions = self.counters.num_preemptions
+        chunks = self._continue_decodes(step)
         if len(chunks) > 1:
             self.policy.order(chunks)
-        num_preemptions = self.counters.num_preemptions
-        for request in one_token:
-            self._continue(request, step)
         for request in chunks:
             if not step.has_refused and len(self.policy) and self.counters.num_preemptions == num_preemptions:
                 self._admit_waiting(step, request)
@@ -122,10 +115,43 @@ class Scheduler:
             self._num_steps, tuple(step.scheduled), tuple(step.kv_ops), tuple(preempted_ids), tuple(ended_ids)
         )
 
+    def _continue_decodes(self, step: _Step) -> list[Request]:
+        """Choose the requests that want one token; returns those that want more.
+
+        Runs for every request of every step: `_continue` in line for the usual one, whose token goes to a
+        block that it has already.
+        """
+        chunks: list[Request] = []
+        starts, append = step.starts, step.scheduled.append
+        for request in tuple(self.running):
+            start = request.num_computed_tokens
+            outputs = request.output_token_ids
+            num_known = len(request.prompt_token_ids) + len(outputs)
+            num_tokens = num_known + request.num_pending_tokens
+            if start + 1 != num_tokens or start >= request.num_writable_tokens:
+                num_wanted = self._num_wanted(request)
+                if num_wanted > 1:
+                    chunks.append(request)
+                elif num_wanted:
+                    self._continue(request, step)
+            elif num_tokens < request.max_num_tokens and step.num_budget_tokens:
+                tables = request.scheduled_block_tables
+                if request.status is not _RUNNING or tables is None or not outputs:
+                    self._continue(request, step)
+                    continue
+                token_ids = _ONE_PENDING if start >= num_known else (outputs[-1],)
+                request.num_kv_tokens = request.num_computed_tokens = num_tokens
+                request.num_pending_tokens += 1
+                request.num_steps_in_flight += 1
+                step.num_budget_tokens -= 1
+                request_id = request.request_id
+                starts[request_id] = start
+                append(_new(ScheduledRequest, (request_id, token_ids, start, tables, request.sampling, True, (), None)))
+        return chunks
+
     def _num_wanted(self, request: Request) -> int:
         # The last token a request may have is never computed: nothing follows it.
-        num_tokens, most = request.num_tokens, request.max_num_tokens - 1
-        return (num_tokens if num_tokens < most else most) - request.num_computed_tokens
+        return min(request.num_tokens, request.max_num_tokens - 1) - request.num_computed_tokens
 
     def _continue(self, request: Request, step: _Step) -> None:
         if not step.num_budget_tokens or request.status is not RequestStatus.RUNNING:  # a victim of this very step
@@ -306,22 +332,23 @@ class Scheduler:
         """
         grown = []
         failed_ids = result.failed or {}
-        alive, commit, charge = self.requests, self.kv.commit, self.policy.charge
+        alive, commit, charge, block_size = self.requests, self.kv.commit, self.policy.charge, self.kv.block_size
         for row, (scheduled, sampled) in enumerate(zip(batch.requests, result.sampled_token_ids, strict=True)):
-            request_id, token_ids, start = scheduled[:3]
+            request_id, start = scheduled[0], scheduled[2]
             request = alive.get(request_id)
             if request is None:  # ended while the step ran
                 continue
-            num_tokens, num_sampled = len(token_ids), len(sampled)
+            end = start + len(scheduled[1])
             request.num_steps_in_flight -= 1
-            request.num_pending_tokens -= scheduled.samples
-            request.output_token_ids += sampled
+            request.num_pending_tokens -= scheduled[5]
             # What a failed request computed (NaN, say) must not be found by others.
-            if request.status is RequestStatus.RUNNING and request_id not in failed_ids:
-                commit(request, start, start + num_tokens)
+            fills_block = start // block_size != end // block_size
             if sampled:
-                charge(request, num_sampled)
+                request.output_token_ids += sampled
+                charge(request, len(sampled))
                 grown.append((request, row))
+            if fills_block and request.status is _RUNNING and request_id not in failed_ids:
+                commit(request, start, end)
         return grown
 
     def _record(self, request: Request, kind: EventKind, num_tokens: int, detail: str = "") -> None:
