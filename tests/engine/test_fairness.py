@@ -29,7 +29,7 @@ MAX_PROMPT = 40
 MAX_OUTPUT = 12
 U = OUTPUT_TOKEN_SERVICE * MAX_NUM_SEQS * (MAX_PROMPT + MAX_OUTPUT)
 MAX_LEAD = 60.0
-FAIR_POLICIES = ["fair"]
+FAIR_POLICIES = ["fair", "agent"]
 
 
 class OneTokenExecutor:

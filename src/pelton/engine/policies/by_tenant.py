@@ -173,8 +173,6 @@ class ByTenantPolicy:
                     return
                 request = tenant.waiting[tenant.cursor]
                 if not self._has_share(tenant, request):
-                    tenant.is_at_share = True
-                    self._settle(tenant)
                     continue
                 yield request
                 if request in tenant.waiting:
@@ -193,11 +191,17 @@ class ByTenantPolicy:
         return self.request_key(waiting) < self.request_key(running)
 
     def _has_share(self, tenant: Tenant, request: Request) -> bool:
-        """Whether the tenant's part of the KV cache has room. Alone, a request may be larger than that."""
+        """Whether the tenant's part of the KV cache has room; if not, the tenant leaves the line until it has.
+
+        Alone, a request may be larger than that part.
+        """
         share = tenant.settings.max_kv_share
-        if share == 1.0 or not tenant.running:
-            return True
-        return tenant.num_blocks + self.context.num_blocks_needed(request) <= share * self.context.num_blocks
+        if share < 1.0 and tenant.running:
+            num_blocks = tenant.num_blocks + self.context.num_blocks_needed(request)
+            tenant.is_at_share = num_blocks > share * self.context.num_blocks
+            if tenant.is_at_share:
+                self._settle(tenant)
+        return not tenant.is_at_share
 
     def _first(self) -> Tenant | None:
         """The first tenant in line with something to start."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from pelton.core.request import Request
 
@@ -39,6 +39,9 @@ class OrderedWaiting:
 
     def __contains__(self, request: Request) -> bool:
         return request.request_id in self._ranks_by_id
+
+    def __iter__(self) -> Iterator[Request]:
+        return (request for _, _, request in self._entries)
 
     def __getitem__(self, index: int) -> Request:
         return self._entries[index][2]
