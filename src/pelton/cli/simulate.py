@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import App, Parameter
 
 from pelton.cli.flags import with_settings
-from pelton.cli.settings import resolve_settings
+from pelton.cli.settings import all_settings, parse_text, resolve_settings
+from pelton.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from pelton.bench.agent_report import AgentReport
@@ -151,7 +152,11 @@ def _configs(settings: dict[str, Any], policies: str | None) -> list[EngineConfi
     config = resolve_settings(settings, os.environ).engine
     if not policies:
         return [config]
-    return [replace(config, scheduling_policy=policy) for policy in policies.split(",")]
+    setting = all_settings()["scheduling_policy"]
+    try:
+        return [replace(config, scheduling_policy=parse_text(setting, policy)) for policy in policies.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"policies: {error}") from None
 
 
 def _replay(config: EngineConfig, cost: StepCost, requests: list[TraceRequest], plan: ReplayPlan) -> ReplayReport:
