@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
@@ -53,25 +53,33 @@ AGENT_COLUMNS = (
 )
 
 
-def agents(
-    *,
-    base_url: Annotated[
-        str | None, Parameter(help="the server; default: PELTON_BASE_URL or " + DEFAULT_BASE_URL)
-    ] = None,
-    workload: WorkloadFlag = "coding-small",
-    num_agents: AgentsFlag = None,
-    loads: Annotated[str | None, Parameter(help="agents at a time, such as 2,8,24; default: the workload's")] = None,
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ServerFlags:
+    """Which server, and how it is asked."""
+
+    base_url: Annotated[str | None, Parameter(help="the server; default: PELTON_BASE_URL or " + DEFAULT_BASE_URL)] = (
+        None
+    )
+    model: ModelFlag = None
+    api_key: KeyFlag = None
+    timeout_s: TimeoutFlag = 600.0
     send_identity: Annotated[
         bool,
         Parameter(
             negative=(), help="send X-Tenant-Id, X-Session-Id, X-Program-Id and prompt_cache_key with every request"
         ),
-    ] = False,
-    model: ModelFlag = None,
-    api_key: KeyFlag = None,
+    ] = False
+
+
+def agents(
+    *,
+    target: ServerFlags = ServerFlags(),
+    workload: WorkloadFlag = "coding-small",
+    num_agents: AgentsFlag = None,
+    loads: Annotated[str | None, Parameter(help="agents at a time, such as 2,8,24; default: the workload's")] = None,
     runs: Annotated[int, Parameter(help="runs of each load")] = 1,
     seed: SeedFlag = 0,
-    timeout_s: TimeoutFlag = 600.0,
     as_json: JsonFlag = False,
 ) -> int:
     """Drive one server with agents and report job completion times and tokens computed again."""
@@ -80,17 +88,17 @@ def agents(
     from pelton.bench.agents import select_agent_workload
     from pelton.bench.run import Server
 
-    url = base_url or os.environ.get("PELTON_BASE_URL") or DEFAULT_BASE_URL
+    url = target.base_url or os.environ.get("PELTON_BASE_URL") or DEFAULT_BASE_URL
     chosen = select_agent_workload(workload, agents=num_agents)
     plan = AgentBenchPlan(
         workload=chosen,
         loads=parse_loads(loads) or (chosen.num_concurrent,),
         num_passes=runs,
         seed=seed,
-        send_identity=send_identity,
-        timeout_s=timeout_s,
+        send_identity=target.send_identity,
+        timeout_s=target.timeout_s,
     )
-    server = Server(name="server", base_url=url, model=model, api_key=api_key_or_environment(api_key))
+    server = Server(name="server", base_url=url, model=target.model, api_key=api_key_or_environment(target.api_key))
     reports = _run(server, plan)
     if as_json:
         print_agent_json(reports, {"workload": asdict(chosen), "seed": seed, "base_url": url})

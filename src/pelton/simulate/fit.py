@@ -1,4 +1,4 @@
-"""Fits `StepCost` to measured steps: non-negative least squares on relative errors, without the outliers."""
+"""Fits `StepCost` to measured steps: least absolute relative errors, no coefficient below zero."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ Array = npt.NDArray[np.float64]
 MIN_STEPS = 50
 _KNOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 _MIN_STEPS_PER_KNOT = 3
-_NUM_ITERATIONS = 3000
-# Steps further off than this many median deviations were disturbed by something else on the machine.
-_MAX_DEVIATIONS = 6.0
+_NUM_ITERATIONS = 1000
+# Least squares, weighted again and again by what is left, come to least absolute errors: steps that something else on
+# the machine disturbed weigh little.
+_NUM_REWEIGHTINGS = 6
+_SMALLEST_RESIDUAL = 0.01
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,10 +45,10 @@ def fit_cost(steps: Sequence[MeasuredStep], name: str, num_kv_tokens: int, sourc
     kv_ops = sorted({name for step in seen for name in step.shape.num_kv_ops})
     features = np.array([_features(step.shape, knots, kv_ops) for step in seen])
     seconds = np.array([step.elapsed_s for step in seen])
-    weights = _solve(features, seconds)
-    off = np.abs(features @ weights / seconds - 1)
-    kept = off <= _MAX_DEVIATIONS * max(float(np.median(off)), 0.01)
-    weights = _solve(features[kept], seconds[kept])
+    relative = features / seconds[:, None]
+    weights = _solve(relative, np.ones(len(seen)))
+    for _ in range(_NUM_REWEIGHTINGS):
+        weights = _solve(relative, 1 / np.maximum(np.abs(relative @ weights - 1), _SMALLEST_RESIDUAL))
     base = np.cumsum(weights[: len(knots)])
     sample_s, decode_context_s, prefill_pair_s, *kv_op_s = (float(weight) for weight in weights[len(knots) :])
     cost = StepCost(
@@ -93,13 +95,12 @@ def _features(shape: StepShape, knots: Sequence[int], kv_ops: Sequence[str]) -> 
     return [1.0, *rises, *map(float, own), *(float(shape.num_kv_ops.get(name, 0)) for name in kv_ops)]
 
 
-def _solve(features: Array, seconds: Array) -> Array:
-    """min |features @ x / seconds - 1| with x >= 0, by coordinate descent on the normal equations."""
-    relative = features / seconds[:, None]
+def _solve(relative: Array, importance: Array) -> Array:
+    """min sum(importance * (relative @ x - 1)^2) with x >= 0, by coordinate descent on the normal equations."""
     scale = np.maximum(np.linalg.norm(relative, axis=0), 1e-300)
     scaled = relative / scale
-    gram = scaled.T @ scaled
-    target = scaled.sum(axis=0)
+    gram = scaled.T @ (scaled * importance[:, None])
+    target = scaled.T @ importance
     weights = np.zeros(len(scale))
     for _ in range(_NUM_ITERATIONS):
         for index in range(len(weights)):
