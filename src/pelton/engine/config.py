@@ -16,6 +16,9 @@ class EngineConfig:
     max_model_len: int | None = setting(None, "longest prompt plus output, in tokens; default: the model's own")
     max_num_seqs: int = setting(64, "most requests in one step")
     max_num_batched_tokens: int = setting(512, "token budget of one step; a smaller one smooths decoding")
+    tpot_slo_ms: float | None = setting(
+        None, "time between tokens to keep while prompts are computed: the token budget follows measured step times"
+    )
     long_prefill_chunk: int | None = setting(None, "most tokens of one request in a step; default: the whole budget")
     block_size: int = setting(16, "tokens in a KV block")
     kv_cache_memory_gb: float | None = setting(
@@ -43,6 +46,8 @@ class EngineConfig:
         parse_tenants(self.tenants)
         if self.max_num_waiting < 0:
             raise ConfigError(f"max_num_waiting is {self.max_num_waiting}; it must be at least 0")
+        if self.tpot_slo_ms is not None and not self.tpot_slo_ms > 0:
+            raise ConfigError(f"tpot_slo_ms is {self.tpot_slo_ms}; it must be positive")
         if self.kv_cache_memory_gb is not None and self.kv_cache_memory_gb <= 0:
             raise ConfigError(f"kv_cache_memory_gb is {self.kv_cache_memory_gb}; it must be positive")
         if self.max_num_batched_tokens < self.max_num_seqs:
