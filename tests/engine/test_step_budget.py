@@ -99,5 +99,5 @@ def test_decodes_keep_their_pace_beside_long_prompts(tpot_slo_ms: float | None, 
     while engine.has_work:
         engine.dispatch()
         engine.collect()
-    steady_s = max(elapsed_s for num_decodes, elapsed_s in executor.steps[60:] if num_decodes)
-    assert (steady_s <= 0.06) == holds
+    worst_s = max(elapsed_s for num_decodes, elapsed_s in executor.steps if num_decodes)
+    assert (worst_s <= 0.07) == holds
