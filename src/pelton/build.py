@@ -98,6 +98,7 @@ def build_engine(config: PeltonConfig, decoder: TokenDecoder | None = None) -> E
         tenants=parse_tenants(config.engine.tenants),
         clock=clock,
         num_blocks=info.num_blocks,
+        kv_charge=config.engine.kv_charge,
         num_cached_tokens=lambda request: kv.match(request).num_tokens,
         num_blocks_needed=lambda request: kv.num_blocks_to_reach(request, request.num_tokens),
     )
