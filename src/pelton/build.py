@@ -107,6 +107,7 @@ def join_engine(
     from pelton.engine.policies import POLICIES
     from pelton.engine.policies.context import PolicyContext
     from pelton.engine.scheduler import Scheduler
+    from pelton.engine.step_budget import make_budget
 
     kv = KVManager(
         kv_groups,
@@ -119,6 +120,7 @@ def join_engine(
         tenants=parse_tenants(config.tenants),
         clock=clock,
         num_blocks=info.num_blocks,
+        kv_charge=config.kv_charge,
         num_cached_tokens=lambda request: kv.match(request).num_tokens,
         num_blocks_needed=lambda request: kv.num_blocks_to_reach(request, request.num_tokens),
     )
@@ -129,6 +131,7 @@ def join_engine(
         max_num_seqs=info.max_num_seqs,
         max_num_batched_tokens=info.max_num_batched_tokens,
         long_prefill_chunk=config.long_prefill_chunk,
+        budget=make_budget(config.tpot_slo_ms, info.max_num_batched_tokens),
     )
     return Engine(scheduler, executor, decoder, clock, info, enable_overlap=config.enable_overlap)
 
