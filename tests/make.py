@@ -9,7 +9,7 @@ from hashlib import blake2b
 from itertools import count
 from typing import Any
 
-from pelton.core.batch import NULL_BLOCK_ID, PENDING_TOKEN_ID, KVOpKind, ScheduledBatch, StepResult
+from pelton.core.batch import NULL_BLOCK_ID, PENDING_TOKEN_ID, KVOp, KVOpKind, ScheduledBatch, StepResult
 from pelton.core.events import EngineInfo
 from pelton.core.model_spec import KVGroupSpec
 from pelton.core.output import RequestOutput, TokenLogprobs
@@ -19,7 +19,9 @@ from pelton.core.sampling_params import SamplingParams
 from pelton.core.tenant import parse_tenants
 from pelton.engine.engine import Engine
 from pelton.engine.kv.block_pool import BlockPool
+from pelton.engine.kv.costs import KVCosts
 from pelton.engine.kv.manager import KVManager
+from pelton.engine.kv.tiers import KVTiers
 from pelton.engine.policies import POLICIES
 from pelton.engine.policies.context import PolicyContext
 from pelton.engine.scheduler import Scheduler
@@ -69,6 +71,7 @@ class ContextExecutor:
         vocab_size: int = 256,
         delay_s: float = 0.0,
         in_thread: bool = False,
+        num_host_blocks: int = 0,
     ) -> None:
         self.groups = groups
         self.block_size = block_size
@@ -78,6 +81,7 @@ class ContextExecutor:
         self.fail_next: Exception | None = None
         self.tells_prompt_logprobs = False
         self._slots = [[-7] * block_size for _ in range(num_blocks)]
+        self.host_slots = [[-8] * block_size for _ in range(num_host_blocks)]
         self._contexts: dict[str, list[int]] = {}
         self._num_prompt_tokens: dict[str, int] = {}
         self._thread = ThreadPoolExecutor(1) if in_thread else None
@@ -100,17 +104,26 @@ class ContextExecutor:
     def _execute(self, batch: ScheduledBatch) -> StepResult:
         if self.delay_s:
             time.sleep(self.delay_s)
+        self._move(batch.kv_ops)
         for request_id in (*batch.preempted_ids, *batch.finished_ids):
             self._contexts.pop(request_id, None)
         if self.fail_next is not None:
             error, self.fail_next = self.fail_next, None
             raise error
-        for op in batch.kv_ops:
-            assert op.kind is KVOpKind.COPY
-            self._slots[op.destination] = list(self._slots[op.source])
         sampled = tuple(self._compute(scheduled) for scheduled in batch.requests)
         told = tuple(map(self._prompt_logprobs, batch.requests)) if self.tells_prompt_logprobs else ()
         return StepResult(batch.step_id, sampled, prompt_logprobs=told, elapsed_s=self.delay_s)
+
+    def _move(self, kv_ops: Iterable[KVOp]) -> None:
+        device, host = self._slots, self.host_slots
+        for op in kv_ops:
+            assert (op.tier == "device") == (op.kind is KVOpKind.COPY)
+            source, destination = {
+                KVOpKind.COPY: (device, device),
+                KVOpKind.STORE: (device, host),
+                KVOpKind.LOAD: (host, device),
+            }[op.kind]
+            destination[op.destination] = list(source[op.source])
 
     def _prompt_logprobs(self, scheduled: Any) -> tuple[TokenLogprobs, ...] | None:
         if scheduled.sampling.prompt_logprobs is None:
@@ -181,16 +194,19 @@ def make_engine(
     long_prefill_chunk: int | None = None,
     clock: Any = None,
     executor: Any = None,
+    num_host_blocks: int = 0,
     **info: Any,
 ) -> Engine:
     """An engine over a `ContextExecutor`; further arguments as in `EngineInfo`."""
     engine_info = make_info(**info)
     clock = clock or MonotonicClock()
+    tiers = KVTiers(BlockPool(num_host_blocks), KVCosts()) if num_host_blocks else None
     kv = KVManager(
         tuple(groups),
         BlockPool(engine_info.num_blocks),
         engine_info.block_size,
         enable_prefix_caching=engine_info.enable_prefix_caching,
+        tiers=tiers,
     )
     context = PolicyContext(
         tenants=parse_tenants(tenants),
@@ -206,7 +222,12 @@ def make_engine(
         max_num_batched_tokens=engine_info.max_num_batched_tokens,
         long_prefill_chunk=long_prefill_chunk,
     )
-    executor = executor or ContextExecutor(groups, num_blocks=engine_info.num_blocks, block_size=engine_info.block_size)
+    executor = executor or ContextExecutor(
+        groups,
+        num_blocks=engine_info.num_blocks,
+        block_size=engine_info.block_size,
+        num_host_blocks=num_host_blocks,
+    )
     return Engine(scheduler, executor, ByteDecoder(), clock, engine_info, enable_overlap=enable_overlap)
 
 

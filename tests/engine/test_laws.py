@@ -12,6 +12,7 @@ from pelton.core.model_spec import KVGroupSpec
 from pelton.core.output import RequestOutput
 from pelton.core.request import FinishReason, Submission
 from pelton.engine.engine import Engine
+from pelton.engine.kv.block_hash import is_private
 from tests.make import FULL_ATTENTION, check_ledger, generate, make_engine, make_submission, step
 
 WINDOWED = (KVGroupSpec((0,)), KVGroupSpec((1,), 6), KVGroupSpec((2,), 6))
@@ -88,6 +89,7 @@ def drive(engine: Engine, arrivals: list[Arrival]) -> list[RequestOutput]:
     enable_prefix_caching=st.booleans(),
     enable_overlap=st.booleans(),
     policy=st.sampled_from(["fcfs", "priority"]),
+    num_host_blocks=st.sampled_from([0, 0, 3, 12, 400]),
 )
 def test_same_answer_whatever_the_load_and_the_ledger_balances(
     arrivals: list[Arrival],
@@ -98,6 +100,7 @@ def test_same_answer_whatever_the_load_and_the_ledger_balances(
     enable_prefix_caching: bool,
     enable_overlap: bool,
     policy: str,
+    num_host_blocks: int,
 ) -> None:
     engine = make_engine(
         groups=groups,
@@ -109,6 +112,7 @@ def test_same_answer_whatever_the_load_and_the_ledger_balances(
         enable_overlap=enable_overlap,
         policy=policy,
         max_model_len=72,
+        num_host_blocks=num_host_blocks,
     )
     token_ids: dict[tuple[str, int], list[int]] = {}
     ended: dict[tuple[str, int], FinishReason] = {}
@@ -119,7 +123,14 @@ def test_same_answer_whatever_the_load_and_the_ledger_balances(
         token_ids.setdefault(key, []).extend(output.token_ids)
         if output.finish_reason is not None:
             ended[key] = output.finish_reason
-    assert engine.scheduler.kv.pool.num_used == 0
+    kv = engine.scheduler.kv
+    assert kv.pool.num_used == 0
+    assert not any(is_private(key[1]) for key in kv.pool.published_keys()), (
+        "an ended request has left hashes of its own"
+    )
+    if kv.tiers is not None:
+        assert kv.tiers.host.num_used == 0
+        assert not any(is_private(key[1]) for key in kv.tiers.host.published_keys())
     for arrival in arrivals:
         submission = arrival.submission
         alone = generate(make_engine(groups=groups, enable_overlap=False, max_model_len=72), submission)

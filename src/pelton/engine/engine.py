@@ -147,9 +147,11 @@ class Engine:
             result = future.result()
         except Exception as error:
             self._in_flight.popleft()
+            self.scheduler.kv.complete(batch.kv_ops)
             self._fail_step(batch, error)
             return
         self._in_flight.popleft()
+        self.scheduler.kv.complete(batch.kv_ops, result.kv_copy_s)
         started_s = self.clock.now_s()
         self._num_steps += 1
         self._num_step_tokens = batch.num_tokens

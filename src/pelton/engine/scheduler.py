@@ -14,7 +14,8 @@ from pelton.core.batch import PENDING_TOKEN_ID, KVOp, RequestContext, ScheduledB
 from pelton.core.events import EventKind, RequestEvent
 from pelton.core.protocols import Clock, SchedulingPolicy
 from pelton.core.request import Request, RequestStatus
-from pelton.engine.kv.manager import KVManager, PrefixMatch
+from pelton.engine.kv.manager import KVManager
+from pelton.engine.kv.prefix_match import PrefixMatch
 
 # How far past a request that does not fit the waiting line is searched, and how many may overtake it.
 MAX_LOOKAHEAD = 8
@@ -81,6 +82,7 @@ class Scheduler:
         """The request has ended, for whatever reason; its blocks are free at once."""
         if self.requests.pop(request.request_id, None) is not None:  # else it was never added
             self.policy.finish(request)
+            self.kv.forget(request)
             if request.status is RequestStatus.RUNNING:
                 self.running.remove(request)
                 self.kv.free(request)
@@ -140,7 +142,7 @@ class Scheduler:
         request.num_preemptions += 1
         request.num_lost_tokens = request.num_computed_tokens
         request.status = RequestStatus.PREEMPTED
-        self.kv.free(request)
+        self.kv.preempt(request)
         self._preempted_ids.append(request.request_id)
         self.policy.preempt(request)
 
@@ -172,7 +174,7 @@ class Scheduler:
         num_tokens = min(self._num_wanted(request), step.num_budget_tokens, self.max_chunk)
         kv_ops = self.kv.try_extend(request, num_tokens)
         if kv_ops is None:
-            self.kv.free(request)
+            self.kv.preempt(request)
             return False
         self._count_admission(request, match.num_tokens)
         self.policy.admit(request, match.num_tokens)
