@@ -25,9 +25,12 @@ if TYPE_CHECKING:
 
     from pelton.bench.roofline import KernelBenchPlan, KernelReport
     from pelton.bench.step_profile import StepProfile, StepProfilePlan
-    from pelton.core.protocols import TokenDecoder
+    from pelton.core.events import EngineInfo
+    from pelton.core.model_spec import KVGroupSpec
+    from pelton.core.protocols import Clock, TokenDecoder
     from pelton.engine.client import EngineClient
     from pelton.engine.engine import Engine
+    from pelton.engine.kv.manager import KVManager
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,8 +72,6 @@ def build_engine(config: PeltonConfig, decoder: TokenDecoder | None = None) -> E
     from pelton.core.protocols import MonotonicClock
     from pelton.core.tenant import parse_tenants
     from pelton.engine.engine import Engine
-    from pelton.engine.kv.block_pool import BlockPool
-    from pelton.engine.kv.manager import KVManager
     from pelton.engine.policies import POLICIES
     from pelton.engine.policies.context import PolicyContext
     from pelton.engine.scheduler import Scheduler
@@ -85,14 +86,8 @@ def build_engine(config: PeltonConfig, decoder: TokenDecoder | None = None) -> E
     executor, info = build_executor(
         files, config.model, config.worker, config.engine, eos_token_ids=decoder.eos_token_ids
     )
-    kv = KVManager(
-        files.spec.kv_groups,
-        BlockPool(info.num_blocks),
-        info.block_size,
-        enable_prefix_caching=info.enable_prefix_caching,
-        identity=f"{path}|{info.dtype}",
-    )
     clock = MonotonicClock()
+    kv = build_kv_manager(files.spec.kv_groups, config.engine, info, clock, identity=f"{path}|{info.dtype}")
     policy_context = PolicyContext(
         tenants=parse_tenants(config.engine.tenants),
         clock=clock,
@@ -108,6 +103,35 @@ def build_engine(config: PeltonConfig, decoder: TokenDecoder | None = None) -> E
         long_prefill_chunk=config.engine.long_prefill_chunk,
     )
     return Engine(scheduler, executor, decoder, clock, info, enable_overlap=config.engine.enable_overlap)
+
+
+def build_kv_manager(
+    groups: tuple[KVGroupSpec, ...], config: EngineConfig, info: EngineInfo, clock: Clock, *, identity: str
+) -> KVManager:
+    """The pool of the device and the tiers behind it. Loads no model: simulations build theirs here too."""
+    from pelton.engine.kv.block_pool import BlockPool
+    from pelton.engine.kv.costs import KVCosts
+    from pelton.engine.kv.eviction import EVICTIONS
+    from pelton.engine.kv.manager import KVManager
+    from pelton.engine.kv.tiers import KVTiers
+
+    make_eviction = EVICTIONS[config.kv_eviction_policy]
+    costs = KVCosts(
+        len(groups) * info.kv_block_bytes // info.block_size,
+        chunk=config.long_prefill_chunk or info.max_num_batched_tokens,
+    )
+    tiers = None
+    if info.num_host_blocks > 1:
+        host = BlockPool(info.num_host_blocks, make_eviction(clock))
+        tiers = KVTiers(host, costs, num_block_bytes=info.kv_block_bytes)
+    return KVManager(
+        groups,
+        BlockPool(info.num_blocks, make_eviction(clock)),
+        info.block_size,
+        enable_prefix_caching=info.enable_prefix_caching,
+        identity=identity,
+        tiers=tiers,
+    )
 
 
 def build_engine_from_settings(settings: bytes) -> Engine:

@@ -69,3 +69,5 @@ class EngineInfo:
     num_threads: int
     enable_prefix_caching: bool
     load_s: float = 0.0
+    num_host_blocks: int = 0  # of host memory behind the KV cache, the null block included; 0: none
+    kv_block_bytes: int = 0

@@ -56,6 +56,7 @@ def build_executor(
     model = load_weights(files, model_config, worker_config, kernels)
     plan = plan_kv_cache(spec, engine_config, DTYPE_BYTES[kv_dtype], num_available_memory_bytes())
     kv = _allocate_kv(spec, plan, engine_config.block_size, kv_dtype, kernels)
+    block_bytes = spec.kv_bytes_per_block(engine_config.block_size, DTYPE_BYTES[kv_dtype])
     sampler = kernels.make_sampler(spec.vocab_size, eos_token_ids)
     threading.Thread(target=kv.warm_up, name="pelton-kv-warm-up", daemon=True).start()
     runner = ModelRunner(model, kv, sampler, block_size=engine_config.block_size)
@@ -73,6 +74,8 @@ def build_executor(
         num_threads=num_threads,
         enable_prefix_caching=engine_config.enable_prefix_caching,
         load_s=time.perf_counter() - start_s,
+        num_host_blocks=plan.num_host_blocks,
+        kv_block_bytes=block_bytes,
     )
     return InProcessExecutor(runner), info
 
@@ -116,12 +119,12 @@ def load_weights(files: ModelFiles, model_config: ModelConfig, worker_config: Wo
 
 def _allocate_kv(spec: ModelSpec, plan: KVPlan, block_size: int, dtype: str, kernels: Kernels) -> KVStorage:
     try:
-        return KVStorage(spec, plan.num_blocks, block_size, dtype, kernels)
+        return KVStorage(spec, plan.num_blocks, block_size, dtype, kernels, num_host_blocks=plan.num_host_blocks)
     except MemoryError as error:
-        size = _gib(plan.num_blocks * spec.kv_bytes_per_block(block_size, DTYPE_BYTES[dtype]))
+        size = _gib((plan.num_blocks + plan.num_host_blocks) * spec.kv_bytes_per_block(block_size, DTYPE_BYTES[dtype]))
         raise ConfigError(
-            f"the KV cache of {plan.num_blocks} blocks ({size}) could not be allocated: lower num_kv_blocks or "
-            "kv_cache_memory_gb"
+            f"the KV cache of {plan.num_blocks} blocks and {plan.num_host_blocks} in host memory ({size}) could not be "
+            "allocated: lower num_kv_blocks or kv_cache_memory_gb, or host_kv_cache_gb"
         ) from error
 
 
@@ -129,6 +132,7 @@ def _allocate_kv(spec: ModelSpec, plan: KVPlan, block_size: int, dtype: str, ker
 class KVPlan:
     num_blocks: int  # the null block included
     max_model_len: int
+    num_host_blocks: int = 0  # likewise, behind the cache
 
 
 def wanted_model_len(spec: ModelSpec, config: EngineConfig) -> int:
@@ -173,7 +177,21 @@ def plan_kv_cache(spec: ModelSpec, config: EngineConfig, bytes_per_element: int,
             f"{num_full} ({_gib(num_full * block_bytes)}) for one request of {wanted_len} tokens; raise "
             "num_kv_blocks or kv_cache_memory_gb"
         )
-    return KVPlan(num_blocks, _longest_request(spec, config, num_blocks - 1, wanted_len))
+    num_host_blocks = _plan_host_blocks(config, block_bytes, num_blocks, num_available_bytes)
+    return KVPlan(num_blocks, _longest_request(spec, config, num_blocks - 1, wanted_len), num_host_blocks)
+
+
+def _plan_host_blocks(config: EngineConfig, block_bytes: int, num_blocks: int, num_available_bytes: int) -> int:
+    if config.host_kv_cache_gb is None:
+        return min(num_blocks, num_available_bytes // 8 // block_bytes)
+    num_host_blocks = int(config.host_kv_cache_gb * _GIB) // block_bytes
+    num_free = num_available_bytes - num_blocks * block_bytes
+    if num_host_blocks * block_bytes > num_free:
+        raise ConfigError(
+            f"host_kv_cache_gb is {config.host_kv_cache_gb}, but {_gib(num_free)} are free beside the weights and the "
+            "KV cache"
+        )
+    return num_host_blocks
 
 
 def num_blocks_of_request(spec: ModelSpec, config: EngineConfig, num_tokens: int) -> int:
