@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pelton.bench.step_profile import StepProfile, StepProfilePlan
     from pelton.core.events import EngineInfo
     from pelton.core.model_spec import KVGroupSpec
-    from pelton.core.protocols import Clock, TokenDecoder
+    from pelton.core.protocols import BlockStore, Clock, TokenDecoder
     from pelton.engine.client import EngineClient
     from pelton.engine.engine import Engine
     from pelton.engine.kv.manager import KVManager
@@ -87,7 +87,7 @@ def build_engine(config: PeltonConfig, decoder: TokenDecoder | None = None) -> E
         files, config.model, config.worker, config.engine, eos_token_ids=decoder.eos_token_ids
     )
     clock = MonotonicClock()
-    kv = build_kv_manager(files.spec.kv_groups, config.engine, info, clock, identity=f"{path}|{info.dtype}")
+    kv = build_kv_manager(files.spec.kv_groups, config.engine, info, clock, block_store=executor.block_store)
     policy_context = PolicyContext(
         tenants=parse_tenants(config.engine.tenants),
         clock=clock,
@@ -106,11 +106,17 @@ def build_engine(config: PeltonConfig, decoder: TokenDecoder | None = None) -> E
 
 
 def build_kv_manager(
-    groups: tuple[KVGroupSpec, ...], config: EngineConfig, info: EngineInfo, clock: Clock, *, identity: str
+    groups: tuple[KVGroupSpec, ...],
+    config: EngineConfig,
+    info: EngineInfo,
+    clock: Clock,
+    *,
+    block_store: BlockStore | None = None,
 ) -> KVManager:
     """The pool of the device and the tiers behind it. Loads no model: simulations build theirs here too."""
     from pelton.engine.kv.block_pool import BlockPool
     from pelton.engine.kv.costs import KVCosts
+    from pelton.engine.kv.disk import DiskTier
     from pelton.engine.kv.eviction import EVICTIONS
     from pelton.engine.kv.manager import KVManager
     from pelton.engine.kv.tiers import KVTiers
@@ -123,13 +129,16 @@ def build_kv_manager(
     tiers = None
     if info.num_host_blocks > 1:
         host = BlockPool(info.num_host_blocks, make_eviction(clock))
-        tiers = KVTiers(host, costs, num_block_bytes=info.kv_block_bytes)
+        disk = None
+        if block_store is not None:
+            disk = DiskTier(block_store, host, costs, max_bytes=int(config.disk_kv_cache_gb * 2**30))
+        tiers = KVTiers(host, costs, num_block_bytes=info.kv_block_bytes, disk=disk)
     return KVManager(
         groups,
         BlockPool(info.num_blocks, make_eviction(clock)),
         info.block_size,
         enable_prefix_caching=info.enable_prefix_caching,
-        identity=identity,
+        identity=info.kv_identity,
         tiers=tiers,
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 from pelton.core.batch import KVOp, KVOpKind
@@ -48,6 +47,6 @@ def test_bytes_of_a_host_block_are_those_that_are_loaded(kernels: Kernels) -> No
     assert storage.host_block(1).nbytes == storage.num_bytes // 6
     storage.layer_cache(0).keys[2] = 1.5
     storage.move([KVOp(KVOpKind.STORE, 2, 1, "host")])
-    storage.host_block(2)[:] = np.frombuffer(bytes(storage.host_block(1)), np.uint8)
+    storage.host_block(2)[:] = bytes(storage.host_block(1))
     storage.move([KVOp(KVOpKind.LOAD, 2, 4, "host")])
     assert (storage.layer_cache(0).keys[4] == storage.layer_cache(0).keys[2]).all()

@@ -25,6 +25,10 @@ class EngineConfig:
         "host memory for KV blocks that leave the cache, in GiB, taken as it is used; 0: none; default: as much as "
         "the cache has, at most an eighth of what is free",
     )
+    disk_kv_cache_dir: str | None = setting(
+        None, "folder for KV blocks that outlive the process; its blocks are readable to this user only"
+    )
+    disk_kv_cache_gb: float = setting(16.0, "most GiB of KV blocks in that folder; the least recently used go first")
     kv_eviction_policy: str = setting(
         "lru", "which cached KV block is given up first, on the device and in host memory", choices=("lru",)
     )
@@ -51,6 +55,12 @@ class EngineConfig:
             raise ConfigError(f"max_num_waiting is {self.max_num_waiting}; it must be at least 0")
         if self.kv_cache_memory_gb is not None and self.kv_cache_memory_gb <= 0:
             raise ConfigError(f"kv_cache_memory_gb is {self.kv_cache_memory_gb}; it must be positive")
+        if self.disk_kv_cache_gb <= 0:
+            raise ConfigError(f"disk_kv_cache_gb is {self.disk_kv_cache_gb}; it must be positive")
+        if self.disk_kv_cache_dir is not None and self.host_kv_cache_gb == 0:
+            raise ConfigError(
+                "disk_kv_cache_dir needs host memory to move blocks through: host_kv_cache_gb must not be 0"
+            )
         if self.host_kv_cache_gb is not None and self.host_kv_cache_gb < 0:
             raise ConfigError(f"host_kv_cache_gb is {self.host_kv_cache_gb}; it must be at least 0")
         if self.max_num_batched_tokens < self.max_num_seqs:

@@ -20,6 +20,9 @@ from pelton.engine.kv.prefix_match import PrefixMatch
 # How far past a request that does not fit the waiting line is searched, and how many may overtake it.
 MAX_LOOKAHEAD = 8
 MAX_OVERTAKEN = 64
+# Blocks on their way to disk that are copied to host memory in a step, and in one that has nothing to compute.
+SAVED_PER_STEP = 8
+SAVED_WHEN_IDLE = 64
 _ONE_PENDING = (PENDING_TOKEN_ID,)
 
 
@@ -111,7 +114,8 @@ class Scheduler:
         calm = self.counters.num_preemptions == num_preemptions or not step.scheduled
         if calm and len(self.policy):
             self._admit_waiting(step)
-        if not step.scheduled:
+        step.kv_ops += self.kv.take_moves(SAVED_PER_STEP if step.scheduled else SAVED_WHEN_IDLE)
+        if not step.scheduled and not step.kv_ops:
             return None
         self._num_steps += 1
         preempted_ids, self._preempted_ids = self._preempted_ids, []

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
-import numpy.typing as npt
 
 from pelton.core.batch import KVOp, KVOpKind
 from pelton.core.errors import EngineStepError
@@ -66,10 +65,9 @@ class KVStorage:
     def layer_caches(self) -> list[LayerCache]:
         return [self.layer_cache(layer_id) for layer_id in sorted(self._places)]
 
-    def host_block(self, slot_id: int) -> npt.NDArray[np.uint8]:
+    def host_block(self, slot_id: int) -> memoryview:
         """The bytes of a block in host memory, to read and to write."""
-        block: npt.NDArray[np.uint8] = self._host_bytes[slot_id]
-        return block
+        return self._host_bytes[slot_id].data
 
     def move(self, ops: Iterable[KVOp]) -> None:
         """Copy blocks, in every layer, one operation after another."""

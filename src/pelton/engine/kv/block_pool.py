@@ -76,6 +76,14 @@ class BlockPool:
             block.ref_count += 1
             block.num_hits += 1
 
+    def hold(self, block_ids: Iterable[int]) -> None:
+        """As `share`, for a holder that nobody asked for: says nothing of the content's worth."""
+        for block_id in block_ids:
+            block = self.blocks[block_id]
+            if block.ref_count == 0:
+                self._cached.discard(block)
+            block.ref_count += 1
+
     def release(self, block_ids: Iterable[int]) -> None:
         """One table fewer names these blocks. Pass a table's tail first: then it is evicted first."""
         for block_id in block_ids:

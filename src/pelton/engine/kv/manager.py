@@ -43,6 +43,7 @@ class KVManager:
         self.prefixes = PrefixIndex(groups, pool, block_size, tiers)
         if tiers is not None:
             pool.on_evict = tiers.store
+            pool.on_cached = tiers.note_cached
 
     # -- prefixes ---------------------------------------------------------------------------------
 
@@ -301,10 +302,41 @@ class KVManager:
             if block_id is not None:
                 pool.unpublish(block_id)
 
+    def take_moves(self, num_blocks: int) -> list[KVOp]:
+        """What else is to be moved with this step; up to `num_blocks` on their way to disk."""
+        if self.tiers is None:
+            return []
+        self.tiers.save(self.pool, num_blocks)
+        return self.tiers.take_ops()
+
     def complete(self, kv_ops: Iterable[KVOp], elapsed_s: float = 0.0) -> None:
         """A step has ended, well or not; its operations took `elapsed_s`."""
         if self.tiers is not None:
             self.tiers.complete(kv_ops, elapsed_s)
+
+    def tier_stats(self) -> dict[str, int]:
+        """Fields of `EngineStats`."""
+        if self.tiers is None:
+            return {}
+        host, counters, disk = self.tiers.host, self.tiers.counters, self.tiers.disk
+        stats = {
+            "num_host_blocks": host.num_total,
+            "num_host_blocks_cached": host.num_cached,
+            "num_host_hit_tokens_total": counters.num_loaded_blocks * self.block_size // len(self.groups),
+            "num_disk_hit_tokens_total": counters.num_loaded_disk_blocks * self.block_size // len(self.groups),
+            "num_tier_stored_blocks_total": counters.num_stored_blocks,
+            "num_tier_loaded_blocks_total": counters.num_loaded_blocks,
+            "num_tier_dropped_blocks_total": counters.num_dropped_blocks,
+        }
+        if disk is not None:
+            stats |= {
+                "num_disk_blocks": disk.num_blocks,
+                "num_disk_written_blocks_total": disk.counters.num_written_blocks,
+                "num_disk_read_blocks_total": disk.counters.num_read_blocks,
+                "num_disk_failed_writes_total": disk.counters.num_failed_writes,
+                "num_disk_failed_reads_total": disk.counters.num_failed_reads,
+            }
+        return stats
 
     def check(self, requests: Iterable[Request]) -> None:
         """Assert the block ledger (law 4) for the requests that may hold blocks."""

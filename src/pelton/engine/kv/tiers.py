@@ -10,7 +10,7 @@ has ended: its memory may be given to others (a disk, say) as soon as nobody hol
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +18,7 @@ from pelton.core.batch import BlockKey, KVOp, KVOpKind
 from pelton.engine.kv.block import Block
 from pelton.engine.kv.block_pool import BlockPool
 from pelton.engine.kv.costs import KVCosts
+from pelton.engine.kv.disk import DiskTier
 
 HOST = "host"
 
@@ -28,17 +29,23 @@ class TierCounters:
 
     num_stored_blocks: int = 0  # device to host
     num_loaded_blocks: int = 0  # host to device
+    num_loaded_disk_blocks: int = 0  # of these, read from disk and not used since
     num_dropped_blocks: int = 0  # evicted from the device and not kept: host memory was busy
 
 
 class KVTiers:
-    def __init__(self, host: BlockPool, costs: KVCosts, *, num_block_bytes: int = 0) -> None:
+    def __init__(
+        self, host: BlockPool, costs: KVCosts, *, num_block_bytes: int = 0, disk: DiskTier | None = None
+    ) -> None:
+        """`disk` is one behind the same host memory."""
         self.host = host
+        self.disk = disk
         self.costs = costs
         self.counters = TierCounters()
         self._num_block_bytes = num_block_bytes
         self._ops: list[KVOp] = []
         self._held: Counter[int] = Counter()  # host block -> operations under way that name it
+        self._unsaved: OrderedDict[BlockKey, None] = OrderedDict()  # on the device, to be stored for the disk
 
     def find(self, key: BlockKey) -> int | None:
         """The host block with this content."""
@@ -52,6 +59,7 @@ class KVTiers:
     def store(self, block: Block) -> None:
         """Copy a device block's content to host memory, unless it is there."""
         assert block.key is not None
+        self._unsaved.pop(block.key, None)
         slot_id = self.host.find(block.key)
         if slot_id is not None:
             self._touch(slot_id, block)
@@ -77,10 +85,30 @@ class KVTiers:
         """Copy a held host block to the device."""
         self._hold(KVOp(KVOpKind.LOAD, slot_id, block_id, HOST), slot_id)
         self.counters.num_loaded_blocks += 1
+        if self.disk is not None and slot_id in self.disk.unused_slot_ids:
+            self.disk.unused_slot_ids.remove(slot_id)
+            self.counters.num_loaded_disk_blocks += 1
 
     def _hold(self, op: KVOp, slot_id: int) -> None:
         self._ops.append(op)
         self._held[slot_id] += 1
+
+    def note_cached(self, block: Block) -> None:
+        """A device block was given back: with a disk, its content is to outlive the process."""
+        assert block.key is not None
+        if self.disk is not None and self.disk.wants(block.key):
+            self._unsaved[block.key] = None
+
+    def save(self, device: BlockPool, num_blocks: int) -> None:
+        """Store up to `num_blocks` that the disk does not have, as long as it keeps up."""
+        if self.disk is None or self.disk.is_behind:
+            return
+        while self._unsaved and num_blocks:
+            key, _ = self._unsaved.popitem(last=False)
+            block_id = device.find(key)
+            if block_id is not None and self.disk.wants(key):
+                self.store(device.blocks[block_id])
+                num_blocks -= 1
 
     def take_ops(self) -> list[KVOp]:
         """Operations for the next batch, in order."""
@@ -98,5 +126,6 @@ class KVTiers:
         self.costs.copies_from(HOST).observe(len(moved) * self._num_block_bytes, elapsed_s)
 
     def check(self) -> None:
-        """Assert that host blocks are held by operations under way and by nothing else. For tests."""
-        self.host.check([list(self._held.elements())])
+        """Assert that host blocks are held by what is under way and by nothing else. For tests."""
+        moving = self.disk.held_slot_ids() if self.disk is not None else []
+        self.host.check([list(self._held.elements()), moving])

@@ -10,25 +10,28 @@ import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from pelton.core.errors import ConfigError
 from pelton.core.events import EngineInfo
 from pelton.core.model_spec import ModelSpec
-from pelton.core.protocols import Executor
 from pelton.engine.config import EngineConfig
 from pelton.weights.config import ModelConfig
-from pelton.weights.packed_files import packed_folder, packed_path
+from pelton.weights.packed_files import content_identity, packed_folder, packed_path
 from pelton.weights.tensors import ModelFiles
 from pelton.worker.config import WorkerConfig
 from pelton.worker.executors.host_resources import num_available_cores, num_available_memory_bytes
 from pelton.worker.executors.in_process import InProcessExecutor
 from pelton.worker.kernels.ops import DTYPE_BYTES, Kernels, make_kernels
+from pelton.worker.kv_disk import DiskStore
 from pelton.worker.kv_storage import KVStorage
 from pelton.worker.model_runner import ModelRunner
 from pelton.worker.models.registry import Model, load_model, make_dummy_model
 
 _GIB = 2**30
+# Raised whenever kernels change how a block's bytes lie, or what they are.
+_KV_LAYOUT_VERSION = 1
 _MAX_DEFAULT_BYTES = 4 * _GIB
 
 
@@ -39,7 +42,7 @@ def build_executor(
     engine_config: EngineConfig,
     *,
     eos_token_ids: Iterable[int],
-) -> tuple[Executor, EngineInfo]:
+) -> tuple[InProcessExecutor, EngineInfo]:
     """Load the model, allot the KV cache, start the executor's thread.
 
     `eos_token_ids` end a generation; the sampler bans them until a request's `min_tokens`. Raises
@@ -76,8 +79,28 @@ def build_executor(
         load_s=time.perf_counter() - start_s,
         num_host_blocks=plan.num_host_blocks,
         kv_block_bytes=block_bytes,
+        kv_identity=_kv_identity(files, model_config, worker_config, kernels, (kv_dtype, engine_config.block_size)),
     )
-    return InProcessExecutor(runner), info
+    return InProcessExecutor(runner, _open_block_store(engine_config, info, kv)), info
+
+
+def _kv_identity(
+    files: ModelFiles, model_config: ModelConfig, worker_config: WorkerConfig, kernels: Kernels, facts: tuple[str, int]
+) -> str:
+    """Of everything that KV's bytes depend on but its tokens: another model, kernel or layout gives another one.
+
+    `facts`: type of the cache, block size.
+    """
+    model = repr(files.spec) if model_config.load_format == "dummy" else content_identity(files.path)
+    own = (version("pelton"), _KV_LAYOUT_VERSION, kernels.name, kernels.dtype, worker_config.activation_dtype)
+    return "|".join(map(str, (model, model_config.load_format, *own, *facts)))
+
+
+def _open_block_store(config: EngineConfig, info: EngineInfo, kv: KVStorage) -> DiskStore | None:
+    if config.disk_kv_cache_dir is None or not info.num_host_blocks or not config.enable_prefix_caching:
+        return None
+    folder = Path(config.disk_kv_cache_dir).expanduser()
+    return DiskStore(folder, info.kv_identity, info.kv_block_bytes, kv.host_block)
 
 
 def _resolve_kv_dtype(name: str, kernels: Kernels) -> str:
