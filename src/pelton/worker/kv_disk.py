@@ -156,7 +156,8 @@ class DiskStore:
         path = self._path(key)
         block = self._host_block(slot_id)
         try:
-            file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            # Without waiting for anybody: it may be a pipe.
+            file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError:
             return False
         try:
