@@ -14,6 +14,7 @@ from pelton.core.output import RequestOutput
 from pelton.core.request import FinishReason, Submission
 from pelton.engine.engine import Engine
 from pelton.engine.kv.block_hash import is_private
+from pelton.engine.policies import POLICIES
 from tests.make import (
     FULL_ATTENTION,
     ManualClock,
@@ -135,7 +136,7 @@ def check_nothing_is_held(engine: Engine) -> None:
     chunk=st.sampled_from([None, 3]),
     enable_prefix_caching=st.booleans(),
     enable_overlap=st.booleans(),
-    policy=st.sampled_from(["fcfs", "priority"]),
+    policy=st.sampled_from(list(POLICIES)),
     num_host_blocks=st.sampled_from([0, 0, 3, 12, 400]),
 )
 def test_same_answer_whatever_the_load_and_the_ledger_balances(
@@ -175,6 +176,7 @@ def test_same_answer_whatever_the_load_and_the_ledger_balances(
     disk_speed=st.integers(0, 4),
     problems=st.lists(st.booleans(), max_size=40),
     enable_overlap=st.booleans(),
+    policy=st.sampled_from(list(POLICIES)),
 )
 def test_same_answer_with_a_disk_that_is_slow_and_fails_and_after_a_restart(
     arrivals: list[Arrival],
@@ -185,6 +187,7 @@ def test_same_answer_with_a_disk_that_is_slow_and_fails_and_after_a_restart(
     disk_speed: int,
     problems: list[bool],
     enable_overlap: bool,
+    policy: str,
 ) -> None:
     disk = SlowBlockStore(problems)
     for _ in range(2):
@@ -193,6 +196,7 @@ def test_same_answer_with_a_disk_that_is_slow_and_fails_and_after_a_restart(
             groups=groups,
             num_blocks=num_blocks,
             enable_overlap=enable_overlap,
+            policy=policy,
             max_model_len=72,
             num_host_blocks=num_host_blocks,
             disk=disk,
