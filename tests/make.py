@@ -16,10 +16,12 @@ from pelton.core.output import RequestOutput, TokenLogprobs
 from pelton.core.protocols import MonotonicClock
 from pelton.core.request import Request, Submission
 from pelton.core.sampling_params import SamplingParams
+from pelton.core.tenant import parse_tenants
 from pelton.engine.engine import Engine
 from pelton.engine.kv.block_pool import BlockPool
 from pelton.engine.kv.manager import KVManager
 from pelton.engine.policies import POLICIES
+from pelton.engine.policies.context import PolicyContext
 from pelton.engine.scheduler import Scheduler
 
 VOCAB_SIZE = 300
@@ -174,6 +176,7 @@ def make_engine(
     *,
     groups: Sequence[KVGroupSpec] = FULL_ATTENTION,
     policy: str = "fcfs",
+    tenants: Sequence[str] = (),
     enable_overlap: bool = True,
     long_prefill_chunk: int | None = None,
     clock: Any = None,
@@ -189,8 +192,14 @@ def make_engine(
         engine_info.block_size,
         enable_prefix_caching=engine_info.enable_prefix_caching,
     )
+    context = PolicyContext(
+        tenants=parse_tenants(tenants),
+        clock=clock,
+        num_blocks=engine_info.num_blocks,
+        num_cached_tokens=lambda request: kv.match(request).num_tokens,
+    )
     scheduler = Scheduler(
-        POLICIES[policy](),
+        POLICIES[policy](context),
         kv,
         clock,
         max_num_seqs=engine_info.max_num_seqs,

@@ -67,10 +67,12 @@ def build_engine(config: PeltonConfig, decoder: TokenDecoder | None = None) -> E
     `decoder` is the model's, where the caller has it already.
     """
     from pelton.core.protocols import MonotonicClock
+    from pelton.core.tenant import parse_tenants
     from pelton.engine.engine import Engine
     from pelton.engine.kv.block_pool import BlockPool
     from pelton.engine.kv.manager import KVManager
     from pelton.engine.policies import POLICIES
+    from pelton.engine.policies.context import PolicyContext
     from pelton.engine.scheduler import Scheduler
     from pelton.weights.catalog import resolve_model
     from pelton.weights.model_files import open_model
@@ -91,8 +93,14 @@ def build_engine(config: PeltonConfig, decoder: TokenDecoder | None = None) -> E
         identity=f"{path}|{info.dtype}",
     )
     clock = MonotonicClock()
+    policy_context = PolicyContext(
+        tenants=parse_tenants(config.engine.tenants),
+        clock=clock,
+        num_blocks=info.num_blocks,
+        num_cached_tokens=lambda request: kv.match(request).num_tokens,
+    )
     scheduler = Scheduler(
-        POLICIES[config.engine.scheduling_policy](),
+        POLICIES[config.engine.scheduling_policy](policy_context),
         kv,
         clock,
         max_num_seqs=info.max_num_seqs,

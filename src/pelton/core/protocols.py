@@ -37,31 +37,54 @@ class Executor(Protocol):
 
 
 class SchedulingPolicy(Protocol):
-    """Order of the waiting, victim among the running, charge for tokens. One file each in `policies/`."""
+    """Order of the waiting, victim among the running, charge for service. One file each in `policies/`.
+
+    A request's way: `add`, then `admit` (and `preempt`, `admit` again, any number of times), then `finish`.
+    """
 
     def add(self, request: Request) -> None:
-        """`request` starts to wait (new, or preempted)."""
-        ...
-
-    def remove(self, request: Request) -> None:
-        """`request` leaves the waiting: admitted or cancelled."""
+        """`request` is new and starts to wait."""
         ...
 
     def waiting(self) -> Iterable[Request]:
-        """The waiting, best first. Not changed while iterated."""
+        """The waiting that may run now, best first; those whose tenant is at a cap are left out.
+
+        Between two steps of the iteration the request just given may be admitted, no other: a policy that
+        charges at admission gives the next one by the new balance.
+        """
         ...
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        """Number of the waiting, those at a cap included."""
+        ...
+
+    def admit(self, request: Request, num_cached_tokens: int) -> None:
+        """`request` leaves the waiting and runs; `num_cached_tokens` of its tokens need no computing."""
+        ...
+
+    def preempt(self, request: Request) -> None:
+        """`request` was running, has given up its KV and waits again. It is not a new arrival."""
+        ...
+
+    def finish(self, request: Request) -> None:
+        """`request` has ended, waiting or running: its `status` is still what it was."""
+        ...
 
     def choose_victim(self, running: Sequence[Request], beneficiary: Request) -> Request | None:
         """Which of `running` gives up its KV so that `beneficiary`, one of them, can go on.
 
         None, or `beneficiary` itself: nobody should yield to it, so it is the one to be preempted.
+        Whoever has been preempted must not be chosen for another request before it has made progress
+        (`Request.has_progressed`).
         """
         ...
 
-    def charge(self, request: Request, num_prefill_tokens: int, num_output_tokens: int) -> None:
-        """Account for computed tokens."""
+    def charge(self, request: Request, num_output_tokens: int) -> None:
+        """Account for tokens that a step has sampled. Prefill is charged by `admit`."""
+        ...
+
+    def charge_kv(self, tenant_id: str, num_block_seconds: float) -> None:
+        """Account for KV that is held without a running request (pins): blocks times seconds."""
         ...
 
 

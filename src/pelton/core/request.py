@@ -38,6 +38,7 @@ class Request:
     arrival_time_s: float
     tenant_id: str = DEFAULT_TENANT
     session_id: str | None = None
+    program_id: str | None = None  # the agent run that this call belongs to
     cache_salt: str = ""
     priority: int = 0  # lower runs first, as in vLLM
     deadline_s: float | None = None  # on the engine's clock
@@ -88,6 +89,11 @@ class Request:
         return self.num_tokens - self.num_computed_tokens
 
     @property
+    def has_progressed(self) -> bool:
+        """Whether it has more computed than when it was last preempted, or has never been."""
+        return self.num_computed_tokens > self.num_lost_tokens or not self.num_preemptions
+
+    @property
     def is_finished(self) -> bool:
         return self.status is RequestStatus.FINISHED
 
@@ -110,6 +116,7 @@ class Submission:
     sampling: SamplingParams
     tenant_id: str = DEFAULT_TENANT
     session_id: str | None = None
+    program_id: str | None = None  # the agent run that this call belongs to; None: the session
     cache_salt: str = ""  # requests share cached prefixes only with those of equal tenant salt
     priority: int = 0
     timeout_s: float | None = None  # from the moment the engine receives it

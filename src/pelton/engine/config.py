@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from pelton.core.config import setting
 from pelton.core.errors import ConfigError
+from pelton.core.tenant import parse_tenants
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +22,11 @@ class EngineConfig:
     num_kv_blocks: int | None = setting(None, "number of KV blocks, instead of --kv-cache-memory-gb")
     enable_prefix_caching: bool = setting(True, "keep KV of finished requests for prompts that start alike")
     scheduling_policy: str = setting("fcfs", "order of the waiting and choice of victims", choices=("fcfs", "priority"))
+    tenants: tuple[str, ...] = setting(
+        (),
+        "weight and caps of a tenant, as NAME:weight=2,max_num_running=8; the name * is for all others",
+        alias="--tenant",
+    )
     max_num_waiting: int = setting(1024, "requests that may queue; more are refused with 503 and Retry-After")
     enable_overlap: bool = setting(True, "prepare the next step while one runs")
 
@@ -32,6 +38,7 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
+        parse_tenants(self.tenants)
         if self.max_num_waiting < 0:
             raise ConfigError(f"max_num_waiting is {self.max_num_waiting}; it must be at least 0")
         if self.kv_cache_memory_gb is not None and self.kv_cache_memory_gb <= 0:

@@ -80,12 +80,11 @@ class Scheduler:
     def remove(self, request: Request) -> None:
         """The request has ended, for whatever reason; its blocks are free at once."""
         if self.requests.pop(request.request_id, None) is not None:  # else it was never added
+            self.policy.finish(request)
             if request.status is RequestStatus.RUNNING:
                 self.running.remove(request)
                 self.kv.free(request)
                 self._ended_ids.append(request.request_id)
-            else:
-                self.policy.remove(request)
         request.status = RequestStatus.FINISHED
 
     # -- a step -----------------------------------------------------------------------------------
@@ -143,18 +142,16 @@ class Scheduler:
         request.status = RequestStatus.PREEMPTED
         self.kv.free(request)
         self._preempted_ids.append(request.request_id)
-        self.policy.add(request)
+        self.policy.preempt(request)
 
     def _admit_waiting(self, step: _Step) -> None:
         # Kept for the running: what their known tokens still need, and one block each to go on.
         num_reserved = sum(self._num_unreached_blocks(request) + 1 for request in self.running)
-        admitted: list[Request] = []
         num_refused = 0
         for request in self.policy.waiting():
-            if step.num_budget_tokens == 0 or len(self.running) + len(admitted) >= self.max_num_seqs:
+            if step.num_budget_tokens == 0 or len(self.running) >= self.max_num_seqs:
                 break
             if self._try_admit(request, num_reserved, step):
-                admitted.append(request)
                 num_reserved += self._num_unreached_blocks(request) + 1
                 self._num_overtaken += num_refused > 0
                 continue
@@ -164,10 +161,6 @@ class Scheduler:
             # Smaller requests may pass one that does not fit, but not for ever (law 6).
             if num_refused == MAX_LOOKAHEAD or self._num_overtaken >= MAX_OVERTAKEN:
                 break
-        for request in admitted:
-            self.policy.remove(request)
-            self.running.append(request)
-            request.status = RequestStatus.RUNNING
 
     def _try_admit(self, request: Request, num_reserved_blocks: int, step: _Step) -> bool:
         if request.num_steps_in_flight:  # preempted while a step computes it: its result must not count for new blocks
@@ -182,6 +175,9 @@ class Scheduler:
             self.kv.free(request)
             return False
         self._count_admission(request, match.num_tokens)
+        self.policy.admit(request, match.num_tokens)
+        self.running.append(request)
+        request.status = RequestStatus.RUNNING
         context = RequestContext(
             tuple(request.prompt_token_ids), tuple(request.output_token_ids), request.sampling.seed or 0
         )
@@ -270,8 +266,8 @@ class Scheduler:
             # What a failed request computed (NaN, say) must not be found by others.
             if request.status is RequestStatus.RUNNING and request_id not in failed_ids:
                 commit(request, start, start + num_tokens)
-            charge(request, num_tokens - num_sampled, num_sampled)
             if sampled:
+                charge(request, num_sampled)
                 grown.append((request, row))
         return grown
 

@@ -30,7 +30,12 @@ class OrderedWaiting:
         del self._entries[bisect_left(self._entries, rank, key=_rank)]
 
     def __iter__(self) -> Iterator[Request]:
-        return (request for _, _, request in self._entries)
+        """In order; the request just given may be removed meanwhile."""
+        index = 0
+        while index < len(self._entries):
+            request = self._entries[index][2]
+            yield request
+            index += request.request_id in self._keys_by_id
 
     def __len__(self) -> int:
         return len(self._entries)
