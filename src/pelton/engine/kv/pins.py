@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import count
 
+from pelton.core.protocols import Clock
 from pelton.core.request import Request
 from pelton.core.tenant import Tenants
 from pelton.engine.kv.block_pool import BlockPool
@@ -59,15 +60,17 @@ class _TenantPins:
 class PinTable:
     """`charge(tenant_id, num_block_seconds)` hears what pins cost, the policy's `charge_kv` for one."""
 
-    def __init__(self, pool: BlockPool, tenants: Tenants, charge: Callable[[str, float], None]) -> None:
+    def __init__(self, pool: BlockPool, tenants: Tenants, clock: Clock, charge: Callable[[str, float], None]) -> None:
         self.num_ended: Counter[PinEnd] = Counter()
         self._pool = pool
         self._tenants = tenants
+        self._clock = clock
         self._charge = charge
         self._pins: dict[Pin, None] = {}
         self._by_tenant: dict[str, _TenantPins] = {}
         self._expiries: list[tuple[float, int, Pin]] = []  # heap; ended pins leave it late
         self._order = count()
+        self._last_refusal: tuple[str, int, int, bool] | None = None
 
     def __len__(self) -> int:
         return len(self._pins)
@@ -80,7 +83,7 @@ class PinTable:
         held = self._by_tenant.get(tenant_id)
         return held.num_blocks if held is not None else 0
 
-    def try_pin(self, pin: Pin, now_s: float) -> bool:
+    def try_pin(self, pin: Pin) -> bool:
         """Hold the pin's blocks, which somebody else must hold at this moment.
 
         A tenant over its quota loses its own pins, the latest program's first, the new one among them.
@@ -92,7 +95,8 @@ class PinTable:
             victim = max((other for other in self._pins if other.tenant_id == pin.tenant_id), key=_rank)
             if _rank(victim) < _rank(pin):
                 return False
-            self.end(victim, PinEnd.OVER_QUOTA, now_s)
+            self.end(victim, PinEnd.OVER_QUOTA)
+        now_s = self._clock.now_s()
         held = self._by_tenant.setdefault(pin.tenant_id, _TenantPins(charged_s=now_s))
         self._charge_tenant(pin.tenant_id, held, now_s)
         held.pins_by_block.update(pin.block_ids)
@@ -102,12 +106,12 @@ class PinTable:
         heapq.heappush(self._expiries, (pin.expires_s, next(self._order), pin))
         return True
 
-    def end(self, pin: Pin, reason: PinEnd, now_s: float) -> None:
+    def end(self, pin: Pin, reason: PinEnd) -> None:
         """Give the blocks back. Does nothing to a pin that has ended."""
         if self._pins.pop(pin, self) is self:
             return
         held = self._by_tenant[pin.tenant_id]
-        self._charge_tenant(pin.tenant_id, held, now_s)
+        self._charge_tenant(pin.tenant_id, held, self._clock.now_s())
         for block_id in pin.block_ids:
             held.pins_by_block[block_id] -= 1
             if not held.pins_by_block[block_id]:
@@ -119,12 +123,13 @@ class PinTable:
         pin.ended = reason
         self.num_ended[reason] += 1
 
-    def expire(self, now_s: float) -> None:
+    def expire(self) -> None:
         """End the pins whose time is up and whose next turn is not waiting."""
+        now_s = self._clock.now_s()
         while self._expiries and self._expiries[0][0] <= now_s:
             _, _, pin = heapq.heappop(self._expiries)
             if not pin.is_awaited:
-                self.end(pin, PinEnd.EXPIRED, now_s)
+                self.end(pin, PinEnd.EXPIRED)
 
     @property
     def next_expiry_s(self) -> float | None:
@@ -132,47 +137,64 @@ class PinTable:
             heapq.heappop(self._expiries)
         return self._expiries[0][0] if self._expiries else None
 
-    def stop_awaiting(self, pin: Pin, now_s: float) -> None:
+    def stop_awaiting(self, pin: Pin) -> None:
         """The turn that waited for the pin has gone away."""
         pin.is_awaited = False
-        if pin.expires_s <= now_s:
-            self.end(pin, PinEnd.EXPIRED, now_s)
+        if pin.expires_s <= self._clock.now_s():
+            self.end(pin, PinEnd.EXPIRED)
 
     # -- yielding ---------------------------------------------------------------------------------
 
-    def yield_to_running(self, num_blocks: int, now_s: float) -> None:
+    def yield_to_running(self, num_blocks: int) -> None:
         """End pins until so many blocks can be allocated, or none is left."""
         while self._pins and self._pool.num_available < num_blocks:
-            self.end(max(self._pins, key=_rank), PinEnd.YIELDED, now_s)
+            self.end(max(self._pins, key=_rank), PinEnd.YIELDED)
 
-    def try_yield_to_head(self, head: Request, now_s: float, *, is_idle: bool) -> bool:
-        """End one pin for the request that is first in the queue and does not fit; False: none has to yield.
+    def try_yield_to_head(self, head: Request, num_blocks_short: int, *, is_idle: bool) -> bool:
+        """End pins for the request that is first in the queue and lacks so many blocks.
 
-        `is_idle`: nothing runs, so nobody else will ever give memory back.
+        False, and nothing ended: those that have to yield would not be enough. `is_idle`: nothing runs, so
+        nobody else will ever give memory back; then all yield, enough or not.
         """
-        others = self._by_tenant.keys() - {head.tenant_id}
-        fair_share = 1.0 / (len(others) + 1)
-        over_share = {
-            tenant_id
-            for tenant_id in others
-            if self.num_blocks(tenant_id)
-            > fair_share * self._tenants.of(tenant_id).max_pin_share * self._pool.num_total
-        }
-        yielding = (
+        state = (head.request_id, len(self._pins), self._pool.num_available, is_idle)
+        if state == self._last_refusal:
+            return False
+        over_share = self._over_share(head.tenant_id)
+        yielding = [
             pin
             for pin in self._pins
             if is_idle or pin.tenant_id in over_share or pin.program_arrival_s > head.program_arrival_s
-        )
-        victim = max(yielding, key=lambda pin: (pin.tenant_id in over_share, _rank(pin)), default=None)
-        if victim is None:
+        ]
+        if not yielding or not (is_idle or self._num_held_alone(yielding) >= num_blocks_short):
+            self._last_refusal = state
             return False
-        self.end(victim, PinEnd.YIELDED, now_s)
+        yielding.sort(key=lambda pin: (pin.tenant_id in over_share, _rank(pin)))
+        enough = self._pool.num_available + num_blocks_short
+        while yielding and self._pool.num_available < enough:
+            self.end(yielding.pop(), PinEnd.YIELDED)
         return True
+
+    def _over_share(self, tenant_id: str) -> set[str]:
+        """Other tenants that pin more than their part of their quota, divided by those who pin and this one."""
+        others = self._by_tenant.keys() - {tenant_id}
+        fair_blocks = self._pool.num_total / (len(others) + 1)
+        return {
+            other
+            for other in others
+            if self._by_tenant[other].num_blocks > fair_blocks * self._tenants.of(other).max_pin_share
+        }
+
+    def _num_held_alone(self, pins: Sequence[Pin]) -> int:
+        """Blocks that nobody would hold without these pins."""
+        counts = Counter(block_id for pin in pins for block_id in pin.block_ids)
+        blocks = self._pool.blocks
+        return sum(1 for block_id, number in counts.items() if blocks[block_id].ref_count == number)
 
     # -- charging ---------------------------------------------------------------------------------
 
-    def charge(self, now_s: float) -> None:
+    def charge(self) -> None:
         """Charge what every tenant has pinned since the last time."""
+        now_s = self._clock.now_s()
         for tenant_id, held in self._by_tenant.items():
             self._charge_tenant(tenant_id, held, now_s)
 
