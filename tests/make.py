@@ -207,7 +207,9 @@ def make_engine(
         long_prefill_chunk=long_prefill_chunk,
     )
     executor = executor or ContextExecutor(groups, num_blocks=engine_info.num_blocks, block_size=engine_info.block_size)
-    return Engine(scheduler, executor, ByteDecoder(), clock, engine_info, enable_overlap=enable_overlap)
+    return Engine(
+        scheduler, executor, ByteDecoder(), clock, engine_info, tenants=context.tenants, enable_overlap=enable_overlap
+    )
 
 
 def make_submission(prompt_token_ids: Iterable[int], request_id: str | None = None, **options: Any) -> Submission:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import count
@@ -89,13 +89,8 @@ class PinTable:
         A tenant over its quota loses its own pins, the latest program's first, the new one among them.
         """
         quota = int(self._tenants.of(pin.tenant_id).max_pin_share * self._pool.num_total)
-        if not pin.block_ids or len(pin.block_ids) > quota:
+        if not pin.block_ids or not self._make_quota(pin, quota):
             return False
-        while self._num_blocks_with(pin) > quota:
-            victim = max((other for other in self._pins if other.tenant_id == pin.tenant_id), key=_rank)
-            if _rank(victim) < _rank(pin):
-                return False
-            self.end(victim, PinEnd.OVER_QUOTA)
         now_s = self._clock.now_s()
         held = self._by_tenant.setdefault(pin.tenant_id, _TenantPins(charged_s=now_s))
         self._charge_tenant(pin.tenant_id, held, now_s)
@@ -105,6 +100,21 @@ class PinTable:
         self._pins[pin] = None
         heapq.heappush(self._expiries, (pin.expires_s, next(self._order), pin))
         return True
+
+    def _make_quota(self, pin: Pin, quota: int) -> bool:
+        """End the tenant's pins that rank behind a new one, until that fits. False, and nothing ended: it cannot."""
+        own = [other for other in self._pins if other.tenant_id == pin.tenant_id]
+        behind = sorted((other for other in own if _rank(other) >= _rank(pin)), key=_rank)
+        staying = {block_id for other in own if _rank(other) < _rank(pin) for block_id in other.block_ids}
+        if len(staying.union(pin.block_ids)) > quota:
+            return False
+        while len(self._blocks_of(pin.tenant_id) | set(pin.block_ids)) > quota:
+            self.end(behind.pop(), PinEnd.OVER_QUOTA)
+        return True
+
+    def _blocks_of(self, tenant_id: str) -> Set[int]:
+        held = self._by_tenant.get(tenant_id)
+        return held.pins_by_block.keys() if held is not None else frozenset()
 
     def end(self, pin: Pin, reason: PinEnd) -> None:
         """Give the blocks back. Does nothing to a pin that has ended."""
@@ -159,30 +169,34 @@ class PinTable:
         state = (head.request_id, len(self._pins), self._pool.num_available, is_idle)
         if state == self._last_refusal:
             return False
-        over_share = self._over_share(head.tenant_id)
+        beyond_share = self._beyond_share(head.tenant_id)
         yielding = [
             pin
             for pin in self._pins
-            if is_idle or pin.tenant_id in over_share or pin.program_arrival_s > head.program_arrival_s
+            if is_idle or pin in beyond_share or pin.program_arrival_s > head.program_arrival_s
         ]
         if not yielding or not (is_idle or self._num_held_alone(yielding) >= num_blocks_short):
             self._last_refusal = state
             return False
-        yielding.sort(key=lambda pin: (pin.tenant_id in over_share, _rank(pin)))
+        yielding.sort(key=lambda pin: (pin in beyond_share, _rank(pin)))
         enough = self._pool.num_available + num_blocks_short
         while yielding and self._pool.num_available < enough:
             self.end(yielding.pop(), PinEnd.YIELDED)
         return True
 
-    def _over_share(self, tenant_id: str) -> set[str]:
-        """Other tenants that pin more than their part of their quota, divided by those who pin and this one."""
+    def _beyond_share(self, tenant_id: str) -> set[Pin]:
+        """Pins of other tenants above their quota divided by those who pin and this tenant."""
         others = self._by_tenant.keys() - {tenant_id}
-        fair_blocks = self._pool.num_total / (len(others) + 1)
-        return {
-            other
-            for other in others
-            if self._by_tenant[other].num_blocks > fair_blocks * self._tenants.of(other).max_pin_share
-        }
+        found = set()
+        for other in others:
+            share = self._tenants.of(other).max_pin_share * self._pool.num_total / (len(others) + 1)
+            excess = self._by_tenant[other].num_blocks - share
+            for pin in sorted((pin for pin in self._pins if pin.tenant_id == other), key=_rank, reverse=True):
+                if excess <= 0:
+                    break
+                found.add(pin)
+                excess -= len(pin.block_ids)
+        return found
 
     def _num_held_alone(self, pins: Sequence[Pin]) -> int:
         """Blocks that nobody would hold without these pins."""
@@ -203,12 +217,6 @@ class PinTable:
         held.charged_s = now_s
         if num_block_seconds > 0.0:
             self._charge(tenant_id, num_block_seconds)
-
-    def _num_blocks_with(self, pin: Pin) -> int:
-        held = self._by_tenant.get(pin.tenant_id)
-        if held is None:
-            return len(pin.block_ids)
-        return held.num_blocks + sum(1 for block_id in pin.block_ids if block_id not in held.pins_by_block)
 
 
 def _rank(pin: Pin) -> tuple[bool, float]:
