@@ -269,10 +269,10 @@ def make_engine(
         block_size=engine_info.block_size,
         num_host_blocks=num_host_blocks,
     )
+    costs = KVCosts(chunk=engine_info.max_num_batched_tokens)
     tiers = None
     if num_host_blocks:
         host = BlockPool(num_host_blocks)
-        costs = KVCosts()
         if disk is not None:
             disk.host_slots = executor.host_slots
         disk_tier = None if disk is None else DiskTier(disk, host, costs, max_bytes=num_disk_blocks)
@@ -299,7 +299,16 @@ def make_engine(
         max_num_batched_tokens=engine_info.max_num_batched_tokens,
         long_prefill_chunk=long_prefill_chunk,
     )
-    return Engine(scheduler, executor, ByteDecoder(), clock, engine_info, enable_overlap=enable_overlap)
+    return Engine(
+        scheduler,
+        executor,
+        ByteDecoder(),
+        clock,
+        engine_info,
+        tenants=context.tenants,
+        costs=costs,
+        enable_overlap=enable_overlap,
+    )
 
 
 def make_submission(prompt_token_ids: Iterable[int], request_id: str | None = None, **options: Any) -> Submission:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pelton.core.protocols import BlockStore, Clock, TokenDecoder
     from pelton.engine.client import EngineClient
     from pelton.engine.engine import Engine
+    from pelton.engine.kv.costs import KVCosts
     from pelton.engine.kv.manager import KVManager
 
 
@@ -72,6 +73,7 @@ def build_engine(config: PeltonConfig, decoder: TokenDecoder | None = None) -> E
     from pelton.core.protocols import MonotonicClock
     from pelton.core.tenant import parse_tenants
     from pelton.engine.engine import Engine
+    from pelton.engine.kv.costs import KVCosts
     from pelton.engine.policies import POLICIES
     from pelton.engine.policies.context import PolicyContext
     from pelton.engine.scheduler import Scheduler
@@ -87,7 +89,12 @@ def build_engine(config: PeltonConfig, decoder: TokenDecoder | None = None) -> E
         files, config.model, config.worker, config.engine, eos_token_ids=decoder.eos_token_ids
     )
     clock = MonotonicClock()
-    kv = build_kv_manager(files.spec.kv_groups, config.engine, info, clock, block_store=executor.block_store)
+    groups = files.spec.kv_groups
+    costs = KVCosts(
+        len(groups) * info.kv_block_bytes // info.block_size,
+        chunk=config.engine.long_prefill_chunk or info.max_num_batched_tokens,
+    )
+    kv = build_kv_manager(groups, config.engine, info, clock, costs, block_store=executor.block_store)
     policy_context = PolicyContext(
         tenants=parse_tenants(config.engine.tenants),
         clock=clock,
@@ -103,7 +110,16 @@ def build_engine(config: PeltonConfig, decoder: TokenDecoder | None = None) -> E
         max_num_batched_tokens=info.max_num_batched_tokens,
         long_prefill_chunk=config.engine.long_prefill_chunk,
     )
-    return Engine(scheduler, executor, decoder, clock, info, enable_overlap=config.engine.enable_overlap)
+    return Engine(
+        scheduler,
+        executor,
+        decoder,
+        clock,
+        info,
+        tenants=policy_context.tenants,
+        costs=costs,
+        enable_overlap=config.engine.enable_overlap,
+    )
 
 
 def build_kv_manager(
@@ -111,22 +127,18 @@ def build_kv_manager(
     config: EngineConfig,
     info: EngineInfo,
     clock: Clock,
+    costs: KVCosts,
     *,
     block_store: BlockStore | None = None,
 ) -> KVManager:
     """The pool of the device and the tiers behind it. Loads no model: simulations build theirs here too."""
     from pelton.engine.kv.block_pool import BlockPool
-    from pelton.engine.kv.costs import KVCosts
     from pelton.engine.kv.disk import DiskTier
     from pelton.engine.kv.eviction import EVICTIONS
     from pelton.engine.kv.manager import KVManager
     from pelton.engine.kv.tiers import KVTiers
 
     make_eviction = EVICTIONS[config.kv_eviction_policy]
-    costs = KVCosts(
-        len(groups) * info.kv_block_bytes // info.block_size,
-        chunk=config.long_prefill_chunk or info.max_num_batched_tokens,
-    )
     tiers = None
     if info.num_host_blocks > 1:
         host = BlockPool(info.num_host_blocks, make_eviction(clock))

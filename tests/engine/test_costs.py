@@ -98,8 +98,21 @@ def test_load_or_recompute_follows_the_speeds() -> None:
     prices.copies_from("disk").observe(100_000, 1.0)  # 10 ms a token
     assert prices.pays_to_load("host", 0, 512)
     assert not prices.pays_to_load("disk", 0, 512)
-    assert prices.return_s(1000, ("host", "disk")) == pytest.approx(0.1, rel=0.02)
     assert prices.return_s(1000) == pytest.approx(1.0, rel=0.02)
+    prices.tiers = ("host", "disk")
+    assert prices.return_s(1000) == pytest.approx(0.1, rel=0.02)
+
+
+def test_a_context_is_kept_no_longer_than_giving_it_up_would_cost() -> None:
+    prices = KVCosts(bytes_per_token=1000, chunk=500)
+    prices.prefill.observe_step(batch_of((0, 500)), 0.5)
+    # Alone, half of its own recompute; beside others, their wait too.
+    assert prices.keep_limit_s(1000, 0) == pytest.approx(0.5)
+    assert prices.keep_limit_s(1000, 3000) == pytest.approx(0.5 + 3.0)
+    prices.tiers = ("host",)
+    prices.copies_from("host").observe(10_000_000, 1.0)
+    assert prices.keep_limit_s(1000, 3000) == pytest.approx(2 * 0.1 * 4)
+    assert prices.keep_limit_s(0, 3000) == 0.0
 
 
 def test_recompute_pays_for_every_step() -> None:

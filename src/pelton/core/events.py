@@ -9,8 +9,10 @@ from enum import StrEnum
 class EventKind(StrEnum):
     QUEUED = "queued"
     SCHEDULED = "scheduled"  # first admission, or again after a preemption
+    COMPUTED = "computed"  # a chunk of the prompt, or of what a preemption lost
     FIRST_TOKEN = "first_token"
     PREEMPTED = "preempted"
+    PINNED = "pinned"  # its KV is kept for the session's next turn
     FINISHED = "finished"
 
 
@@ -18,8 +20,9 @@ class EventKind(StrEnum):
 class RequestEvent:
     """`time_s` is on the engine's monotonic clock. `num_tokens` is what the kind counts.
 
-    QUEUED: prompt tokens. SCHEDULED: tokens found in the prefix cache. PREEMPTED: tokens that will
-    be computed again. FINISHED: output tokens; `detail` is the finish reason or error code.
+    QUEUED: prompt tokens; `detail` is the tenant. SCHEDULED: tokens found in the prefix cache. COMPUTED:
+    tokens of the chunk. PREEMPTED: tokens that will be computed again. PINNED: tokens of context; `detail` is
+    for how many seconds. FINISHED: output tokens; `detail` is the finish reason or error code.
     """
 
     request_id: str  # of the sequence

@@ -9,7 +9,16 @@ from dataclasses import dataclass
 
 from pelton.core.batch import StepResult
 from pelton.engine.engine import Engine
-from pelton.engine.wire import Cancel, Command, EngineUpdate, Shutdown, Submit
+from pelton.engine.wire import (
+    Cancel,
+    Command,
+    DeleteSession,
+    DescribeTenants,
+    EngineUpdate,
+    ListSessions,
+    Shutdown,
+    Submit,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +66,8 @@ class EngineLoop:
                     self.engine.submit(submission)
                 case Cancel(request_id=request_id):
                     self.engine.cancel(request_id)
+                case ListSessions() | DeleteSession() | DescribeTenants():
+                    self.engine.ask(command)
                 case Shutdown():
                     return False
             try:

@@ -8,7 +8,7 @@ in vain, in byte seconds, so that ways to bridge a pause can be compared. Times 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
 from dataclasses import dataclass
 
 from pelton.core.batch import ScheduledBatch
@@ -134,6 +134,7 @@ class KVCosts:
     def __init__(self, bytes_per_token: int = 0, *, chunk: int | None = None) -> None:
         self.bytes_per_token = bytes_per_token  # over all KV groups; 0: unknown, copies are then free
         self.chunk = chunk  # tokens of one request that a step computes at most
+        self.tiers: tuple[str, ...] = ()  # where a block goes that is evicted from the device
         self.prefill = PrefillFit()
         self._copies: dict[str, CopyFit] = {}
 
@@ -155,9 +156,26 @@ class KVCosts:
         """Whether loading positions [start, end) is faster than computing them."""
         return self.load_s(tier, end - start) < self.recompute_s(start, end)
 
-    def return_s(self, num_tokens: int, tiers: Iterable[str] = ()) -> float:
-        """Seconds until an evicted context is back: the fastest of recompute and `tiers` (Continuum's PR)."""
-        return min(self.recompute_s(0, num_tokens), *(self.load_s(tier, num_tokens) for tier in tiers), float("inf"))
+    def return_s(self, num_tokens: int) -> float:
+        """Seconds until an evicted context is back: the fastest of recompute and the tiers (Continuum's PR)."""
+        return min(self.recompute_s(0, num_tokens), *(self.load_s(tier, num_tokens) for tier in self.tiers), math.inf)
+
+    def keep_limit_s(self, num_tokens: int, num_other_tokens: int) -> float:
+        """The pause from which on keeping a context wastes more memory than giving it up (InferCept).
+
+        `num_other_tokens`: context of the running others, which wait while this one is recomputed or copied.
+        """
+        if num_tokens < 1:
+            return 0.0
+        chunk = min(self.chunk or num_tokens, num_tokens)
+        num_chunks = -(-num_tokens // chunk)
+        recompute_s = self.recompute_s(0, num_tokens)
+        waste = chunk_discard_waste(
+            recompute_s, recompute_s / num_chunks, num_chunks, (num_tokens, num_other_tokens), 1
+        )
+        for tier in self.tiers:
+            waste = min(waste, swap_waste(self.load_s(tier, num_tokens), num_tokens + num_other_tokens, 1))
+        return waste / preserve_waste(1.0, num_tokens, 1)
 
 
 # -- InferCept: memory held in vain, in byte seconds ---------------------------------------------------

@@ -17,6 +17,7 @@ from pelton.core.model_spec import KVGroupSpec
 from pelton.core.request import Request
 from pelton.engine.kv.block_hash import extend_block_hashes, is_private, private_hash, root_hash
 from pelton.engine.kv.block_pool import BlockPool
+from pelton.engine.kv.pins import PinTable
 from pelton.engine.kv.prefix_match import PrefixIndex, PrefixMatch
 from pelton.engine.kv.tiers import KVTiers
 
@@ -36,6 +37,7 @@ class KVManager:
         self.pool = pool
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
+        self.pins: PinTable | None = None  # blocks kept between turns; they yield before a request does
         self._identity = identity
         self._has_windows = any(group.sliding_window is not None for group in groups)
         self._roots: dict[str, bytes] = {}
@@ -109,6 +111,10 @@ class KVManager:
 
     def can_admit(self, request: Request, match: PrefixMatch, num_reserved_blocks: int) -> bool:
         """Whether all known tokens of a waiting request fit beside `num_reserved_blocks` for others."""
+        return self.num_blocks_short(request, match, num_reserved_blocks) <= 0
+
+    def num_blocks_short(self, request: Request, match: PrefixMatch, num_reserved_blocks: int) -> int:
+        """Blocks that are missing for `can_admit`; 0 or less: none."""
         needed = sum(
             self._num_missing(group, len(ids), match.num_tokens, request.num_known_tokens)
             for group, ids in zip(self.groups, match.block_ids, strict=True)
@@ -119,7 +125,7 @@ class KVManager:
             self.pool.num_cached_among(block_id for block_id in ids if block_id != NULL_BLOCK_ID)
             for ids in match.block_ids
         )
-        return needed + cow + leaving + num_reserved_blocks <= self.pool.num_available
+        return needed + cow + leaving + num_reserved_blocks - self.pool.num_available
 
     def _num_missing(self, group: KVGroupSpec, num_held: int, start: int, end: int) -> int:
         num_blocks = -(-end // self.block_size)
@@ -166,7 +172,10 @@ class KVManager:
         self._leave_window(request, start)
         missing = [-(-end // self.block_size) - len(table) for table in request.block_tables]
         shared = self._shared_blocks_to_write(request, start)
-        taken = self.pool.try_allocate(sum(n for n in missing if n > 0) + len(shared))
+        num_blocks = sum(n for n in missing if n > 0) + len(shared)
+        if self.pins is not None:
+            self.pins.yield_to_running(num_blocks)
+        taken = self.pool.try_allocate(num_blocks)
         if taken is None:
             return None
         kv_ops = self._take_ops()
@@ -328,12 +337,10 @@ class KVManager:
         return stats
 
     def check(self, requests: Iterable[Request]) -> None:
-        """Assert the block ledger (law 4) for the requests that may hold blocks."""
-        self.pool.check(
-            [block_id for block_id in table if block_id != NULL_BLOCK_ID]
-            for request in requests
-            for table in request.block_tables
-        )
+        """Assert the block ledger (law 4) for the requests that may hold blocks, and for pins."""
+        tables = [table for request in requests for table in request.block_tables]
+        tables += [list(pin.block_ids) for pin in self.pins or ()]
+        self.pool.check([block_id for block_id in table if block_id != NULL_BLOCK_ID] for table in tables)
         if self.tiers is not None:
             self.tiers.check()
 
