@@ -102,13 +102,16 @@ def main() -> None:
     parser.add_argument("--flags", default="", help="of pelton serve; each with its value")
     parser.add_argument("--workload", default="coding-small")
     parser.add_argument("--loads", default="1,4,12")
+    parser.add_argument("--kv-bytes-per-token", type=int, default=12_288, help="default: that of Qwen2.5 0.5B")
     args = parser.parse_args()
     args.tokenizer = args.tokenizer or args.model
     config = engine_config(shlex.split(args.flags))
     results = open_results(args, {})
     _, calibration = asyncio.run(drive_live("calibration", args, results))
     num_kv_tokens = (config.num_kv_blocks or 4096) * config.block_size
-    cost, fit_error = fit_cost(calibration, args.output.stem, num_kv_tokens, f"fit of {len(calibration)} live steps")
+    cost, fit_error = fit_cost(
+        calibration, args.output.stem, num_kv_tokens, args.kv_bytes_per_token, f"fit of {len(calibration)} live steps"
+    )
     save_cost(cost, args.output.with_suffix(".cost.json"), error=asdict(fit_error), machine=describe_machine())
     measured, steps = asyncio.run(drive_live("measurement", args, results))
     document: dict[str, Any] = {

@@ -27,9 +27,11 @@ if TYPE_CHECKING:
     from pelton.bench.step_profile import StepProfile, StepProfilePlan
     from pelton.core.events import EngineInfo
     from pelton.core.model_spec import KVGroupSpec
-    from pelton.core.protocols import Clock, Executor, TokenDecoder
+    from pelton.core.protocols import BlockStore, Clock, Executor, TokenDecoder
     from pelton.engine.client import EngineClient
     from pelton.engine.engine import Engine
+    from pelton.engine.kv.costs import KVCosts
+    from pelton.engine.kv.manager import KVManager
     from pelton.simulate.cost import StepCost
     from pelton.simulate.server import SimulatedServer
 
@@ -79,15 +81,16 @@ def build_engine(config: PeltonConfig, decoder: TokenDecoder | None = None) -> E
     path = resolve_model(config.model)
     files = open_model(path)
     decoder = decoder or load_decoder(path, config.model.tokenizer, files)
-    executor, info = build_executor(
+    worker, info = build_executor(
         files, config.model, config.worker, config.engine, eos_token_ids=decoder.eos_token_ids
     )
+    executor: Executor = worker
     if config.engine.step_log is not None:
         from pelton.simulate.step_log import StepLogExecutor
 
-        executor = StepLogExecutor(executor, Path(config.engine.step_log))
-    identity = f"{path}|{info.dtype}"
-    return join_engine(config.engine, executor, info, decoder, MonotonicClock(), files.spec.kv_groups, identity)
+        executor = StepLogExecutor(worker, Path(config.engine.step_log), info.block_size)
+    clock, groups = MonotonicClock(), files.spec.kv_groups
+    return join_engine(config.engine, executor, info, decoder, clock, groups, block_store=worker.block_store)
 
 
 def join_engine(
@@ -96,26 +99,24 @@ def join_engine(
     info: EngineInfo,
     decoder: TokenDecoder,
     clock: Clock,
-    kv_groups: tuple[KVGroupSpec, ...],
-    identity: str,
+    groups: tuple[KVGroupSpec, ...],
+    *,
+    block_store: BlockStore | None = None,
 ) -> Engine:
     """The control plane that `config` asks for, over whatever executes and tells the time."""
     from pelton.core.tenant import parse_tenants
     from pelton.engine.engine import Engine
-    from pelton.engine.kv.block_pool import BlockPool
-    from pelton.engine.kv.manager import KVManager
+    from pelton.engine.kv.costs import KVCosts
     from pelton.engine.policies import POLICIES
     from pelton.engine.policies.context import PolicyContext
     from pelton.engine.scheduler import Scheduler
     from pelton.engine.step_budget import make_budget
 
-    kv = KVManager(
-        kv_groups,
-        BlockPool(info.num_blocks),
-        info.block_size,
-        enable_prefix_caching=info.enable_prefix_caching,
-        identity=identity,
+    costs = KVCosts(
+        len(groups) * info.kv_block_bytes // info.block_size,
+        chunk=config.long_prefill_chunk or info.max_num_batched_tokens,
     )
+    kv = build_kv_manager(groups, config, info, clock, costs, block_store=block_store)
     policy_context = PolicyContext(
         tenants=parse_tenants(config.tenants),
         clock=clock,
@@ -133,7 +134,16 @@ def join_engine(
         long_prefill_chunk=config.long_prefill_chunk,
         budget=make_budget(config.tpot_slo_ms, info.max_num_batched_tokens),
     )
-    return Engine(scheduler, executor, decoder, clock, info, enable_overlap=config.enable_overlap)
+    return Engine(
+        scheduler,
+        executor,
+        decoder,
+        clock,
+        info,
+        tenants=policy_context.tenants,
+        costs=costs,
+        enable_overlap=config.enable_overlap,
+    )
 
 
 def build_simulated_server(config: EngineConfig, cost: StepCost) -> SimulatedServer:
@@ -147,10 +157,43 @@ def build_simulated_server(config: EngineConfig, cost: StepCost) -> SimulatedSer
 
     loop = asyncio.get_running_loop()
     assert isinstance(loop, VirtualTimeLoop)
-    executor = CostExecutor(cost, loop)
+    executor = CostExecutor(cost, config.block_size, loop)
     info = simulated_info(config, cost)
-    return SimulatedServer(
-        join_engine(config, executor, info, OneLetterDecoder(), loop.clock, (KVGroupSpec((0,)),), cost.name), executor
+    engine = join_engine(config, executor, info, OneLetterDecoder(), loop.clock, (KVGroupSpec((0,)),))
+    return SimulatedServer(engine, executor)
+
+
+def build_kv_manager(
+    groups: tuple[KVGroupSpec, ...],
+    config: EngineConfig,
+    info: EngineInfo,
+    clock: Clock,
+    costs: KVCosts,
+    *,
+    block_store: BlockStore | None = None,
+) -> KVManager:
+    """The pool of the device and the tiers behind it. Loads no model: simulations build theirs here too."""
+    from pelton.engine.kv.block_pool import BlockPool
+    from pelton.engine.kv.disk import DiskTier
+    from pelton.engine.kv.eviction import EVICTIONS
+    from pelton.engine.kv.manager import KVManager
+    from pelton.engine.kv.tiers import KVTiers
+
+    make_eviction = EVICTIONS[config.kv_eviction_policy]
+    tiers = None
+    if info.num_host_blocks > 1:
+        host = BlockPool(info.num_host_blocks, make_eviction(clock))
+        disk = None
+        if block_store is not None:
+            disk = DiskTier(block_store, host, costs, max_bytes=int(config.disk_kv_cache_gb * 2**30))
+        tiers = KVTiers(host, costs, num_block_bytes=info.kv_block_bytes, disk=disk)
+    return KVManager(
+        groups,
+        BlockPool(info.num_blocks, make_eviction(clock)),
+        info.block_size,
+        enable_prefix_caching=info.enable_prefix_caching,
+        identity=info.kv_identity,
+        tiers=tiers,
     )
 
 

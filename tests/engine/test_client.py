@@ -103,7 +103,7 @@ async def test_events_and_stats_reach_listeners(started: ClientFactory) -> None:
         kinds: list[str] = []
         client.add_listener(lambda update: kinds.extend(event.kind for event in update.events))
         await collect(client.submit(make_submission(range(10))))
-        assert kinds == ["queued", "scheduled", "first_token", "finished"]
+        assert kinds == ["queued", "scheduled", "computed", "first_token", "finished"]
         assert client.stats.num_output_tokens_total == 8
         assert client.stats.num_prompt_tokens_total == 10
 

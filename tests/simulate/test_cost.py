@@ -14,7 +14,7 @@ COST = StepCost(
     sample_s=0.01,
     decode_context_s=0.001,
     prefill_pair_s=0.0001,
-    kv_op_s={"load:host": 2.0},
+    kv_op_s={"load:host": 0.125},
 )
 
 
@@ -35,9 +35,9 @@ def test_a_step_is_the_sum_of_its_parts() -> None:
         (scheduled(1, 9, samples=True), scheduled(1, 19, samples=True), scheduled(4, 100, samples=False)),
         (KVOp(KVOpKind.LOAD, 1, 2, "host"), KVOp(KVOpKind.LOAD, 3, 4, "host"), KVOp(KVOpKind.COPY, 5, 6)),
     )
-    shape = shape_of(batch)
+    shape = shape_of(batch, 16)
     # The chunk's tokens see 101, 102, 103 and 104 positions.
-    assert shape == StepShape(6, 2, 10 + 20, 101 + 102 + 103 + 104, {"load:host": 2, "copy:device": 1})
+    assert shape == StepShape(6, 2, 10 + 20, 101 + 102 + 103 + 104, {"load:host": 32, "copy:device": 16})
     assert COST.step_s(shape) == pytest.approx(0.15 + 0.02 + 0.03 + 0.041 + 4.0)
 
 

@@ -29,7 +29,7 @@ def measured_steps(count: int, noise: float) -> list[MeasuredStep]:
             num_samples=num_decodes + rng.randrange(2),
             num_decode_positions=sum(rng.randrange(1, 4000) for _ in range(num_decodes)),
             num_prefill_pairs=num_chunk * start + num_chunk * (num_chunk + 1) // 2,
-            num_kv_ops={"load:host": rng.randrange(4)} if rng.random() < 0.3 else {},
+            moved_kv_tokens={"load:host": rng.randrange(4)} if rng.random() < 0.3 else {},
         )
         disturbance = 5.0 if rng.random() < 0.03 else 1.0
         steps.append(MeasuredStep(shape, TRUE.step_s(shape) * rng.gauss(1, noise) * disturbance))
@@ -37,7 +37,7 @@ def measured_steps(count: int, noise: float) -> list[MeasuredStep]:
 
 
 def test_the_fit_finds_what_made_the_steps() -> None:
-    cost, error = fit_cost(measured_steps(2000, noise=0.02), "fit", 1000, "test")
+    cost, error = fit_cost(measured_steps(2000, noise=0.02), "fit", 1000, 100, "test")
     assert error.median < 0.03
     assert cost.decode_context_s == pytest.approx(TRUE.decode_context_s, rel=0.1)
     assert cost.prefill_pair_s == pytest.approx(TRUE.prefill_pair_s, rel=0.15)
@@ -48,11 +48,11 @@ def test_the_fit_finds_what_made_the_steps() -> None:
 
 def test_too_few_steps_are_no_fit() -> None:
     with pytest.raises(ConfigError, match="49 steps are too few"):
-        fit_cost(measured_steps(49, noise=0.0), "fit", 1000, "test")
+        fit_cost(measured_steps(49, noise=0.0), "fit", 1000, 100, "test")
 
 
 def test_steps_of_one_kind_are_enough() -> None:
     steps = [MeasuredStep(StepShape(1, 1, 10 + n, 0), 0.02) for n in range(100)]
-    cost, error = fit_cost(steps, "fit", 1000, "test")
+    cost, error = fit_cost(steps, "fit", 1000, 100, "test")
     assert cost.step_s(StepShape(1, 1, 50, 0)) == pytest.approx(0.02, rel=0.02)
     assert error.p90 < 0.02

@@ -10,7 +10,7 @@ from tests.make import ContextExecutor, generate, make_engine, make_submission
 
 def test_every_step_of_a_live_engine_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "steps.jsonl"
-    executor = StepLogExecutor(ContextExecutor(in_thread=True, delay_s=0.002), path)
+    executor = StepLogExecutor(ContextExecutor(in_thread=True, delay_s=0.002), path, 4)
     engine = make_engine(executor=executor)
     generate(engine, make_submission(range(10), max_tokens=3, ignore_eos=True))
     executor.close()
@@ -26,7 +26,7 @@ def test_every_step_of_a_live_engine_is_kept(tmp_path: Path) -> None:
 def test_a_failed_step_is_left_out_and_a_cut_line_too(tmp_path: Path) -> None:
     path = tmp_path / "steps.jsonl"
     inner = ContextExecutor()
-    executor = StepLogExecutor(inner, path)
+    executor = StepLogExecutor(inner, path, 4)
     engine = make_engine(executor=executor, enable_overlap=False)
     inner.fail_next = RuntimeError("broken")
     engine.submit(make_submission(range(4)))
@@ -43,7 +43,7 @@ def test_a_failed_step_is_left_out_and_a_cut_line_too(tmp_path: Path) -> None:
 
 def test_paths_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be written"):
-        StepLogExecutor(ContextExecutor(), tmp_path / "none" / "steps")
+        StepLogExecutor(ContextExecutor(), tmp_path / "none" / "steps", 4)
     with pytest.raises(ConfigError, match="cannot be read"):
         read_step_log([tmp_path / "none"])
     (tmp_path / "bad").write_text("x\n")

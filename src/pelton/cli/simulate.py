@@ -130,6 +130,7 @@ def calibrate(
     output: Annotated[Path, Parameter(help="the cost file to write")],
     name: Annotated[str | None, Parameter(help="of the machine and model; default: the file's name")] = None,
     num_kv_tokens: Annotated[int, Parameter(help="KV cache of that machine, in tokens")] = 65536,
+    kv_bytes_per_token: Annotated[int, Parameter(help="bytes of a token's KV, over all layers")] = 131_072,
 ) -> int:
     """Fit a cost function to the steps of a real server, and tell its error on steps that the fit did not see."""
     from pelton.cli.environment import describe_machine
@@ -139,7 +140,9 @@ def calibrate(
 
     steps = read_step_log(step_logs)
     machine = describe_machine()
-    cost, error = fit_cost(steps, name or output.stem, num_kv_tokens, f"fit of {len(steps)} measured steps")
+    cost, error = fit_cost(
+        steps, name or output.stem, num_kv_tokens, kv_bytes_per_token, f"fit of {len(steps)} measured steps"
+    )
     save_cost(cost, output, error=asdict(error), machine=machine)
     print(
         f"{output}: {len(steps)} steps; error of a step's time {error.median:.1%} median, {error.p90:.1%} p90; "

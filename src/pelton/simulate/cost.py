@@ -29,14 +29,14 @@ class StepShape(msgspec.Struct, frozen=True):
     num_samples: int
     num_decode_positions: int  # attended to by requests with one token in the step
     num_prefill_pairs: int  # of (query, key), in requests with more than one
-    num_kv_ops: dict[str, int] = {}  # by `kv_op_name`
+    moved_kv_tokens: dict[str, int] = {}  # by `kv_op_name`: tokens whose KV operations move
 
 
 def kv_op_name(op: KVOp) -> str:
     return f"{op.kind}:{op.tier}"
 
 
-def shape_of(batch: ScheduledBatch) -> StepShape:
+def shape_of(batch: ScheduledBatch, block_size: int) -> StepShape:
     num_tokens = num_samples = num_decode_positions = num_prefill_pairs = 0
     for scheduled in batch.requests:
         num_new, start = len(scheduled.token_ids), scheduled.num_computed_tokens
@@ -46,21 +46,22 @@ def shape_of(batch: ScheduledBatch) -> StepShape:
             num_decode_positions += start + 1
         else:
             num_prefill_pairs += num_new * start + num_new * (num_new + 1) // 2
-    return StepShape(num_tokens, num_samples, num_decode_positions, num_prefill_pairs, count_kv_ops(batch.kv_ops))
+    moved = _moved_kv_tokens(batch.kv_ops, block_size) if batch.kv_ops else {}
+    return StepShape(num_tokens, num_samples, num_decode_positions, num_prefill_pairs, moved)
 
 
-def count_kv_ops(kv_ops: Iterable[KVOp]) -> dict[str, int]:
-    counts: dict[str, int] = {}
+def _moved_kv_tokens(kv_ops: Iterable[KVOp], block_size: int) -> dict[str, int]:
+    moved: dict[str, int] = {}
     for op in kv_ops:
         name = kv_op_name(op)
-        counts[name] = counts.get(name, 0) + 1
-    return counts
+        moved[name] = moved.get(name, 0) + block_size
+    return moved
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepCost:
-    """Coefficients in seconds. `knots` are (tokens, seconds) of `base`, by rising tokens; beyond the last one the
-    last slope goes on. `num_kv_tokens` is the KV cache of that machine, in tokens.
+    """Coefficients in seconds; `kv_op_s` for the KV of one token. `knots` are (tokens, seconds) of `base`, by rising
+    tokens; beyond the last one the last slope goes on. `num_kv_tokens` is the KV cache of that machine.
     """
 
     name: str
@@ -70,6 +71,7 @@ class StepCost:
     prefill_pair_s: float = 0.0
     kv_op_s: dict[str, float] = field(default_factory=dict)
     num_kv_tokens: int = 65536
+    kv_bytes_per_token: int = 131_072
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -93,13 +95,17 @@ class StepCost:
             + self.decode_context_s * shape.num_decode_positions
             + self.prefill_pair_s * shape.num_prefill_pairs
         )
-        for name, count in shape.num_kv_ops.items():
-            seconds += self.kv_op_s.get(name, 0.0) * count
-        return seconds
+        return seconds + self.kv_copy_s(shape) if shape.moved_kv_tokens else seconds
+
+    def kv_copy_s(self, shape: StepShape) -> float:
+        """What of a step is KV operations."""
+        return sum(self.kv_op_s.get(name, 0.0) * count for name, count in shape.moved_kv_tokens.items())
 
 
 # Estimates from the roofline, for studies of scheduling; only a fit of measured steps tells how fast a machine is.
-_ESTIMATE = "estimate: bf16 weights and KV read at 80% of the memory's rate, products at 50% of the peak"
+_ESTIMATE = (
+    "estimate: bf16 weights and KV read at 80% of the memory's rate, products at 50% of the peak, 50 GB/s to the host"
+)
 COSTS: dict[str, StepCost] = {
     cost.name: cost
     for cost in (
@@ -109,7 +115,7 @@ COSTS: dict[str, StepCost] = {
             sample_s=2e-6,
             decode_context_s=5e-8,
             prefill_pair_s=1.2e-9,
-            kv_op_s={"store:host": 4e-5, "load:host": 4e-5, "copy:device": 2e-6},
+            kv_op_s={"store:host": 2.6e-6, "load:host": 2.6e-6, "copy:device": 1e-7},
             num_kv_tokens=400_000,
             source=_ESTIMATE,
         ),
@@ -119,7 +125,7 @@ COSTS: dict[str, StepCost] = {
             sample_s=1e-6,
             decode_context_s=1.4e-8,
             prefill_pair_s=3.2e-10,
-            kv_op_s={"store:host": 1e-5, "load:host": 1e-5, "copy:device": 1e-6},
+            kv_op_s={"store:host": 8e-7, "load:host": 8e-7, "copy:device": 3e-8},
             num_kv_tokens=2_000_000,
             source=_ESTIMATE + ", over four devices at 80% of linear",
         ),

@@ -21,8 +21,13 @@ MAX_MODEL_LEN = 262_144
 
 
 def simulated_info(config: EngineConfig, cost: StepCost) -> EngineInfo:
-    """The engine's facts on that machine; settings win over what the cost says of its KV cache."""
+    """The engine's facts on that machine; settings win over what the cost says of its KV cache.
+
+    Host memory behind it is what --host-kv-cache-gb says, by default none; there is no disk.
+    """
     num_blocks = config.num_kv_blocks or cost.num_kv_tokens // config.block_size + 1
+    block_bytes = cost.kv_bytes_per_token * config.block_size
+    num_host_blocks = int((config.host_kv_cache_gb or 0) * 2**30 / block_bytes)
     return EngineInfo(
         max_model_len=min(config.max_model_len or MAX_MODEL_LEN, (num_blocks - 1) * config.block_size),
         num_blocks=num_blocks,
@@ -36,6 +41,9 @@ def simulated_info(config: EngineConfig, cost: StepCost) -> EngineInfo:
         kernels=cost.name,
         num_threads=1,
         enable_prefix_caching=config.enable_prefix_caching,
+        num_host_blocks=num_host_blocks + 1 if num_host_blocks else 0,
+        kv_block_bytes=block_bytes,
+        kv_identity=cost.name,
     )
 
 
@@ -46,16 +54,17 @@ class CostExecutor:
     one that is continued does.
     """
 
-    def __init__(self, cost: StepCost, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, cost: StepCost, block_size: int, loop: asyncio.AbstractEventLoop) -> None:
         self.cost = cost
         self.busy_s = 0.0
+        self._block_size = block_size
         self.listeners: list[StepListener] = []
         self._loop = loop
         self._free_s = 0.0  # when the last step submitted will be done
         self._tokens: dict[str, tuple[int]] = {}
 
     def submit(self, batch: ScheduledBatch) -> Future[StepResult]:
-        shape = shape_of(batch)
+        shape = shape_of(batch, self._block_size)
         elapsed_s = self.cost.step_s(shape)
         self.busy_s += elapsed_s
         self._free_s = max(self._loop.time(), self._free_s) + elapsed_s
@@ -63,7 +72,7 @@ class CostExecutor:
             self._tokens.pop(request_id, None)
         sampled = tuple(self._token(scheduled.request_id) if scheduled.samples else () for scheduled in batch.requests)
         future: Future[StepResult] = Future()
-        result = StepResult(batch.step_id, sampled, elapsed_s=elapsed_s)
+        result = StepResult(batch.step_id, sampled, elapsed_s=elapsed_s, kv_copy_s=self.cost.kv_copy_s(shape))
         self._loop.call_at(self._free_s, future.set_result, result)
         for listener in self.listeners:
             listener(batch, shape, self._free_s)

@@ -35,14 +35,16 @@ class FitError:
     total: float
 
 
-def fit_cost(steps: Sequence[MeasuredStep], name: str, num_kv_tokens: int, source: str) -> tuple[StepCost, FitError]:
+def fit_cost(
+    steps: Sequence[MeasuredStep], name: str, num_kv_tokens: int, kv_bytes_per_token: int, source: str
+) -> tuple[StepCost, FitError]:
     """Every fourth step is kept from the fit, to measure its error. Raises `ConfigError` for too few steps."""
     if len(steps) < MIN_STEPS:
         raise ConfigError(f"{len(steps)} steps are too few for a fit; {MIN_STEPS} are the least")
     seen = [step for number, step in enumerate(steps) if number % 4]
     unseen = [step for number, step in enumerate(steps) if number % 4 == 0]
     knots = _choose_knots(seen)
-    kv_ops = sorted({name for step in seen for name in step.shape.num_kv_ops})
+    kv_ops = sorted({name for step in seen for name in step.shape.moved_kv_tokens})
     features = np.array([_features(step.shape, knots, kv_ops) for step in seen])
     seconds = np.array([step.elapsed_s for step in seen])
     relative = features / seconds[:, None]
@@ -59,6 +61,7 @@ def fit_cost(steps: Sequence[MeasuredStep], name: str, num_kv_tokens: int, sourc
         prefill_pair_s=prefill_pair_s,
         kv_op_s=dict(zip(kv_ops, kv_op_s, strict=True)),
         num_kv_tokens=num_kv_tokens,
+        kv_bytes_per_token=kv_bytes_per_token,
         source=source,
     )
     return cost, measure_error(cost, unseen)
@@ -92,7 +95,7 @@ def _features(shape: StepShape, knots: Sequence[int], kv_ops: Sequence[str]) -> 
     """What the coefficients are multiplied with. The base comes as its rises from knot to knot: it never falls."""
     rises = [min(1.0, max(0.0, (shape.num_tokens - low) / (high - low))) for low, high in itertools.pairwise(knots)]
     own = [shape.num_samples, shape.num_decode_positions, shape.num_prefill_pairs]
-    return [1.0, *rises, *map(float, own), *(float(shape.num_kv_ops.get(name, 0)) for name in kv_ops)]
+    return [1.0, *rises, *map(float, own), *(float(shape.moved_kv_tokens.get(name, 0)) for name in kv_ops)]
 
 
 def _solve(relative: Array, importance: Array) -> Array:

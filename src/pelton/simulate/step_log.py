@@ -22,16 +22,17 @@ class MeasuredStep(msgspec.Struct, frozen=True):
 class StepLogExecutor:
     """Implements `Executor`: passes steps on, and writes one JSON line for each when it is done."""
 
-    def __init__(self, executor: Executor, path: Path) -> None:
+    def __init__(self, executor: Executor, path: Path, block_size: int) -> None:
         try:
             self._file = path.open("wb")
         except OSError as error:
             raise ConfigError(f"step_log: {path} cannot be written: {error.strerror}") from error
         self._executor = executor
+        self._block_size = block_size
         self._encode = msgspec.json.Encoder().encode
 
     def submit(self, batch: ScheduledBatch) -> Future[StepResult]:
-        shape = shape_of(batch)
+        shape = shape_of(batch, self._block_size)
         future = self._executor.submit(batch)
         future.add_done_callback(lambda done: self._write(shape, done))
         return future
