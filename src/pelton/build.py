@@ -93,8 +93,9 @@ def build_engine(config: PeltonConfig, decoder: TokenDecoder | None = None) -> E
         identity=f"{path}|{info.dtype}",
     )
     clock = MonotonicClock()
+    tenants = parse_tenants(config.engine.tenants)
     policy_context = PolicyContext(
-        tenants=parse_tenants(config.engine.tenants),
+        tenants=tenants,
         clock=clock,
         num_blocks=info.num_blocks,
         num_cached_tokens=lambda request: kv.match(request).num_tokens,
@@ -107,7 +108,9 @@ def build_engine(config: PeltonConfig, decoder: TokenDecoder | None = None) -> E
         max_num_batched_tokens=info.max_num_batched_tokens,
         long_prefill_chunk=config.engine.long_prefill_chunk,
     )
-    return Engine(scheduler, executor, decoder, clock, info, enable_overlap=config.engine.enable_overlap)
+    return Engine(
+        scheduler, executor, decoder, clock, info, tenants=tenants, enable_overlap=config.engine.enable_overlap
+    )
 
 
 def build_engine_from_settings(settings: bytes) -> Engine:

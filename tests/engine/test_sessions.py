@@ -448,7 +448,8 @@ def test_a_deadline_out_of_reach_is_refused_at_once_and_only_then() -> None:
     for request_id in list(engine._submissions):
         engine.cancel(request_id)
     engine.take_update()
-    assert send(100, 101.0, 5) is None, "what is gone is not waited for"
+    assert send(100, 0.001, 5) is None, "an idle engine tries"
+    assert send(100, 201.0, 6) is None, "what is gone is not waited for"
 
 
 def test_a_fair_queue_is_not_estimated_by_what_a_flood_has_queued() -> None:

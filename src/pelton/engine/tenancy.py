@@ -112,8 +112,8 @@ class Tenancy:
         return capacity
 
     def _check_deadline(self, submission: Submission, num_tokens: int, now_s: float) -> None:
-        if submission.timeout_s is None:
-            return
+        if submission.timeout_s is None or not self._num_alive:
+            return  # an idle engine always tries: it may have been measured at a bad moment
         num_running = len(self._scheduler.running)
         first_token_s = self.load.first_token_s(submission.tenant_id, num_tokens, num_running, now_s)
         if first_token_s is not None and first_token_s > submission.timeout_s:
