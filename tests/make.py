@@ -197,6 +197,7 @@ def make_engine(
         clock=clock,
         num_blocks=engine_info.num_blocks,
         num_cached_tokens=lambda request: kv.match(request).num_tokens,
+        num_blocks_needed=lambda request: kv.num_blocks_to_reach(request, request.num_tokens),
     )
     scheduler = Scheduler(
         POLICIES[policy](context),

@@ -99,6 +99,7 @@ def build_engine(config: PeltonConfig, decoder: TokenDecoder | None = None) -> E
         clock=clock,
         num_blocks=info.num_blocks,
         num_cached_tokens=lambda request: kv.match(request).num_tokens,
+        num_blocks_needed=lambda request: kv.num_blocks_to_reach(request, request.num_tokens),
     )
     scheduler = Scheduler(
         POLICIES[config.engine.scheduling_policy](policy_context),

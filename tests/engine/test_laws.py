@@ -12,6 +12,7 @@ from pelton.core.model_spec import KVGroupSpec
 from pelton.core.output import RequestOutput
 from pelton.core.request import FinishReason, Submission
 from pelton.engine.engine import Engine
+from pelton.engine.policies import POLICIES
 from tests.make import FULL_ATTENTION, check_ledger, generate, make_engine, make_submission, step
 
 WINDOWED = (KVGroupSpec((0,)), KVGroupSpec((1,), 6), KVGroupSpec((2,), 6))
@@ -87,7 +88,7 @@ def drive(engine: Engine, arrivals: list[Arrival]) -> list[RequestOutput]:
     chunk=st.sampled_from([None, 3]),
     enable_prefix_caching=st.booleans(),
     enable_overlap=st.booleans(),
-    policy=st.sampled_from(["fcfs", "priority"]),
+    policy=st.sampled_from(list(POLICIES)),
 )
 def test_same_answer_whatever_the_load_and_the_ledger_balances(
     arrivals: list[Arrival],

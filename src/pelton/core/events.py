@@ -32,6 +32,17 @@ class RequestEvent:
     detail: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class TenantStats:
+    """One tenant that has requests. Service is in input tokens: computed prompt tokens, and outputs at twice that."""
+
+    tenant_id: str
+    num_running: int
+    num_waiting: int
+    service: float  # all it got
+    virtual_service: float  # by weight, lifted after idling; the spread among the waiting is the fairness gap
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
     """Snapshot after a step. `num_*_total` only grow; the rest are gauges."""

@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from typing import Protocol
 
 from pelton.core.batch import ScheduledBatch, StepResult
+from pelton.core.events import TenantStats
 from pelton.core.request import Request
 
 
@@ -62,6 +63,14 @@ class SchedulingPolicy(Protocol):
         """`request` leaves the waiting and runs; `num_cached_tokens` of its tokens need no computing."""
         ...
 
+    def order(self, running: list[Request]) -> None:
+        """Sort running requests that want more than one token (prompts, recompute): who gets its chunk first."""
+        ...
+
+    def precedes(self, waiting: Request, running: Request) -> bool:
+        """Whether `waiting`, the first in order, gets tokens of a step before the next chunk of `running`."""
+        ...
+
     def preempt(self, request: Request) -> None:
         """`request` was running, has given up its KV and waits again. It is not a new arrival."""
         ...
@@ -71,20 +80,27 @@ class SchedulingPolicy(Protocol):
         ...
 
     def choose_victim(self, running: Sequence[Request], beneficiary: Request) -> Request | None:
-        """Which of `running` gives up its KV so that `beneficiary`, one of them, can go on.
+        """Which of `running` gives up its KV so that `beneficiary` can go on.
 
-        None, or `beneficiary` itself: nobody should yield to it, so it is the one to be preempted.
-        Whoever has been preempted must not be chosen for another request before it has made progress
-        (`Request.has_progressed`).
+        None: nobody should yield to it, so it is the one to be preempted. The scheduler offers only
+        requests that have made progress since they were last preempted (no thrash).
         """
         ...
 
+    def charge_prefill(self, request: Request, num_tokens: int) -> None:
+        """Prompt tokens are about to be computed; those found in the cache or computed again are not told."""
+        ...
+
     def charge(self, request: Request, num_output_tokens: int) -> None:
-        """Account for tokens that a step has sampled. Prefill is charged by `admit`."""
+        """Tokens have been sampled."""
         ...
 
     def charge_kv(self, tenant_id: str, num_block_seconds: float) -> None:
         """Account for KV that is held without a running request (pins): blocks times seconds."""
+        ...
+
+    def tenant_stats(self) -> tuple[TenantStats, ...]:
+        """Of the tenants that have requests."""
         ...
 
 

@@ -55,10 +55,13 @@ class Request:
     num_pending_tokens: int = 0
     num_steps_in_flight: int = 0
     num_computed_tokens: int = 0  # positions whose KV exists or is being computed by a step in flight
+    num_writable_tokens: int = 0  # positions below lie in blocks that it has; the last of them is its own
     num_kv_tokens: int = 0  # slots held; differs from num_computed_tokens once KV is evicted or merged
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at first admission
     num_preemptions: int = 0
     num_lost_tokens: int = 0  # computed tokens given up by the last preemption
+    num_charged_tokens: int = 0  # prompt positions whose computation its tenant has been charged for
+    num_overtaken: int = 0  # requests behind it that were admitted while it found no room
     num_prompt_logprobs: int = 0  # prompt positions whose logprobs the client has
     block_tables: list[list[int]] = field(default_factory=list)  # one per KV group
     # As the last batch carried them; None once they have changed.
@@ -88,11 +91,6 @@ class Request:
     def num_remaining_tokens(self) -> int:
         """Tokens that still want computing."""
         return self.num_tokens - self.num_computed_tokens
-
-    @property
-    def has_progressed(self) -> bool:
-        """Whether it has more computed than when it was last preempted, or has never been."""
-        return self.num_computed_tokens > self.num_lost_tokens or not self.num_preemptions
 
     @property
     def is_finished(self) -> bool:

@@ -8,6 +8,8 @@ from pelton.core.config import setting
 from pelton.core.errors import ConfigError
 from pelton.core.tenant import parse_tenants
 
+POLICY_NAMES = ("agent", "fair", "dlpm", "program", "priority", "fcfs")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
@@ -21,7 +23,7 @@ class EngineConfig:
     )
     num_kv_blocks: int | None = setting(None, "number of KV blocks, instead of --kv-cache-memory-gb")
     enable_prefix_caching: bool = setting(True, "keep KV of finished requests for prompts that start alike")
-    scheduling_policy: str = setting("fcfs", "order of the waiting and choice of victims", choices=("fcfs", "priority"))
+    scheduling_policy: str = setting("fcfs", "order of the waiting and choice of victims", choices=POLICY_NAMES)
     tenants: tuple[str, ...] = setting(
         (),
         "weight and caps of a tenant, as NAME:weight=2,max_num_running=8; the name * is for all others",

@@ -108,6 +108,7 @@ class KVManager:
             if NULL_BLOCK_ID in shared[self._first_visible_block(group, num_tokens) :]:
                 return None  # the leader's window has moved on
             tables.append(shared)
+        leader.num_writable_tokens = 0
         return PrefixMatch(tuple(tables), num_tokens)
 
     def _first_visible_block(self, group: KVGroupSpec, position: int) -> int:
@@ -158,6 +159,7 @@ class KVManager:
         request.block_tables = [list(ids) for ids in match.block_ids]
         request.scheduled_block_tables = None
         request.num_computed_tokens = match.num_tokens
+        request.num_writable_tokens = 0
         request.num_kv_tokens = match.num_tokens
 
     def try_extend(self, request: Request, num_new_tokens: int) -> list[KVOp] | None:
@@ -167,9 +169,6 @@ class KVManager:
         """
         start = request.num_computed_tokens
         end = start + num_new_tokens
-        if self._stays_in_own_block(request, start, end):
-            request.num_kv_tokens = end
-            return []
         request.scheduled_block_tables = None
         self._leave_window(request, start)
         missing = [-(-end // self.block_size) - len(table) for table in request.block_tables]
@@ -190,20 +189,9 @@ class KVManager:
             for _ in range(num_missing):
                 table.append(taken.pop())
         request.num_kv_tokens = end
+        if not self._has_windows:
+            request.num_writable_tokens = len(request.block_tables[0]) * self.block_size
         return kv_ops
-
-    def _stays_in_own_block(self, request: Request, start: int, end: int) -> bool:
-        """The usual decode: a slot in the last block, which nobody shares."""
-        if self._has_windows or start % self.block_size == 0:
-            return False
-        index = start // self.block_size
-        if end > (index + 1) * self.block_size:
-            return False
-        blocks = self.pool.blocks
-        for table in request.block_tables:  # noqa: SIM110  runs for every request of every step
-            if blocks[table[index]].ref_count != 1:
-                return False
-        return True
 
     def _shared_blocks_to_write(self, request: Request, start: int) -> list[tuple[list[int], int]]:
         """Only the block that `start` falls into can be shared and written: later ones are new."""
@@ -241,6 +229,7 @@ class KVManager:
             self.pool.release(block_id for block_id in reversed(table) if block_id != NULL_BLOCK_ID)
         request.block_tables = []
         request.num_computed_tokens = 0
+        request.num_writable_tokens = 0
         request.num_kv_tokens = 0
 
     def check(self, requests: Iterable[Request]) -> None:

@@ -16,4 +16,5 @@ class PolicyContext:
     clock: Clock = field(default_factory=MonotonicClock)
     num_blocks: int = 0  # of the KV cache; 0: shares of it are not bounded
     num_cached_tokens: Callable[[Request], int] = lambda _: 0  # tokens of a waiting request found in the prefix cache
+    num_blocks_needed: Callable[[Request], int] = lambda _: 0  # KV blocks for all tokens of a waiting request
     kv_charge: float = 0.0  # service charged for one KV block held for one second
