@@ -10,16 +10,16 @@ from prometheus_client.registry import Collector
 
 from pelton.core.session import TenancyStats
 
-# (metric, field of TenantStats, help). Those of tenants that share a label are added up.
-_TENANT_GAUGES = (
-    ("pelton:tenant_requests_running", "num_running", "Requests in the running batch"),
-    ("pelton:tenant_requests_waiting", "num_waiting", "Requests that wait for admission"),
-    ("pelton:tenant_sessions", "num_sessions", "Sessions remembered"),
-    ("pelton:tenant_pinned_blocks", "num_pinned_blocks", "KV blocks kept for sessions between their turns"),
+# (metric, where in `TenancyStats`, field, help). Those of tenants that share a label are added up.
+_GAUGES = (
+    ("pelton:tenant_requests_running", "service", "num_running", "Requests in the running batch"),
+    ("pelton:tenant_requests_waiting", "service", "num_waiting", "Requests that wait for admission"),
+    ("pelton:tenant_sessions", "tenants", "num_sessions", "Sessions remembered"),
+    ("pelton:tenant_pinned_blocks", "tenants", "num_pinned_blocks", "KV blocks kept for sessions between their turns"),
 )
-_TENANT_COUNTERS = (
-    ("pelton:tenant_service", "service_total", "Prompt tokens computed and twice the output tokens"),
-    ("pelton:tenant_pinned_block_seconds", "pinned_block_s_total", "KV blocks times the seconds they were pinned"),
+_COUNTERS = (
+    ("pelton:tenant_service", "service", "service", "Prompt tokens computed and twice the output tokens"),
+    ("pelton:tenant_pinned_block_seconds", "tenants", "pinned_block_s_total", "KV blocks times seconds pinned"),
 )
 
 
@@ -34,10 +34,10 @@ class TenancyMetrics(Collector):
     def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
         names, values = list(self._labels), list(self._labels.values())
         stats = self.stats
-        for kind, rows in ((GaugeMetricFamily, _TENANT_GAUGES), (CounterMetricFamily, _TENANT_COUNTERS)):
-            for name, field, text in rows:
+        for kind, rows in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
+            for name, part, field, text in rows:
                 family = kind(name, text, labels=[*names, "tenant"])
-                for tenant, value in self._sums(field).items():
+                for tenant, value in self._sums(part, field).items():
                     family.add_metric([*values, tenant], value)
                 yield family
         for name, value, text in (
@@ -53,8 +53,8 @@ class TenancyMetrics(Collector):
             ended.add_metric([*values, reason], number)
         yield ended
 
-    def _sums(self, field: str) -> dict[str, float]:
+    def _sums(self, part: str, field: str) -> dict[str, float]:
         sums: dict[str, float] = defaultdict(float)
-        for tenant in self.stats.tenants:
+        for tenant in getattr(self.stats, part):
             sums[self._label_of(tenant.tenant_id)] += getattr(tenant, field)
         return sums
