@@ -61,6 +61,18 @@ class EngineStats:
     num_prompt_tokens_total: int = 0  # prompt tokens of admitted requests
     num_output_tokens_total: int = 0
     num_steps_total: int = 0
+    num_host_blocks: int = 0  # of host memory behind the KV cache, that can be had
+    num_host_blocks_cached: int = 0
+    num_disk_blocks: int = 0
+    num_host_hit_tokens_total: int = 0  # found in host memory, after preemptions too
+    num_disk_hit_tokens_total: int = 0  # of these, read from disk for it
+    num_tier_stored_blocks_total: int = 0  # device to host memory
+    num_tier_loaded_blocks_total: int = 0  # host memory to device
+    num_tier_dropped_blocks_total: int = 0  # evicted from the device and not kept: host memory was busy
+    num_disk_written_blocks_total: int = 0
+    num_disk_read_blocks_total: int = 0
+    num_disk_failed_writes_total: int = 0
+    num_disk_failed_reads_total: int = 0  # missing, damaged or foreign
     schedule_s_total: float = 0.0  # step time split: seconds in schedule()
     execute_s_total: float = 0.0  # seconds in the executor
     postprocess_s_total: float = 0.0  # seconds on results: stops, text, outputs
@@ -83,3 +95,6 @@ class EngineInfo:
     num_threads: int
     enable_prefix_caching: bool
     load_s: float = 0.0
+    num_host_blocks: int = 0  # of host memory behind the KV cache, the null block included; 0: none
+    kv_block_bytes: int = 0
+    kv_identity: str = ""  # of all that KV depends on but its tokens

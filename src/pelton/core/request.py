@@ -67,6 +67,9 @@ class Request:
     # As the last batch carried them; None once they have changed.
     scheduled_block_tables: tuple[tuple[int, ...], ...] | None = None
     block_hashes: list[bytes] = field(default_factory=list)  # chain over full blocks of known tokens
+    # What the last preemption kept findable, for this request alone where a hash is not one of `block_hashes`.
+    kept_hashes: list[bytes] = field(default_factory=list)
+    num_kept_tokens: int = 0
     max_num_tokens: int = 0  # prompt + output at most; resolved from max_tokens and the context at admission
 
     @property

@@ -28,6 +28,7 @@ from pelton.core.request import FinishReason, Request, Submission
 from pelton.core.tenant import Tenants
 from pelton.engine.admission import check_submission, make_requests
 from pelton.engine.kv.costs import KVCosts
+from pelton.engine.kv.read_ahead import ReadAhead
 from pelton.engine.output_processor import OutputProcessor, error_output, prompt_logprobs_output
 from pelton.engine.scheduler import Scheduler
 from pelton.engine.tenancy import Tenancy
@@ -65,6 +66,7 @@ class Engine:
         self._max_in_flight = 2 if enable_overlap else 1
         self._in_flight: deque[tuple[ScheduledBatch, Future[StepResult]]] = deque()
         self._submissions: dict[str, list[Request]] = {}  # sequences of a submission that have not ended
+        self._read_ahead = ReadAhead(scheduler.kv, clock)
         self._forks: dict[str, list[Request]] = {}  # leader's id -> siblings that wait for its prompt
         self._deadlines: list[tuple[float, str]] = []  # heap of (deadline, submission id)
         self._outputs: list[RequestOutput] = []
@@ -100,7 +102,8 @@ class Engine:
             self._forks[requests[0].request_id] = requests[1:]
         if requests[0].deadline_s is not None:
             heapq.heappush(self._deadlines, (requests[0].deadline_s, submission.request_id))
-        self.scheduler.add(requests[0])
+        if not self._read_ahead.try_hold(requests[0]):
+            self.scheduler.add(requests[0])
 
     def cancel(self, request_id: str) -> None:
         """End a submission at its client's wish; unknown ids have ended already."""
@@ -119,14 +122,14 @@ class Engine:
 
     @property
     def next_deadline_s(self) -> float | None:
-        """When `expire` has something to do."""
+        """When `expire` or `dispatch` has something to do even if nothing else happens."""
         deadline_s = self._deadlines[0][0] if self._deadlines else None
-        expiry_s = self.tenancy.next_expiry_s
-        return min((time_s for time_s in (deadline_s, expiry_s) if time_s is not None), default=None)
+        times_s = (deadline_s, self.tenancy.next_expiry_s, self._read_ahead.next_deadline_s)
+        return min((time_s for time_s in times_s if time_s is not None), default=None)
 
     @property
     def num_waiting(self) -> int:
-        return len(self.scheduler.policy) + sum(map(len, self._forks.values()))
+        return len(self.scheduler.policy) + len(self._read_ahead) + sum(map(len, self._forks.values()))
 
     @property
     def has_work(self) -> bool:
@@ -136,6 +139,8 @@ class Engine:
 
     def dispatch(self, on_done: Callable[[Future[StepResult]], None] | None = None) -> None:
         """Hand steps to the executor until it has enough; `on_done` may run on another thread."""
+        for request in self._read_ahead.take_ready():
+            self.scheduler.add(request)
         while len(self._in_flight) < self._max_in_flight:
             started_s = self.clock.now_s()
             batch = self.scheduler.schedule()
@@ -149,6 +154,12 @@ class Engine:
             self._in_flight.append((batch, future))
             if on_done is not None:
                 future.add_done_callback(on_done)
+
+    def wake_with(self, wake: Callable[[], None]) -> None:
+        """`wake` is called, on another thread, when `dispatch` has something to do that no step tells of."""
+        tiers = self.scheduler.kv.tiers
+        if tiers is not None and tiers.disk is not None:
+            tiers.disk.on_done = wake
 
     @property
     def is_step_done(self) -> bool:
@@ -165,9 +176,11 @@ class Engine:
             result = future.result()
         except Exception as error:
             self._in_flight.popleft()
+            self.scheduler.kv.complete(batch.kv_ops)
             self._fail_step(batch, error)
             return
         self._in_flight.popleft()
+        self.scheduler.kv.complete(batch.kv_ops, result.kv_copy_s)
         started_s = self.clock.now_s()
         self._num_steps += 1
         self._num_step_tokens = batch.num_tokens
@@ -195,6 +208,7 @@ class Engine:
     def stats(self) -> EngineStats:
         pool = self.scheduler.kv.pool
         counters = self.scheduler.counters
+        tiers = self.scheduler.kv.tier_stats()
         return EngineStats(
             time_s=self.clock.now_s(),
             num_running=len(self.scheduler.running),
@@ -209,6 +223,7 @@ class Engine:
             num_recomputed_tokens_total=counters.num_recomputed_tokens,
             num_prompt_tokens_total=counters.num_prompt_tokens,
             num_output_tokens_total=self._num_output_tokens,
+            **tiers,
             num_steps_total=self._num_steps,
             schedule_s_total=self._timings.schedule_s,
             execute_s_total=self._timings.execute_s,
@@ -249,6 +264,7 @@ class Engine:
 
     def _end(self, request: Request, reason: FinishReason, detail: str) -> None:
         request.finish_reason = reason
+        self._read_ahead.drop(request)
         keep_s = self.tenancy.ended(request, reason)
         if keep_s > 0.0:
             self._record(request, EventKind.PINNED, request.num_computed_tokens, f"{keep_s:.3f}")

@@ -33,6 +33,7 @@ class EngineLoop:
         self.engine = engine
         self._emit = emit
         self._inbox: queue.SimpleQueue[Command | _StepDone] = queue.SimpleQueue()
+        engine.wake_with(lambda: self._inbox.put(_StepDone()))
 
     def put(self, command: Command) -> None:
         """Callable from any thread."""

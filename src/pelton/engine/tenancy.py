@@ -145,7 +145,7 @@ class Tenancy:
 
     def computed(self, batch: ScheduledBatch, result: StepResult) -> None:
         """A step has run; called before its tokens are appended."""
-        self.costs.prefill.observe_step(batch, result.elapsed_s)
+        self.costs.prefill.observe_step(batch, result.elapsed_s - result.kv_copy_s)
         alive = self._scheduler.requests
         for scheduled in batch.requests:
             request = alive.get(scheduled.request_id)

@@ -96,7 +96,7 @@ class PinTable:
         self._charge_tenant(pin.tenant_id, held, now_s)
         held.pins_by_block.update(pin.block_ids)
         held.num_pins += 1
-        self._pool.share(pin.block_ids)
+        self._pool.hold(pin.block_ids)
         self._pins[pin] = None
         heapq.heappush(self._expiries, (pin.expires_s, next(self._order), pin))
         return True
