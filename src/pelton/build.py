@@ -25,9 +25,13 @@ if TYPE_CHECKING:
 
     from pelton.bench.roofline import KernelBenchPlan, KernelReport
     from pelton.bench.step_profile import StepProfile, StepProfilePlan
-    from pelton.core.protocols import TokenDecoder
+    from pelton.core.events import EngineInfo
+    from pelton.core.model_spec import KVGroupSpec
+    from pelton.core.protocols import BlockStore, Clock, TokenDecoder
     from pelton.engine.client import EngineClient
     from pelton.engine.engine import Engine
+    from pelton.engine.kv.costs import KVCosts
+    from pelton.engine.kv.manager import KVManager
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,8 +73,7 @@ def build_engine(config: PeltonConfig, decoder: TokenDecoder | None = None) -> E
     from pelton.core.protocols import MonotonicClock
     from pelton.core.tenant import parse_tenants
     from pelton.engine.engine import Engine
-    from pelton.engine.kv.block_pool import BlockPool
-    from pelton.engine.kv.manager import KVManager
+    from pelton.engine.kv.costs import KVCosts
     from pelton.engine.policies import POLICIES
     from pelton.engine.policies.context import PolicyContext
     from pelton.engine.scheduler import Scheduler
@@ -86,14 +89,13 @@ def build_engine(config: PeltonConfig, decoder: TokenDecoder | None = None) -> E
     executor, info = build_executor(
         files, config.model, config.worker, config.engine, eos_token_ids=decoder.eos_token_ids
     )
-    kv = KVManager(
-        files.spec.kv_groups,
-        BlockPool(info.num_blocks),
-        info.block_size,
-        enable_prefix_caching=info.enable_prefix_caching,
-        identity=f"{path}|{info.dtype}",
-    )
     clock = MonotonicClock()
+    groups = files.spec.kv_groups
+    costs = KVCosts(
+        len(groups) * info.kv_block_bytes // info.block_size,
+        chunk=config.engine.long_prefill_chunk or info.max_num_batched_tokens,
+    )
+    kv = build_kv_manager(groups, config.engine, info, clock, costs, block_store=executor.block_store)
     policy_context = PolicyContext(
         tenants=parse_tenants(config.engine.tenants),
         clock=clock,
@@ -111,7 +113,50 @@ def build_engine(config: PeltonConfig, decoder: TokenDecoder | None = None) -> E
         long_prefill_chunk=config.engine.long_prefill_chunk,
         budget=make_budget(config.engine.tpot_slo_ms, info.max_num_batched_tokens),
     )
-    return Engine(scheduler, executor, decoder, clock, info, enable_overlap=config.engine.enable_overlap)
+    return Engine(
+        scheduler,
+        executor,
+        decoder,
+        clock,
+        info,
+        tenants=policy_context.tenants,
+        costs=costs,
+        enable_overlap=config.engine.enable_overlap,
+    )
+
+
+def build_kv_manager(
+    groups: tuple[KVGroupSpec, ...],
+    config: EngineConfig,
+    info: EngineInfo,
+    clock: Clock,
+    costs: KVCosts,
+    *,
+    block_store: BlockStore | None = None,
+) -> KVManager:
+    """The pool of the device and the tiers behind it. Loads no model: simulations build theirs here too."""
+    from pelton.engine.kv.block_pool import BlockPool
+    from pelton.engine.kv.disk import DiskTier
+    from pelton.engine.kv.eviction import EVICTIONS
+    from pelton.engine.kv.manager import KVManager
+    from pelton.engine.kv.tiers import KVTiers
+
+    make_eviction = EVICTIONS[config.kv_eviction_policy]
+    tiers = None
+    if info.num_host_blocks > 1:
+        host = BlockPool(info.num_host_blocks, make_eviction(clock))
+        disk = None
+        if block_store is not None:
+            disk = DiskTier(block_store, host, costs, max_bytes=int(config.disk_kv_cache_gb * 2**30))
+        tiers = KVTiers(host, costs, num_block_bytes=info.kv_block_bytes, disk=disk)
+    return KVManager(
+        groups,
+        BlockPool(info.num_blocks, make_eviction(clock)),
+        info.block_size,
+        enable_prefix_caching=info.enable_prefix_caching,
+        identity=info.kv_identity,
+        tiers=tiers,
+    )
 
 
 def build_engine_from_settings(settings: bytes) -> Engine:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Protocol
 
-from pelton.core.batch import ScheduledBatch, StepResult
+from pelton.core.batch import BlockKey, ScheduledBatch, StepResult
 from pelton.core.events import TenantStats
 from pelton.core.request import Request
 
@@ -100,7 +101,7 @@ class SchedulingPolicy(Protocol):
         ...
 
     def tenant_stats(self) -> tuple[TenantStats, ...]:
-        """Of the tenants that have requests."""
+        """Of the tenants that have requests, or had some and are remembered."""
         ...
 
 
@@ -127,12 +128,39 @@ class Proposer(Protocol):
     def propose(self, request: Request, num_tokens: int) -> list[int]: ...
 
 
-class KVConnector(Protocol):
-    """Moves blocks between the device and a tier or another engine."""
+@dataclass(frozen=True, slots=True)
+class BlockRead:
+    """Which blocks of a read have come, and how long it took; the rest are missing, damaged or another's."""
 
-    def load(self, block_ids: Sequence[int], block_hashes: Sequence[bytes]) -> Future[None]: ...
+    loaded: tuple[bool, ...]
+    elapsed_s: float
 
-    def store(self, block_ids: Sequence[int], block_hashes: Sequence[bytes]) -> Future[None]: ...
+
+class BlockStore(Protocol):
+    """Keeps blocks outside of memory; moves them from and to blocks of host memory on threads of its own.
+
+    A host block stays untouched by others until the future that names it is done. Futures hold no
+    exception: what goes wrong is a block that is not stored, or not loaded.
+    """
+
+    def scan(self, max_bytes: int) -> list[BlockKey]:
+        """What is there already, oldest first; called once, ahead of everything else."""
+        ...
+
+    @property
+    def file_bytes(self) -> int:
+        """What one block takes."""
+        ...
+
+    def store(self, slot_id: int, key: BlockKey) -> Future[bool]: ...
+
+    def load(self, slot_ids: Sequence[int], keys: Sequence[BlockKey]) -> Future[BlockRead]: ...
+
+    def remove(self, keys: Sequence[BlockKey]) -> None: ...
+
+    def close(self) -> None:
+        """End what is being moved; what waits is dropped."""
+        ...
 
 
 class KVCompressor(Protocol):

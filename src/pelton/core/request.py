@@ -39,6 +39,7 @@ class Request:
     tenant_id: str = DEFAULT_TENANT
     session_id: str | None = None
     program_id: str | None = None  # the agent run that this call belongs to
+    program_arrival_s: float = 0.0  # when that began
     cache_salt: str = ""
     priority: int = 0  # lower runs first, as in vLLM
     deadline_s: float | None = None  # on the engine's clock
@@ -66,6 +67,9 @@ class Request:
     # As the last batch carried them; None once they have changed.
     scheduled_block_tables: tuple[tuple[int, ...], ...] | None = None
     block_hashes: list[bytes] = field(default_factory=list)  # chain over full blocks of known tokens
+    # What the last preemption kept findable, for this request alone where a hash is not one of `block_hashes`.
+    kept_hashes: list[bytes] = field(default_factory=list)
+    num_kept_tokens: int = 0
     max_num_tokens: int = 0  # prompt + output at most; resolved from max_tokens and the context at admission
 
     @property
@@ -115,6 +119,8 @@ class Submission:
     tenant_id: str = DEFAULT_TENANT
     session_id: str | None = None
     program_id: str | None = None  # the agent run that this call belongs to; None: the session
+    previous_request_id: str | None = None  # names the session by an earlier answer, where session_id is None
+    tool_names: tuple[str, ...] = ()  # of the tools whose results the prompt ends with
     cache_salt: str = ""  # requests share cached prefixes only with those of equal tenant salt
     priority: int = 0
     timeout_s: float | None = None  # from the moment the engine receives it

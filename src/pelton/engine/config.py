@@ -25,6 +25,18 @@ class EngineConfig:
         None, "memory for KV blocks, in GiB; default: a quarter of what is free, at most 4"
     )
     num_kv_blocks: int | None = setting(None, "number of KV blocks, instead of --kv-cache-memory-gb")
+    host_kv_cache_gb: float | None = setting(
+        None,
+        "host memory for KV blocks that leave the cache, in GiB, taken as it is used; 0: none; default: as much as "
+        "the cache has, at most an eighth of what is free",
+    )
+    disk_kv_cache_dir: str | None = setting(
+        None, "folder for KV blocks that outlive the process; its blocks are readable to this user only"
+    )
+    disk_kv_cache_gb: float = setting(16.0, "most GiB of KV blocks in that folder; the least recently used go first")
+    kv_eviction_policy: str = setting(
+        "lru", "which cached KV block is given up first, on the device and in host memory", choices=("lru",)
+    )
     enable_prefix_caching: bool = setting(True, "keep KV of finished requests for prompts that start alike")
     scheduling_policy: str = setting("agent", "order of the waiting and choice of victims", choices=POLICY_NAMES)
     tenants: tuple[str, ...] = setting(
@@ -55,6 +67,14 @@ class EngineConfig:
             raise ConfigError(f"tpot_slo_ms is {self.tpot_slo_ms}; it must be positive")
         if self.kv_cache_memory_gb is not None and self.kv_cache_memory_gb <= 0:
             raise ConfigError(f"kv_cache_memory_gb is {self.kv_cache_memory_gb}; it must be positive")
+        if self.disk_kv_cache_gb <= 0:
+            raise ConfigError(f"disk_kv_cache_gb is {self.disk_kv_cache_gb}; it must be positive")
+        if self.disk_kv_cache_dir is not None and self.host_kv_cache_gb == 0:
+            raise ConfigError(
+                "disk_kv_cache_dir needs host memory to move blocks through: host_kv_cache_gb must not be 0"
+            )
+        if self.host_kv_cache_gb is not None and self.host_kv_cache_gb < 0:
+            raise ConfigError(f"host_kv_cache_gb is {self.host_kv_cache_gb}; it must be at least 0")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) is smaller than max_num_seqs "

@@ -15,7 +15,8 @@ from pelton.core.batch import PENDING_TOKEN_ID, KVOp, RequestContext, ScheduledB
 from pelton.core.events import EventKind, RequestEvent
 from pelton.core.protocols import Clock, SchedulingPolicy
 from pelton.core.request import Request, RequestStatus
-from pelton.engine.kv.manager import KVManager, PrefixMatch
+from pelton.engine.kv.manager import KVManager
+from pelton.engine.kv.prefix_match import PrefixMatch
 from pelton.engine.step_budget import FixedBudget, StepBudget
 
 # How far past a request that does not fit the waiting line is searched, and how many may overtake it.
@@ -23,6 +24,9 @@ MAX_LOOKAHEAD = 8
 MAX_OVERTAKEN = 64
 # Steps after which refused requests are tried again though there is no more room: more of a prefix may be cached.
 REFUSED_STEPS = 8
+# Blocks on their way to disk that are copied to host memory in a step, and in one that has nothing to compute.
+SAVED_PER_STEP = 8
+SAVED_WHEN_IDLE = 64
 _log = logging.getLogger("pelton.engine")
 _RUNNING = RequestStatus.RUNNING
 _new = tuple.__new__  # a `NamedTuple` without the checks of its constructor
@@ -94,6 +98,7 @@ class Scheduler:
         if self.requests.pop(request.request_id, None) is not None:  # else it was never added
             self.policy.finish(request)
             self._refused_until_step = 0
+            self.kv.forget(request)
             if request.status is RequestStatus.RUNNING:
                 self.running.remove(request)
                 self.kv.free(request)
@@ -118,7 +123,8 @@ class Scheduler:
         calm = self.counters.num_preemptions == num_preemptions or not step.scheduled
         if calm and len(self.policy):
             self._admit_waiting(step)
-        if not step.scheduled:
+        step.kv_ops += self.kv.take_moves(SAVED_PER_STEP if step.scheduled else SAVED_WHEN_IDLE)
+        if not step.scheduled and not step.kv_ops:
             return None
         self._num_steps += 1
         preempted_ids, self._preempted_ids = self._preempted_ids, []
@@ -216,7 +222,7 @@ class Scheduler:
         request.num_preemptions += 1
         request.num_lost_tokens = num_lost
         request.status = RequestStatus.PREEMPTED
-        self.kv.free(request)
+        self.kv.preempt(request)
         self._preempted_ids.append(request.request_id)
         self.policy.preempt(request)
         self._refused_until_step = 0
@@ -263,7 +269,7 @@ class Scheduler:
         num_tokens = min(self._num_wanted(request), step.num_budget_tokens, self.max_chunk)
         kv_ops = self.kv.try_extend(request, num_tokens)
         if kv_ops is None:
-            self.kv.free(request)
+            self.kv.preempt(request)
             return False
         self._count_admission(request, match.num_tokens)
         self.policy.admit(request, match.num_tokens)
