@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
 
@@ -69,6 +69,10 @@ class Sessions:
 
     def __len__(self) -> int:
         return self._num_sessions
+
+    def tenant_ids(self) -> Iterable[str]:
+        """Tenants that have sessions."""
+        return self._by_tenant.keys()
 
     def num_of(self, tenant_id: str) -> int:
         return len(self._by_tenant.get(tenant_id, ()))
