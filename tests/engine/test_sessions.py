@@ -375,6 +375,17 @@ def test_tables_are_bounded_and_a_flood_of_sessions_is_its_tenants_own_loss() ->
     assert len(kept.turns) == MAX_TURNS_KEPT
 
 
+def test_more_sessions_under_way_than_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pelton.engine.sessions.MAX_SESSIONS", 3)
+    engine = make_engine(max_num_waiting=100)
+    for index in range(12):
+        engine.submit(make_submission([index] * 9))
+    assert len(engine.tenancy.sessions) == 12, "those under way are bounded by the queue"
+    run(engine)
+    generate(engine, make_submission([99] * 9))
+    assert len(engine.tenancy.sessions) == 3
+
+
 def test_idle_sessions_are_forgotten_without_a_trace() -> None:
     engine = slow_engine()
     sessions = engine.tenancy.sessions
