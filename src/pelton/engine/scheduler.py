@@ -17,6 +17,7 @@ from pelton.core.protocols import Clock, SchedulingPolicy
 from pelton.core.request import Request, RequestStatus
 from pelton.engine.kv.manager import KVManager
 from pelton.engine.kv.prefix_match import PrefixMatch
+from pelton.engine.step_budget import FixedBudget, StepBudget
 
 # How far past a request that does not fit the waiting line is searched, and how many may overtake it.
 MAX_LOOKAHEAD = 8
@@ -65,12 +66,14 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         long_prefill_chunk: int | None = None,
+        budget: StepBudget | None = None,
     ) -> None:
         self.policy = policy
         self.kv = kv
         self.clock = clock
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.budget = budget or FixedBudget(max_num_batched_tokens)
         self.max_chunk = long_prefill_chunk or max_num_batched_tokens
         self.requests: dict[str, Request] = {}  # all that have not ended
         self.running: list[Request] = []  # in order of admission
@@ -109,6 +112,8 @@ class Scheduler:
         step = _Step(self.max_num_batched_tokens)
         num_preemptions = self.counters.num_preemptions
         step.chunks = self._continue_decodes(step)
+        num_decodes = len(step.scheduled)
+        step.num_budget_tokens = min(self.max_num_batched_tokens, self.budget.num_tokens(num_decodes)) - num_decodes
         if len(step.chunks) > 1:
             self.policy.order(step.chunks)
         for request in tuple(step.chunks):
@@ -352,6 +357,7 @@ class Scheduler:
 
         Returns each request that is still alive and got tokens, with its row in the batch.
         """
+        self.budget.observe(batch, result.elapsed_s)
         grown = []
         failed_ids = result.failed or {}
         alive, commit, charge, block_size = self.requests, self.kv.commit, self.policy.charge, self.kv.block_size
