@@ -16,6 +16,7 @@ from pelton.core.session import SessionInfo
 from pelton.engine.engine import Engine
 from pelton.engine.kv.pins import PinEnd
 from pelton.engine.pauses import PauseTimes
+from pelton.engine.policies import POLICIES
 from pelton.engine.sessions import GONE_AFTER_S, MAX_IDLE_S, MAX_SESSIONS, MAX_TURNS_KEPT
 from tests.make import ManualClock, check_ledger, generate, make_engine, make_submission, run, step
 
@@ -317,18 +318,17 @@ def test_a_tenant_over_its_pin_quota_loses_its_own() -> None:
     assert only_session(engine, "modest").num_pinned_blocks == 6
 
 
-def test_pins_are_charged_to_their_tenant() -> None:
-    engine = slow_engine()
-    charged: dict[str, float] = {}
-    engine.scheduler.policy.charge_kv = lambda tenant_id, amount: charged.update(  # type: ignore[method-assign]
-        {tenant_id: charged.get(tenant_id, 0.0) + amount}
-    )
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_pins_are_charged_to_their_tenant(policy: str) -> None:
+    engine = slow_engine(policy=policy)
     Agent(engine, list(range(20)), session_id="s", tenant_id="a").turn()
+    (before,) = engine.tenancy.stats().service
     wait(engine, 2.0)
+    (after,) = engine.tenancy.stats().service
     (info,) = engine.tenancy.stats().tenants
-    assert charged == {"a": 12.0}
-    assert info.pinned_block_s_total == 12.0
     assert info.num_pinned_blocks == 6
+    assert info.pinned_block_s_total == 12.0
+    assert after.service - before.service == 12.0
 
 
 def test_the_timeline_tells_of_the_pin() -> None:
