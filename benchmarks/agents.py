@@ -1,6 +1,6 @@
 """Agents on Pelton and its peers: job completion time and tokens computed again, at several loads.
 
-    python benchmarks/agents.py --output result.json --loads 2,8,24 --rounds 3 \\
+    python benchmarks/agents.py --output result.json --loads 2,8,36 --rounds 3 \\
         --pelton "agent=MODEL --num-kv-blocks 1025 --scheduling-policy agent --host-kv-cache-gb 2" \\
         --pelton "fcfs=MODEL --num-kv-blocks 1025 --scheduling-policy fcfs" \\
         --command "vllm=env ... vllm serve ... --port {port}" --command "llama=llama-server ... --port {port}"
@@ -179,7 +179,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_server_arguments(parser)
     parser.add_argument("--workload", default="coding-small")
-    parser.add_argument("--loads", default="2,8,24")
+    parser.add_argument("--loads", default="2,8,36")
     args = parser.parse_args()
     if args.short:
         args.workload, args.loads = "smoke", "2,4"
