@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import re
 import shlex
+import signal
 import sys
 import urllib.request
 from collections.abc import Awaitable, Callable, Iterator
@@ -85,6 +86,7 @@ def _engines(args: argparse.Namespace) -> list[Engine]:
 
 def each_server(args: argparse.Namespace, results: Results) -> Iterator[tuple[int, Engine]]:
     """(round, server) that has no run yet, another one first each round."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server that runs is ended too
     engines = _engines(args)
     if not engines:
         raise SystemExit("name a server: --pelton, --peers with --serve, or --command")
