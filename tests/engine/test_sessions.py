@@ -16,6 +16,7 @@ from pelton.core.session import SessionInfo
 from pelton.engine.engine import Engine
 from pelton.engine.kv.pins import PinEnd
 from pelton.engine.pauses import PauseTimes
+from pelton.engine.policies import POLICIES
 from pelton.engine.sessions import GONE_AFTER_S, MAX_IDLE_S, MAX_SESSIONS, MAX_TURNS_KEPT
 from tests.make import ManualClock, check_ledger, generate, make_engine, make_submission, run, step
 
@@ -317,18 +318,17 @@ def test_a_tenant_over_its_pin_quota_loses_its_own() -> None:
     assert only_session(engine, "modest").num_pinned_blocks == 6
 
 
-def test_pins_are_charged_to_their_tenant() -> None:
-    engine = slow_engine()
-    charged: dict[str, float] = {}
-    engine.scheduler.policy.charge_kv = lambda tenant_id, amount: charged.update(  # type: ignore[method-assign]
-        {tenant_id: charged.get(tenant_id, 0.0) + amount}
-    )
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_pins_are_charged_to_their_tenant(policy: str) -> None:
+    engine = slow_engine(policy=policy)
     Agent(engine, list(range(20)), session_id="s", tenant_id="a").turn()
+    (before,) = engine.tenancy.stats().service
     wait(engine, 2.0)
+    (after,) = engine.tenancy.stats().service
     (info,) = engine.tenancy.stats().tenants
-    assert charged == {"a": 12.0}
-    assert info.pinned_block_s_total == 12.0
     assert info.num_pinned_blocks == 6
+    assert info.pinned_block_s_total == 12.0
+    assert after.service - before.service == 12.0
 
 
 def test_the_timeline_tells_of_the_pin() -> None:
@@ -373,6 +373,17 @@ def test_tables_are_bounded_and_a_flood_of_sessions_is_its_tenants_own_loss() ->
         agent.turn([1])
     (kept,) = sessions._by_tenant["modest"].values()
     assert len(kept.turns) == MAX_TURNS_KEPT
+
+
+def test_more_sessions_under_way_than_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pelton.engine.sessions.MAX_SESSIONS", 3)
+    engine = make_engine(max_num_waiting=100)
+    for index in range(12):
+        engine.submit(make_submission([index] * 9))
+    assert len(engine.tenancy.sessions) == 12, "those under way are bounded by the queue"
+    run(engine)
+    generate(engine, make_submission([99] * 9))
+    assert len(engine.tenancy.sessions) == 3
 
 
 def test_idle_sessions_are_forgotten_without_a_trace() -> None:

@@ -36,6 +36,8 @@ from pelton.engine.wire import (
 PART_FOR_OTHERS = 5
 OTHERS_WINDOW_S = 60.0
 MAX_TENANTS_SEEN = 1024
+# Looking for pins that have to yield takes as long as scheduling does, so steps that go on without it are let go on.
+STEPS_BETWEEN_TRIES = 8
 
 
 class Tenancy:
@@ -50,6 +52,7 @@ class Tenancy:
         self._tenants = tenants
         self._num_alive: Counter[str] = Counter()
         self._seen_s: OrderedDict[str, float] = OrderedDict()  # tenant -> latest arrival, refused ones too
+        self._num_steps_to_skip = 0
         self._pinned_block_s: OrderedDict[str, float] = OrderedDict()
         scheduler.kv.pins = self.pins
 
@@ -135,21 +138,30 @@ class Tenancy:
         scheduler = self._scheduler
         if not len(self.pins) or not len(scheduler.policy) or len(scheduler.running) >= self._info.max_num_seqs:
             return False
+        if scheduler.running and self._num_steps_to_skip:
+            self._num_steps_to_skip -= 1
+            return False
         head = next(iter(scheduler.policy.waiting()), None)
         if head is None or head.num_steps_in_flight:
             return False
         kv = scheduler.kv
-        num_reserved = sum(kv.num_blocks_to_reach(other, other.num_tokens) + 1 for other in scheduler.running)
+        # As the scheduler reserves: what prompts under way still need, and a block each to go on.
+        num_reserved = len(scheduler.running) + sum(
+            kv.num_blocks_to_reach(other, other.num_tokens)
+            for other in scheduler.running
+            if other.num_computed_tokens + 1 < other.num_prompt_tokens
+        )
         num_short = kv.num_blocks_short(head, kv.match(head), num_reserved)
-        return num_short > 0 and self.pins.try_yield_to_head(head, num_short, is_idle=not scheduler.running)
+        has_yielded = num_short > 0 and self.pins.try_yield_to_head(head, num_short, is_idle=not scheduler.running)
+        self._num_steps_to_skip = 0 if has_yielded else STEPS_BETWEEN_TRIES
+        return has_yielded
 
     def computed(self, batch: ScheduledBatch, result: StepResult) -> None:
         """A step has run; called before its tokens are appended."""
         self.costs.prefill.observe_step(batch, result.elapsed_s - result.kv_copy_s)
-        alive = self._scheduler.requests
+        pending = self.load.pending
         for scheduled in batch.requests:
-            request = alive.get(scheduled.request_id)
-            if request is not None and not request.output_token_ids:
+            if scheduled.request_id in pending:
                 self.load.computed(scheduled.request_id, len(scheduled.token_ids))
 
     def ended(self, request: Request, reason: FinishReason) -> float:
