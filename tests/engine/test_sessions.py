@@ -425,7 +425,7 @@ def test_a_tenants_own_bound(tenants: list[str], num_sent: int, num_refused: int
 
 
 def test_a_flood_leaves_places_for_others_once_there_are_others() -> None:
-    engine = make_engine(clock=ManualClock(), max_num_seqs=1, max_num_waiting=10)
+    engine = make_engine(clock=ManualClock(), max_num_seqs=1, max_num_waiting=20)
 
     def send(tenant_id: str) -> str | None:
         engine.submit(make_submission(range(9), tenant_id=tenant_id))
@@ -433,14 +433,17 @@ def test_a_flood_leaves_places_for_others_once_there_are_others() -> None:
         assert update is not None
         return next((output.error.code for output in update.outputs if output.error), None)
 
-    assert [send("flood") for _ in range(11)] == [None] * 11, "alone, a tenant may take all"
+    assert [send("flood") for _ in range(21)] == [None] * 21, "alone, a tenant may take all"
     assert send("late") == QueueFullError.code
-    for request_id in list(engine._submissions)[:3]:
+    for request_id in list(engine._submissions)[:8]:
         engine.cancel(request_id)
     engine.take_update()
-    assert [send("flood"), send("flood")] == [None, TenantLimitError.code]
-    assert [send("late"), send("late")] == [None, None]
-    assert send("late") == QueueFullError.code
+    # 13 are there, 17 places are for everybody, 4 for those who have less than 3.
+    assert [send("flood"), send("flood"), send("ally")] == [None] * 3
+    assert [send("flood"), send("late"), send("late"), send("late"), send("flood"), send("ally"), send("ally")] == [
+        *(None, None, None, TenantLimitError.code, TenantLimitError.code, None, TenantLimitError.code)
+    ]
+    assert [send("other"), send("other")] == [None, QueueFullError.code]
 
 
 def test_a_deadline_out_of_reach_is_refused_at_once_and_only_then() -> None:
