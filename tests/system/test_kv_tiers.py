@@ -18,7 +18,7 @@ from tests.system.server import run_server
 pytestmark = pytest.mark.model
 
 BLOCK = 16
-SAMPLING = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+SAMPLING = SamplingParams(temperature=0, max_tokens=80, ignore_eos=True)
 SHORT = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
 
 
@@ -34,13 +34,13 @@ def generate(llm: LLM, prompts: list[list[int]], sampling: SamplingParams) -> tu
 
 
 def test_preempted_at_four_times_the_cache_without_losing_a_token(default_model_path: Path) -> None:
-    """16 requests of 140 tokens in a cache for four: all complete as alone, and nothing is computed twice."""
-    prompts = make_prompts(16, 100)
+    """16 requests of 120 tokens in a cache for four: all complete as alone, and nothing is computed twice."""
+    prompts = make_prompts(16, 40)
     settings: dict[str, Any] = {"max_model_len": 256, "max_num_seqs": 16}
     with LLM(str(default_model_path), **settings) as llm:
         expected, _ = generate(llm, prompts, SAMPLING)
         assert llm.stats.num_preemptions_total == 0
-    num_blocks = 1 + 16 * 9 // 4
+    num_blocks = 1 + 16 * 8 // 4
     with LLM(str(default_model_path), num_kv_blocks=num_blocks, **settings) as llm:
         together, _ = generate(llm, prompts, SAMPLING)
         assert together == expected
