@@ -80,7 +80,7 @@ def measure_preemption(model: str, prompts: list[list[int]], num_output_tokens: 
     expected = None
     for name, own in (
         ("unpressured", {"num_kv_blocks": num_blocks + 1}),
-        ("quarter_with_host", {"num_kv_blocks": num_blocks // 4 + 1}),
+        ("quarter_with_host", {"num_kv_blocks": num_blocks // 4 + 1, "host_kv_cache_gb": 0.5}),
         ("quarter_recompute_only", {"num_kv_blocks": num_blocks // 4 + 1, "host_kv_cache_gb": 0.0}),
     ):
         with LLM(model, **settings, **own) as llm:

@@ -41,7 +41,7 @@ def test_preempted_at_four_times_the_cache_without_losing_a_token(default_model_
         expected, _ = generate(llm, prompts, SAMPLING)
         assert llm.stats.num_preemptions_total == 0
     num_blocks = 1 + 16 * 8 // 4
-    with LLM(str(default_model_path), num_kv_blocks=num_blocks, **settings) as llm:
+    with LLM(str(default_model_path), num_kv_blocks=num_blocks, host_kv_cache_gb=0.25, **settings) as llm:
         together, _ = generate(llm, prompts, SAMPLING)
         assert together == expected
         assert llm.stats.num_preemptions_total > 0
