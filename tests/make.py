@@ -28,6 +28,7 @@ from pelton.engine.kv.tiers import KVTiers
 from pelton.engine.policies import POLICIES
 from pelton.engine.policies.context import PolicyContext
 from pelton.engine.scheduler import Scheduler
+from pelton.engine.step_budget import make_budget
 
 VOCAB_SIZE = 300
 EOS_TOKEN_ID = 256
@@ -254,6 +255,7 @@ def make_engine(
     tenants: Sequence[str] = (),
     enable_overlap: bool = True,
     long_prefill_chunk: int | None = None,
+    tpot_slo_ms: float | None = None,
     clock: Any = None,
     executor: Any = None,
     num_host_blocks: int = 0,
@@ -300,6 +302,7 @@ def make_engine(
         max_num_seqs=engine_info.max_num_seqs,
         max_num_batched_tokens=engine_info.max_num_batched_tokens,
         long_prefill_chunk=long_prefill_chunk,
+        budget=make_budget(tpot_slo_ms, engine_info.max_num_batched_tokens),
     )
     return Engine(
         scheduler,

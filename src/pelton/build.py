@@ -77,6 +77,7 @@ def build_engine(config: PeltonConfig, decoder: TokenDecoder | None = None) -> E
     from pelton.engine.policies import POLICIES
     from pelton.engine.policies.context import PolicyContext
     from pelton.engine.scheduler import Scheduler
+    from pelton.engine.step_budget import make_budget
     from pelton.weights.catalog import resolve_model
     from pelton.weights.model_files import open_model
     from pelton.weights.tokenizer import load_decoder
@@ -99,6 +100,7 @@ def build_engine(config: PeltonConfig, decoder: TokenDecoder | None = None) -> E
         tenants=parse_tenants(config.engine.tenants),
         clock=clock,
         num_blocks=info.num_blocks,
+        kv_charge=config.engine.kv_charge,
         num_cached_tokens=lambda request: kv.match(request).num_tokens,
         num_blocks_needed=lambda request: kv.num_blocks_to_reach(request, request.num_tokens),
     )
@@ -109,6 +111,7 @@ def build_engine(config: PeltonConfig, decoder: TokenDecoder | None = None) -> E
         max_num_seqs=info.max_num_seqs,
         max_num_batched_tokens=info.max_num_batched_tokens,
         long_prefill_chunk=config.engine.long_prefill_chunk,
+        budget=make_budget(config.engine.tpot_slo_ms, info.max_num_batched_tokens),
     )
     return Engine(
         scheduler,

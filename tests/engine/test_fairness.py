@@ -196,6 +196,15 @@ def test_bounds_with_preemption_and_prefix_hits(policy: str, arrivals: list[Arri
     assert record.max_difference() <= 2 * (U + MAX_LEAD)
 
 
+@settings(max_examples=150, deadline=None, phases=(Phase.explicit, Phase.generate))
+@given(arrivals=arrivals_strategy, quantum=st.sampled_from([10.0, 100.0]))
+def test_dlpm_bounds_service_differences_by_its_quantum(arrivals: list[Arrival], quantum: float) -> None:
+    """2 (U + Q), with prefix hits and without a shortage of memory."""
+    onlooker = Onlooker(policy="dlpm", num_blocks=2000)
+    onlooker.policy.quantum = quantum  # type: ignore[attr-defined]
+    assert play(onlooker, arrivals).max_difference() <= 2 * (U + quantum)
+
+
 def test_memory_is_short_in_that_test() -> None:
     onlooker = Onlooker(policy="fair", num_blocks=15, max_model_len=MAX_PROMPT + MAX_OUTPUT)
     play(onlooker, [Arrival(0, name, 10, 12, 12, 1) for name in "abc"])

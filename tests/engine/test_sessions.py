@@ -325,10 +325,10 @@ def test_pins_are_charged_to_their_tenant() -> None:
     )
     Agent(engine, list(range(20)), session_id="s", tenant_id="a").turn()
     wait(engine, 2.0)
-    (stats,) = engine.tenancy.stats().tenants
+    (info,) = engine.tenancy.stats().tenants
     assert charged == {"a": 12.0}
-    assert stats.pinned_block_s_total == 12.0
-    assert stats.num_pinned_blocks == 6
+    assert info.pinned_block_s_total == 12.0
+    assert info.num_pinned_blocks == 6
 
 
 def test_the_timeline_tells_of_the_pin() -> None:
@@ -373,6 +373,17 @@ def test_tables_are_bounded_and_a_flood_of_sessions_is_its_tenants_own_loss() ->
         agent.turn([1])
     (kept,) = sessions._by_tenant["modest"].values()
     assert len(kept.turns) == MAX_TURNS_KEPT
+
+
+def test_more_sessions_under_way_than_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pelton.engine.sessions.MAX_SESSIONS", 3)
+    engine = make_engine(max_num_waiting=100)
+    for index in range(12):
+        engine.submit(make_submission([index] * 9))
+    assert len(engine.tenancy.sessions) == 12, "those under way are bounded by the queue"
+    run(engine)
+    generate(engine, make_submission([99] * 9))
+    assert len(engine.tenancy.sessions) == 3
 
 
 def test_idle_sessions_are_forgotten_without_a_trace() -> None:
@@ -448,7 +459,8 @@ def test_a_deadline_out_of_reach_is_refused_at_once_and_only_then() -> None:
     for request_id in list(engine._submissions):
         engine.cancel(request_id)
     engine.take_update()
-    assert send(100, 101.0, 5) is None, "what is gone is not waited for"
+    assert send(100, 0.001, 5) is None, "an idle engine tries"
+    assert send(100, 201.0, 6) is None, "what is gone is not waited for"
 
 
 def test_a_fair_queue_is_not_estimated_by_what_a_flood_has_queued() -> None:
@@ -473,8 +485,9 @@ def test_cached_prompts_are_not_counted_as_work() -> None:
 # -- service ------------------------------------------------------------------------------------------
 
 
-def test_service_is_what_was_computed_and_the_gap_is_between_those_who_wait() -> None:
-    engine = make_engine(clock=ManualClock(), tenants=["b:weight=2"], num_blocks=1024, max_num_seqs=2)
+@pytest.mark.parametrize("policy", ["fcfs", "agent"])
+def test_service_is_what_was_computed_and_the_gap_is_between_those_who_wait(policy: str) -> None:
+    engine = make_engine(clock=ManualClock(), policy=policy, tenants=["b:weight=2"], num_blocks=1024, max_num_seqs=2)
     for tenant_id in "ab":
         for first in range(3):
             engine.submit(make_submission([first] * 20, tenant_id=tenant_id, cache_salt=tenant_id))
@@ -482,7 +495,7 @@ def test_service_is_what_was_computed_and_the_gap_is_between_those_who_wait() ->
     while engine.has_work:
         step(engine)
         gaps.append(engine.tenancy.stats().fairness_gap)
-    service = {stats.tenant_id: stats.service_total for stats in engine.tenancy.stats().tenants}
+    service = {stats.tenant_id: stats.service for stats in engine.tenancy.stats().service}
     # 20 prompt tokens and 8 output tokens a request; no prompt repeats another.
     assert service == {"a": 3 * (20 + 16), "b": 3 * (20 + 16)}
     assert max(gaps) > 0.0

@@ -34,7 +34,7 @@ class RequestEvent:
 
 @dataclass(frozen=True, slots=True)
 class TenantStats:
-    """One tenant that has requests. Service is in input tokens: computed prompt tokens, and outputs at twice that."""
+    """One tenant's account. Service is in input tokens: computed prompt tokens, and outputs at twice that."""
 
     tenant_id: str
     num_running: int

@@ -101,7 +101,7 @@ class SchedulingPolicy(Protocol):
         ...
 
     def tenant_stats(self) -> tuple[TenantStats, ...]:
-        """Of the tenants that have requests."""
+        """Of the tenants that have requests, or had some and are remembered."""
         ...
 
 

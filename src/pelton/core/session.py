@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pelton.core.events import TenantStats
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionInfo:
@@ -22,25 +24,22 @@ class SessionInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TenantStats:
-    """One tenant. `*_total` only grow; the rest are gauges."""
+class TenantInfo:
+    """What one tenant has beside its requests."""
 
     tenant_id: str
-    weight: float = 1.0
-    service_total: float = 0.0  # weighted tokens as in VTC: computed prompt tokens + 2 x output tokens
-    num_running: int = 0
-    num_waiting: int = 0
     num_sessions: int = 0
     num_pinned_blocks: int = 0
-    pinned_block_s_total: float = 0.0  # blocks x seconds that pins have held
+    pinned_block_s_total: float = 0.0  # blocks x seconds that its pins have held
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TenancyStats:
     """All tenants; asked for, not sent with every step."""
 
-    tenants: tuple[TenantStats, ...] = ()
-    fairness_gap: float = 0.0  # largest difference in service by weight between tenants with requests waiting
+    service: tuple[TenantStats, ...] = ()  # the policy's accounts
+    tenants: tuple[TenantInfo, ...] = ()
+    fairness_gap: float = 0.0  # largest difference of virtual service between tenants with requests waiting
     num_sessions: int = 0
     num_pins: int = 0
     num_pins_ended_total: tuple[tuple[str, int], ...] = ()  # (reason, number)

@@ -15,7 +15,10 @@ POLICY_NAMES = ("agent", "fair", "dlpm", "program", "priority", "fcfs")
 class EngineConfig:
     max_model_len: int | None = setting(None, "longest prompt plus output, in tokens; default: the model's own")
     max_num_seqs: int = setting(64, "most requests in one step")
-    max_num_batched_tokens: int = setting(512, "token budget of one step; a smaller one smooths decoding")
+    max_num_batched_tokens: int = setting(256, "token budget of one step; a smaller one smooths decoding")
+    tpot_slo_ms: float | None = setting(
+        None, "time between tokens to keep while prompts are computed: the token budget follows measured step times"
+    )
     long_prefill_chunk: int | None = setting(None, "most tokens of one request in a step; default: the whole budget")
     block_size: int = setting(16, "tokens in a KV block")
     kv_cache_memory_gb: float | None = setting(
@@ -35,11 +38,14 @@ class EngineConfig:
         "lru", "which cached KV block is given up first, on the device and in host memory", choices=("lru", "value")
     )
     enable_prefix_caching: bool = setting(True, "keep KV of finished requests for prompts that start alike")
-    scheduling_policy: str = setting("fcfs", "order of the waiting and choice of victims", choices=POLICY_NAMES)
+    scheduling_policy: str = setting("agent", "order of the waiting and choice of victims", choices=POLICY_NAMES)
     tenants: tuple[str, ...] = setting(
         (),
         "weight and caps of a tenant, as NAME:weight=2,max_num_running=8; the name * is for all others",
         alias="--tenant",
+    )
+    kv_charge: float = setting(
+        0.0, "what a tenant is charged for one KV block held for one second, in input tokens; 0: nothing"
     )
     max_num_waiting: int = setting(1024, "requests that may queue; more are refused with 503 and Retry-After")
     enable_overlap: bool = setting(True, "prepare the next step while one runs")
@@ -55,6 +61,10 @@ class EngineConfig:
         parse_tenants(self.tenants)
         if self.max_num_waiting < 0:
             raise ConfigError(f"max_num_waiting is {self.max_num_waiting}; it must be at least 0")
+        if not self.kv_charge >= 0:
+            raise ConfigError(f"kv_charge is {self.kv_charge}; it must be at least 0")
+        if self.tpot_slo_ms is not None and not self.tpot_slo_ms > 0:
+            raise ConfigError(f"tpot_slo_ms is {self.tpot_slo_ms}; it must be positive")
         if self.kv_cache_memory_gb is not None and self.kv_cache_memory_gb <= 0:
             raise ConfigError(f"kv_cache_memory_gb is {self.kv_cache_memory_gb}; it must be positive")
         if self.disk_kv_cache_gb <= 0:

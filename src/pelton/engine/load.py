@@ -19,7 +19,7 @@ class Load:
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._waiting: dict[str, str] = {}  # request id -> tenant
-        self._pending: dict[str, tuple[str, int]] = {}  # request id -> (tenant, prompt tokens to compute)
+        self.pending: dict[str, tuple[str, int]] = {}  # request id -> (tenant, prompt tokens to compute)
         self._pending_by_tenant: Counter[str] = Counter()
 
     def add(self, request: Request, num_tokens: int) -> None:
@@ -28,7 +28,7 @@ class Load:
         self._waiting[request.request_id] = tenant_id
         self.num_waiting[tenant_id] += 1
         if num_tokens > 0:
-            self._pending[request.request_id] = (tenant_id, num_tokens)
+            self.pending[request.request_id] = (tenant_id, num_tokens)
             self._pending_by_tenant[tenant_id] += num_tokens
 
     def admitted(self, request_id: str) -> None:
@@ -39,19 +39,19 @@ class Load:
 
     def computed(self, request_id: str, num_tokens: int) -> None:
         """A step has computed so many prompt tokens of it."""
-        pending = self._pending.pop(request_id, None)
+        pending = self.pending.pop(request_id, None)
         if pending is None:
             return
         tenant_id, num_left = pending
         _subtract(self._pending_by_tenant, tenant_id, min(num_tokens, num_left))
         if num_tokens < num_left:
-            self._pending[request_id] = (tenant_id, num_left - num_tokens)
+            self.pending[request_id] = (tenant_id, num_left - num_tokens)
 
     def remove(self, request_id: str) -> None:
         """It has ended."""
         self.admitted(request_id)
-        if request_id in self._pending:
-            self.computed(request_id, self._pending[request_id][1])
+        if request_id in self.pending:
+            self.computed(request_id, self.pending[request_id][1])
 
     def first_token_s(self, tenant_id: str, num_tokens: int, num_running: int, now_s: float) -> float | None:
         """Seconds until a new request of `num_tokens` prompt tokens could have its first token; None: unknown.

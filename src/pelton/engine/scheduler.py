@@ -17,10 +17,13 @@ from pelton.core.protocols import Clock, SchedulingPolicy
 from pelton.core.request import Request, RequestStatus
 from pelton.engine.kv.manager import KVManager
 from pelton.engine.kv.prefix_match import PrefixMatch
+from pelton.engine.step_budget import FixedBudget, StepBudget
 
 # How far past a request that does not fit the waiting line is searched, and how many may overtake it.
 MAX_LOOKAHEAD = 8
 MAX_OVERTAKEN = 64
+# Steps after which refused requests are tried again though there is no more room: more of a prefix may be cached.
+REFUSED_STEPS = 8
 # Blocks on their way to disk that are copied to host memory in a step, and in one that has nothing to compute.
 SAVED_PER_STEP = 8
 SAVED_WHEN_IDLE = 64
@@ -49,6 +52,7 @@ class _Step:
     scheduled: list[ScheduledRequest] = field(default_factory=list)
     kv_ops: list[KVOp] = field(default_factory=list)
     starts: dict[str, int] = field(default_factory=dict)  # request id -> first position computed in this step
+    chunks: list[Request] = field(default_factory=list)  # running requests that want, or wanted, more than one token
     has_refused: bool = False  # a waiting request found no room
 
 
@@ -62,12 +66,14 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         long_prefill_chunk: int | None = None,
+        budget: StepBudget | None = None,
     ) -> None:
         self.policy = policy
         self.kv = kv
         self.clock = clock
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.budget = budget or FixedBudget(max_num_batched_tokens)
         self.max_chunk = long_prefill_chunk or max_num_batched_tokens
         self.requests: dict[str, Request] = {}  # all that have not ended
         self.running: list[Request] = []  # in order of admission
@@ -76,6 +82,8 @@ class Scheduler:
         self._ended_ids: list[str] = []  # told to the worker with the next batch
         self._preempted_ids: list[str] = []
         self._num_steps = 0
+        self._refused_room = 0  # free blocks when waiting requests were last refused
+        self._refused_until_step = 0
 
     # -- requests come and go ---------------------------------------------------------------------
 
@@ -83,11 +91,13 @@ class Scheduler:
         self.kv.prepare(request)
         self.requests[request.request_id] = request
         self.policy.add(request)
+        self._refused_until_step = 0
 
     def remove(self, request: Request) -> None:
         """The request has ended, for whatever reason; its blocks are free at once."""
         if self.requests.pop(request.request_id, None) is not None:  # else it was never added
             self.policy.finish(request)
+            self._refused_until_step = 0
             self.kv.forget(request)
             if request.status is RequestStatus.RUNNING:
                 self.running.remove(request)
@@ -101,10 +111,12 @@ class Scheduler:
         """The next step, or None where nothing can be computed now."""
         step = _Step(self.max_num_batched_tokens)
         num_preemptions = self.counters.num_preemptions
-        chunks = self._continue_decodes(step)
-        if len(chunks) > 1:
-            self.policy.order(chunks)
-        for request in chunks:
+        step.chunks = self._continue_decodes(step)
+        num_decodes = len(step.scheduled)
+        step.num_budget_tokens = min(self.max_num_batched_tokens, self.budget.num_tokens(num_decodes)) - num_decodes
+        if len(step.chunks) > 1:
+            self.policy.order(step.chunks)
+        for request in tuple(step.chunks):
             if not step.has_refused and len(self.policy) and self.counters.num_preemptions == num_preemptions:
                 self._admit_waiting(step, request)
             self._continue(request, step)
@@ -213,19 +225,24 @@ class Scheduler:
         self.kv.preempt(request)
         self._preempted_ids.append(request.request_id)
         self.policy.preempt(request)
+        self._refused_until_step = 0
 
     def _admit_waiting(self, step: _Step, ahead_of: Request | None = None) -> None:
         """Start waiting requests; with `ahead_of` only those that the policy puts before that one's next chunk."""
         if not step.num_budget_tokens or len(self.running) >= self.max_num_seqs:
             return
         # Kept for the running: what their known tokens still need, and one block each to go on.
-        num_reserved = sum(self._num_unreached_blocks(request) + 1 for request in self.running)
-        num_refused, refused_first = 0, None
+        num_reserved = len(self.running) + sum(map(self._num_unreached_blocks, step.chunks))
+        room = self.kv.pool.num_available - num_reserved
+        if room <= self._refused_room and self._num_steps < self._refused_until_step and self.running:
+            return  # what was refused lately would be refused again
+        num_refused, refused_first, is_memory_short = 0, None, True
         for request in self.policy.waiting():
             if ahead_of is not None and not self.policy.precedes(request, ahead_of):
                 break
             if self._try_admit(request, num_reserved, step):
                 num_reserved += self._num_unreached_blocks(request) + 1
+                step.chunks.append(request)
                 if refused_first is not None:
                     refused_first.num_overtaken += 1
                 if not step.num_budget_tokens or len(self.running) >= self.max_num_seqs:
@@ -234,9 +251,13 @@ class Scheduler:
             step.has_refused = True
             refused_first = refused_first or request
             num_refused += 1
+            is_memory_short = is_memory_short and not request.num_steps_in_flight
             # Smaller requests may pass one that does not fit, but not for ever (law 6).
             if num_refused == MAX_LOOKAHEAD or refused_first.num_overtaken >= MAX_OVERTAKEN:
                 break
+        if num_refused and is_memory_short and ahead_of is None:
+            self._refused_room = self.kv.pool.num_available - num_reserved
+            self._refused_until_step = self._num_steps + REFUSED_STEPS
 
     def _try_admit(self, request: Request, num_reserved_blocks: int, step: _Step) -> bool:
         if request.num_steps_in_flight:  # preempted while a step computes it: its result must not count for new blocks
@@ -279,7 +300,7 @@ class Scheduler:
         self._record(request, EventKind.SCHEDULED, num_matched_tokens)
 
     def _num_unreached_blocks(self, request: Request) -> int:
-        if request.num_tokens - request.num_computed_tokens <= 1:
+        if request.status is not _RUNNING or request.num_remaining_tokens <= 1:
             return 0
         return self.kv.num_blocks_to_reach(request, request.num_tokens)
 
@@ -336,6 +357,7 @@ class Scheduler:
 
         Returns each request that is still alive and got tokens, with its row in the batch.
         """
+        self.budget.observe(batch, result.elapsed_s)
         grown = []
         failed_ids = result.failed or {}
         alive, commit, charge, block_size = self.requests, self.kv.commit, self.policy.charge, self.kv.block_size

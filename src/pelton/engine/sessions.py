@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
 
@@ -69,6 +69,10 @@ class Sessions:
 
     def __len__(self) -> int:
         return self._num_sessions
+
+    def tenant_ids(self) -> Iterable[str]:
+        """Tenants that have sessions."""
+        return self._by_tenant.keys()
 
     def num_of(self, tenant_id: str) -> int:
         return len(self._by_tenant.get(tenant_id, ()))
@@ -246,6 +250,8 @@ class Sessions:
 
     def _add(self, submission: Submission, program: Program | None, now_s: float) -> Session:
         """A new session; `program` is that of the turn it forks from."""
+        while self._num_sessions >= MAX_SESSIONS and self._forget_one():
+            pass
         is_inferred = submission.session_id is None
         sessions = self._by_tenant.setdefault(submission.tenant_id, OrderedDict())
         session_id = submission.session_id
@@ -258,8 +264,6 @@ class Sessions:
         sessions[session_id] = session
         self._num_sessions += 1
         self._join(session, program_id, now_s)
-        if self._num_sessions > MAX_SESSIONS:
-            self._forget_one()
         return session
 
     def _join(self, session: Session, program_id: str, now_s: float) -> None:
@@ -304,19 +308,26 @@ class Sessions:
         self._num_sessions -= 1
 
     def _forget_idle(self, now_s: float) -> None:
-        for sessions in list(self._by_tenant.values()):
-            for session in list(sessions.values()):
+        idle = []
+        for sessions in self._by_tenant.values():
+            for session in sessions.values():
                 if session.used_s >= now_s - MAX_IDLE_S:
                     break
-                if session.num_running:
-                    continue
-                if session.comes_back:
-                    self.turns_left.observe(session.num_turns)
-                self._forget(session)
+                if not session.num_running:
+                    idle.append(session)
+        for session in idle:
+            if session.comes_back:
+                self.turns_left.observe(session.num_turns)
+            self._forget(session)
 
-    def _forget_one(self) -> None:
-        """Too many sessions: the tenant with most of them loses the one used least recently."""
+    def _forget_one(self) -> bool:
+        """Too many sessions: the tenant with most of them loses the one used least recently.
+
+        False: all of its are under way; the queue bounds those.
+        """
         sessions = max(self._by_tenant.values(), key=len)
         idle = next((session for session in sessions.values() if not session.num_running), None)
-        if idle is not None:  # else all are under way, and the queue bounds those
-            self._forget(idle)
+        if idle is None:
+            return False
+        self._forget(idle)
+        return True

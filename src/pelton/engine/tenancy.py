@@ -1,4 +1,4 @@
-"""`Tenancy`: what the engine knows of those it serves: bounds on what they send, sessions, pins, service.
+"""`Tenancy`: what the engine knows of those it serves: bounds on what they send, sessions, pins.
 
 The engine tells it what happens to a request; it refuses, remembers and answers questions, and decides nothing
 about what runs next.
@@ -13,15 +13,14 @@ from pelton.core.batch import ScheduledBatch, StepResult
 from pelton.core.errors import DeadlineUnreachableError, QueueFullError, TenantLimitError
 from pelton.core.events import EngineInfo
 from pelton.core.protocols import Clock
-from pelton.core.request import FinishReason, Request, RequestStatus, Submission
-from pelton.core.session import TenancyStats, TenantStats
+from pelton.core.request import FinishReason, Request, Submission
+from pelton.core.session import TenancyStats, TenantInfo
 from pelton.core.tenant import Tenants
 from pelton.engine.kv.costs import KVCosts
 from pelton.engine.kv.pins import PinTable
 from pelton.engine.load import Load
 from pelton.engine.scheduler import Scheduler
 from pelton.engine.sessions import Sessions
-from pelton.engine.tenant_service import TenantService
 from pelton.engine.wire import (
     DeleteSession,
     DescribeTenants,
@@ -37,12 +36,13 @@ from pelton.engine.wire import (
 PART_FOR_OTHERS = 5
 OTHERS_WINDOW_S = 60.0
 MAX_TENANTS_SEEN = 1024
+# Looking for pins that have to yield takes as long as scheduling does, so steps that go on without it are let go on.
+STEPS_BETWEEN_TRIES = 8
 
 
 class Tenancy:
     def __init__(self, scheduler: Scheduler, clock: Clock, info: EngineInfo, tenants: Tenants, costs: KVCosts) -> None:
         self.costs = costs
-        self.service = TenantService(tenants)
         self.pins = PinTable(scheduler.kv.pool, tenants, clock, self._charge_kv)
         self.sessions = Sessions(scheduler.kv, clock, costs, self.pins)
         self.load = Load(costs, max_num_seqs=info.max_num_seqs, max_num_batched_tokens=info.max_num_batched_tokens)
@@ -52,6 +52,8 @@ class Tenancy:
         self._tenants = tenants
         self._num_alive: Counter[str] = Counter()
         self._seen_s: OrderedDict[str, float] = OrderedDict()  # tenant -> latest arrival, refused ones too
+        self._num_steps_to_skip = 0
+        self._pinned_block_s: OrderedDict[str, float] = OrderedDict()
         scheduler.kv.pins = self.pins
 
     # -- admission --------------------------------------------------------------------------------
@@ -72,7 +74,6 @@ class Tenancy:
         self.sessions.arrive(submission, requests)
         for request in requests:
             self._num_alive[request.tenant_id] += 1
-            self.service.arrived(request.tenant_id)
             self.load.add(request, num_tokens if request is first else 0)
         return requests
 
@@ -112,8 +113,8 @@ class Tenancy:
         return capacity
 
     def _check_deadline(self, submission: Submission, num_tokens: int, now_s: float) -> None:
-        if submission.timeout_s is None:
-            return
+        if submission.timeout_s is None or not self._num_alive:
+            return  # an idle engine always tries: it may have been measured at a bad moment
         num_running = len(self._scheduler.running)
         first_token_s = self.load.first_token_s(submission.tenant_id, num_tokens, num_running, now_s)
         if first_token_s is not None and first_token_s > submission.timeout_s:
@@ -137,34 +138,37 @@ class Tenancy:
         scheduler = self._scheduler
         if not len(self.pins) or not len(scheduler.policy) or len(scheduler.running) >= self._info.max_num_seqs:
             return False
+        if scheduler.running and self._num_steps_to_skip:
+            self._num_steps_to_skip -= 1
+            return False
         head = next(iter(scheduler.policy.waiting()), None)
         if head is None or head.num_steps_in_flight:
             return False
         kv = scheduler.kv
-        num_reserved = sum(kv.num_blocks_to_reach(other, other.num_tokens) + 1 for other in scheduler.running)
+        # As the scheduler reserves: what prompts under way still need, and a block each to go on.
+        num_reserved = len(scheduler.running) + sum(
+            kv.num_blocks_to_reach(other, other.num_tokens)
+            for other in scheduler.running
+            if other.num_computed_tokens + 1 < other.num_prompt_tokens
+        )
         num_short = kv.num_blocks_short(head, kv.match(head), num_reserved)
-        return num_short > 0 and self.pins.try_yield_to_head(head, num_short, is_idle=not scheduler.running)
+        has_yielded = num_short > 0 and self.pins.try_yield_to_head(head, num_short, is_idle=not scheduler.running)
+        self._num_steps_to_skip = 0 if has_yielded else STEPS_BETWEEN_TRIES
+        return has_yielded
 
     def computed(self, batch: ScheduledBatch, result: StepResult) -> None:
-        """A step has run; called while the requests that it ended are still known."""
-        self.costs.prefill.observe_step(batch, result.elapsed_s)
-        alive, served = self._scheduler.requests, self.service.served
-        for scheduled, sampled in zip(batch.requests, result.sampled_token_ids, strict=True):
-            request = alive.get(scheduled.request_id)
-            if request is None:
-                continue
-            num_sampled = len(sampled)
-            num_prompt_tokens = len(scheduled.token_ids) - 1 if request.output_token_ids else len(scheduled.token_ids)
-            served(request.tenant_id, num_prompt_tokens, num_sampled)
-            if num_prompt_tokens:
-                self.load.computed(scheduled.request_id, num_prompt_tokens)
+        """A step has run; called before its tokens are appended."""
+        self.costs.prefill.observe_step(batch, result.elapsed_s - result.kv_copy_s)
+        pending = self.load.pending
+        for scheduled in batch.requests:
+            if scheduled.request_id in pending:
+                self.load.computed(scheduled.request_id, len(scheduled.token_ids))
 
     def ended(self, request: Request, reason: FinishReason) -> float:
         """A request ends and still holds its blocks. Returns how long they are kept, in seconds; 0: not at all."""
         tenant_id = request.tenant_id
         self.load.remove(request.request_id)
         self.load.rate.count(self._clock.now_s())
-        self.service.left(tenant_id)
         self._num_alive[tenant_id] -= 1
         if not self._num_alive[tenant_id]:
             del self._num_alive[tenant_id]
@@ -180,7 +184,9 @@ class Tenancy:
         return self.sessions.next_expiry_s
 
     def _charge_kv(self, tenant_id: str, num_block_seconds: float) -> None:
-        self.service.pinned(tenant_id, num_block_seconds)
+        self._pinned_block_s[tenant_id] = self._pinned_block_s.pop(tenant_id, 0.0) + num_block_seconds
+        if len(self._pinned_block_s) > MAX_TENANTS_SEEN:
+            self._pinned_block_s.popitem(last=False)
         self._scheduler.policy.charge_kv(tenant_id, num_block_seconds)
 
     # -- questions --------------------------------------------------------------------------------
@@ -195,26 +201,22 @@ class Tenancy:
                 return TenantReport(query_id, self.stats())
 
     def stats(self) -> TenancyStats:
-        """Linear in the requests that are alive."""
         self.pins.charge()
-        running, waiting = Counter[str](), Counter[str]()
-        for request in self._scheduler.requests.values():
-            (running if request.status is RequestStatus.RUNNING else waiting)[request.tenant_id] += 1
+        service = self._scheduler.policy.tenant_stats()
+        waiting = [tenant.virtual_service for tenant in service if tenant.num_waiting]
+        tenant_ids = dict.fromkeys((*self._pinned_block_s, *self.sessions.tenant_ids()))
         return TenancyStats(
+            service=service,
             tenants=tuple(
-                TenantStats(
+                TenantInfo(
                     tenant_id=tenant_id,
-                    weight=self._tenants.of(tenant_id).weight,
-                    service_total=service_total,
-                    num_running=running[tenant_id],
-                    num_waiting=waiting[tenant_id],
                     num_sessions=self.sessions.num_of(tenant_id),
                     num_pinned_blocks=self.pins.num_blocks(tenant_id),
-                    pinned_block_s_total=pinned_block_s,
+                    pinned_block_s_total=self._pinned_block_s.get(tenant_id, 0.0),
                 )
-                for tenant_id, (service_total, pinned_block_s) in self.service.totals().items()
+                for tenant_id in tenant_ids
             ),
-            fairness_gap=self.service.gap(waiting),
+            fairness_gap=max(waiting) - min(waiting) if waiting else 0.0,
             num_sessions=len(self.sessions),
             num_pins=len(self.pins),
             num_pins_ended_total=tuple((reason.value, number) for reason, number in self.pins.num_ended.items()),

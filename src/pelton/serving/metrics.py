@@ -12,8 +12,10 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.exposition import generate_latest
 
 from pelton.core.events import EngineInfo, EngineStats, EventKind, RequestEvent
+from pelton.core.session import TenancyStats
 from pelton.engine.wire import EngineUpdate
 from pelton.serving.histogram import BucketCounts
+from pelton.serving.tenancy_metrics import TenancyMetrics
 
 MAX_TENANTS = 100
 OTHER_TENANT = "other"
@@ -111,6 +113,9 @@ class ServerMetrics:
             "pelton:tenant_tokens", "Tokens by tenant", (*_LABELS, "tenant", "kind"), registry=self.registry
         )
 
+        self.tenancy = TenancyMetrics(labels, self._tenant)
+        self.registry.register(self.tenancy)
+
     def expose(self) -> bytes:
         """The text format of Prometheus."""
         self._publish_stats()
@@ -124,6 +129,7 @@ class ServerMetrics:
 
     def clear_gauges(self) -> None:
         """There is no engine at the moment, so nothing runs or waits."""
+        self.tenancy.stats = TenancyStats()
         self._stats = replace(self._stats, num_running=0, num_waiting=0, num_blocks_used=0, num_blocks_cached=0)
 
     def take_update(self, update: EngineUpdate) -> None:

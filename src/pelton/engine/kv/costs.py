@@ -69,15 +69,15 @@ class PrefillFit:
 
     def observe_step(self, batch: ScheduledBatch, elapsed_s: float) -> None:
         """Take a step in which at least half of the tokens belong to chunks; decodes have another price."""
-        num_tokens = num_chunk_tokens = 0
+        num_tokens = batch.num_tokens
+        num_chunk_tokens = num_tokens - sum(1 for scheduled in batch.requests if len(scheduled.token_ids) == 1)
+        if not num_tokens or 2 * num_chunk_tokens < num_tokens:
+            return
         num_pairs = 0.0
         for scheduled in batch.requests:
-            count = len(scheduled.token_ids)
-            num_tokens += count
-            num_chunk_tokens += count if count > 1 else 0
-            num_pairs += _num_pairs(scheduled.num_computed_tokens, scheduled.num_computed_tokens + count)
-        if 2 * num_chunk_tokens >= num_tokens:
-            self.observe(num_tokens, num_pairs, elapsed_s)
+            start = scheduled.num_computed_tokens
+            num_pairs += _num_pairs(start, start + len(scheduled.token_ids))
+        self.observe(num_tokens, num_pairs, elapsed_s)
 
     @property
     def coefficients(self) -> PrefillCoefficients:

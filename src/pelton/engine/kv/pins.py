@@ -70,7 +70,8 @@ class PinTable:
         self._by_tenant: dict[str, _TenantPins] = {}
         self._expiries: list[tuple[float, int, Pin]] = []  # heap; ended pins leave it late
         self._order = count()
-        self._last_refusal: tuple[str, int, int, bool] | None = None
+        self._last_refusal: tuple[str, int, bool] | None = None
+        self._last_refused_short = 0
 
     def __len__(self) -> int:
         return len(self._pins)
@@ -166,8 +167,8 @@ class PinTable:
         False, and nothing ended: those that have to yield would not be enough. `is_idle`: nothing runs, so
         nobody else will ever give memory back; then all yield, enough or not.
         """
-        state = (head.request_id, len(self._pins), self._pool.num_available, is_idle)
-        if state == self._last_refusal:
+        state = (head.request_id, len(self._pins), is_idle)
+        if state == self._last_refusal and num_blocks_short >= self._last_refused_short:
             return False
         beyond_share = self._beyond_share(head.tenant_id)
         yielding = [
@@ -176,7 +177,7 @@ class PinTable:
             if is_idle or pin in beyond_share or pin.program_arrival_s > head.program_arrival_s
         ]
         if not yielding or not (is_idle or self._num_held_alone(yielding) >= num_blocks_short):
-            self._last_refusal = state
+            self._last_refusal, self._last_refused_short = state, num_blocks_short
             return False
         yielding.sort(key=lambda pin: (pin in beyond_share, _rank(pin)))
         enough = self._pool.num_available + num_blocks_short

@@ -41,6 +41,7 @@ class KVTiers:
         self.host = host
         self.disk = disk
         self.costs = costs
+        costs.tiers = (HOST,)
         self.counters = TierCounters()
         self._num_block_bytes = num_block_bytes
         self._ops: list[KVOp] = []

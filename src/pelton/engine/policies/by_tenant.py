@@ -159,7 +159,6 @@ class ByTenantPolicy:
                 tenant.tenant_id, len(tenant.running), len(tenant.waiting), tenant.service, tenant.virtual_service
             )
             for tenant in self.tenants.values()
-            if tenant.running or tenant.waiting
         )
 
     # -- order --------------------------------------------------------------------------------------

@@ -68,20 +68,16 @@ class FairPolicy(ByTenantPolicy):
 
         A tenant that holds more than all others settles it among its own requests, where only later ones yield.
         """
+        own = beneficiary.tenant_id
         shares = {name: self._kv_share(name) for name in {request.tenant_id for request in running}}
-        own_share = self._kv_share(beneficiary.tenant_id)
-        largest = max(shares, key=lambda name: (shares[name], name), default=beneficiary.tenant_id)
-        if shares.get(largest, 0.0) > own_share and largest != beneficiary.tenant_id:
+        largest = max(shares, key=lambda name: (shares[name], name == own), default=own)
+        if largest != own and shares[largest] > self._kv_share(own):
             candidates = [request for request in running if request.tenant_id == largest]
         else:
             own_key = self.request_key(beneficiary)
-            candidates = [
-                request
-                for request in running
-                if request.tenant_id == beneficiary.tenant_id and self.request_key(request) > own_key
-            ]
+            candidates = [r for r in running if r.tenant_id == own and self.request_key(r) > own_key]
         return min(candidates, key=lambda request: request.num_computed_tokens, default=None)
 
     def _kv_share(self, tenant_id: str) -> float:
         tenant = self.tenants[tenant_id]
-        return tenant.num_blocks / tenant.settings.weight
+        return sum(request.num_kv_tokens for request in tenant.running.values()) / tenant.settings.weight

@@ -96,6 +96,7 @@ void ThreadPool::take_tasks(int thread) {
 }
 
 void ThreadPool::work(int thread) {
+    const FlushDenormals flush;
     uint32_t seen = 0;
     for (;;) {
         spin([&] { return generation_.load(std::memory_order_acquire) != seen; });

@@ -10,6 +10,8 @@
 #include <thread>
 #include <vector>
 
+#include "denormals.h"
+
 namespace pelton {
 
 class ThreadPool {
@@ -27,6 +29,7 @@ public:
     template <typename Task>
     void run(int count, const Task& task) {
         if (count <= 0) return;
+        const FlushDenormals flush;
         if (num_threads_ == 1 || count == 1) {
             for (int i = 0; i < count; ++i) task(i, 0);
             return;
