@@ -130,6 +130,8 @@ async def test_killed_while_writing_and_started_again(default_model_path: Path, 
             engine.kill()
             failures = [answer for answer in await asking if not isinstance(answer, int)]
             assert all(isinstance(failure, (AssertionError, aiohttp.ClientError)) for failure in failures)
+            while engine in server.engine_processes() or not server.engine_processes():
+                await asyncio.sleep(0.02)
             await server.wait_ready()
         assert sum([await ask(index) for index in range(4)]) > 0
     async with run_server(default_model_path, *flags) as server:
