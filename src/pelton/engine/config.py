@@ -49,6 +49,7 @@ class EngineConfig:
     )
     max_num_waiting: int = setting(1024, "requests that may queue; more are refused with 503 and Retry-After")
     enable_overlap: bool = setting(True, "prepare the next step while one runs")
+    step_log: str | None = setting(None, "file that gets every step's shape and time, for `pelton simulate calibrate`")
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
