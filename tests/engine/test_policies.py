@@ -362,7 +362,7 @@ def test_kv_held_over_time_is_charged() -> None:
     list(policy.waiting())
     assert policy.tenants["a"].service - before == 0.5 * 3 * 10
     policy.charge_kv("a", 20.0)
-    assert policy.tenants["a"].service - before == 0.5 * 3 * 10 + 10
+    assert policy.tenants["a"].service - before == 0.5 * 3 * 10 + 20, "pins cost one a block and second at least"
 
 
 # -- tenants' settings ------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from pelton.core.session import SessionInfo
 from pelton.engine.engine import Engine
 from pelton.engine.kv.pins import PinEnd
 from pelton.engine.pauses import PauseTimes
+from pelton.engine.policies import POLICIES
 from pelton.engine.sessions import GONE_AFTER_S, MAX_IDLE_S, MAX_SESSIONS, MAX_TURNS_KEPT
 from tests.make import ManualClock, check_ledger, generate, make_engine, make_submission, run, step
 
@@ -317,18 +318,17 @@ def test_a_tenant_over_its_pin_quota_loses_its_own() -> None:
     assert only_session(engine, "modest").num_pinned_blocks == 6
 
 
-def test_pins_are_charged_to_their_tenant() -> None:
-    engine = slow_engine()
-    charged: dict[str, float] = {}
-    engine.scheduler.policy.charge_kv = lambda tenant_id, amount: charged.update(  # type: ignore[method-assign]
-        {tenant_id: charged.get(tenant_id, 0.0) + amount}
-    )
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_pins_are_charged_to_their_tenant(policy: str) -> None:
+    engine = slow_engine(policy=policy)
     Agent(engine, list(range(20)), session_id="s", tenant_id="a").turn()
+    (before,) = engine.tenancy.stats().service
     wait(engine, 2.0)
+    (after,) = engine.tenancy.stats().service
     (info,) = engine.tenancy.stats().tenants
-    assert charged == {"a": 12.0}
-    assert info.pinned_block_s_total == 12.0
     assert info.num_pinned_blocks == 6
+    assert info.pinned_block_s_total == 12.0
+    assert after.service - before.service == 12.0
 
 
 def test_the_timeline_tells_of_the_pin() -> None:
@@ -425,7 +425,7 @@ def test_a_tenants_own_bound(tenants: list[str], num_sent: int, num_refused: int
 
 
 def test_a_flood_leaves_places_for_others_once_there_are_others() -> None:
-    engine = make_engine(clock=ManualClock(), max_num_seqs=1, max_num_waiting=10)
+    engine = make_engine(clock=ManualClock(), max_num_seqs=1, max_num_waiting=20)
 
     def send(tenant_id: str) -> str | None:
         engine.submit(make_submission(range(9), tenant_id=tenant_id))
@@ -433,14 +433,17 @@ def test_a_flood_leaves_places_for_others_once_there_are_others() -> None:
         assert update is not None
         return next((output.error.code for output in update.outputs if output.error), None)
 
-    assert [send("flood") for _ in range(11)] == [None] * 11, "alone, a tenant may take all"
+    assert [send("flood") for _ in range(21)] == [None] * 21, "alone, a tenant may take all"
     assert send("late") == QueueFullError.code
-    for request_id in list(engine._submissions)[:3]:
+    for request_id in list(engine._submissions)[:8]:
         engine.cancel(request_id)
     engine.take_update()
-    assert [send("flood"), send("flood")] == [None, TenantLimitError.code]
-    assert [send("late"), send("late")] == [None, None]
-    assert send("late") == QueueFullError.code
+    # 13 are there, 17 places are for everybody, 4 for those who have less than 3.
+    assert [send("flood"), send("flood"), send("ally")] == [None] * 3
+    assert [send("flood"), send("late"), send("late"), send("late"), send("flood"), send("ally"), send("ally")] == [
+        *(None, None, None, TenantLimitError.code, TenantLimitError.code, None, TenantLimitError.code)
+    ]
+    assert [send("other"), send("other")] == [None, QueueFullError.code]
 
 
 def test_a_deadline_out_of_reach_is_refused_at_once_and_only_then() -> None:

@@ -19,6 +19,8 @@ OUTPUT_TOKEN_SERVICE = 2.0
 # Beyond these, accounts of the longest idle are forgotten: names come from clients.
 MAX_NUM_TENANTS = 10_000
 KV_CHARGE_INTERVAL_S = 1.0
+# Service for a pinned block a second, at least: kept for as many seconds as it has tokens, it costs its recompute.
+PIN_CHARGE = 1.0
 
 
 class Tenant:
@@ -148,7 +150,7 @@ class ByTenantPolicy:
         tenant.virtual_service += tenant.num_output_service * num_output_tokens
 
     def charge_kv(self, tenant_id: str, num_block_seconds: float) -> None:
-        self._tenant(tenant_id).charge(self.context.kv_charge * num_block_seconds)
+        self._tenant(tenant_id).charge(max(PIN_CHARGE, self.context.kv_charge) * num_block_seconds)
 
     def __len__(self) -> int:
         return self._num_waiting
@@ -284,4 +286,4 @@ class ByTenantPolicy:
             self._kv_charged_s = now_s
             for tenant in self.tenants.values():
                 if tenant.running:
-                    self.charge_kv(tenant.tenant_id, tenant.num_blocks * elapsed_s)
+                    tenant.charge(self.context.kv_charge * tenant.num_blocks * elapsed_s)
