@@ -223,12 +223,19 @@ def test_without_fairness_the_bound_is_broken() -> None:
 @settings(max_examples=150, deadline=None, phases=(Phase.explicit, Phase.generate))
 @given(arrivals=arrivals_strategy)
 def test_work_conservation(policy: str, arrivals: list[Arrival]) -> None:
-    """While anybody waits, a step is full: of requests or of tokens. There is memory for all."""
+    """While anybody waits, a step is full: of requests or of tokens. There is memory for all.
+
+    The one exception: who goes ahead of another's prompt has the step to itself, decodes aside.
+    """
 
     def check(onlooker: Onlooker) -> None:
         if onlooker.record.backlogged[-1]:
             batch = onlooker.executor.batches[-1]
-            assert batch.num_tokens == 16 or len(batch.requests) == MAX_NUM_SEQS
+            started = {s.request_id for s in batch.requests if s.context is not None}
+            chunks = {r.request_id for r in onlooker.engine.scheduler.running if r.num_remaining_tokens > 1}
+            gave_way = bool(chunks - {s.request_id for s in batch.requests}) and bool(started)
+            assert batch.num_tokens == 16 or len(batch.requests) == MAX_NUM_SEQS or gave_way
+            assert batch.num_tokens
 
     play(Onlooker(policy=policy, enable_overlap=False, enable_prefix_caching=False), arrivals, check)
 

@@ -35,7 +35,7 @@ class EngineConfig:
     )
     disk_kv_cache_gb: float = setting(16.0, "most GiB of KV blocks in that folder; the least recently used go first")
     kv_eviction_policy: str = setting(
-        "lru", "which cached KV block is given up first, on the device and in host memory", choices=("lru",)
+        "lru", "which cached KV block is given up first, on the device and in host memory", choices=("lru", "value")
     )
     enable_prefix_caching: bool = setting(True, "keep KV of finished requests for prompts that start alike")
     scheduling_policy: str = setting("agent", "order of the waiting and choice of victims", choices=POLICY_NAMES)
@@ -49,6 +49,7 @@ class EngineConfig:
     )
     max_num_waiting: int = setting(1024, "requests that may queue; more are refused with 503 and Retry-After")
     enable_overlap: bool = setting(True, "prepare the next step while one runs")
+    step_log: str | None = setting(None, "file that gets every step's shape and time, for `pelton simulate calibrate`")
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):

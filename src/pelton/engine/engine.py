@@ -34,6 +34,9 @@ from pelton.engine.scheduler import Scheduler
 from pelton.engine.tenancy import Tenancy
 from pelton.engine.wire import EngineUpdate, Query, Reply
 
+# Part of a step's expected time after which the next one is scheduled: late, but so that the executor never waits.
+SCHEDULE_AFTER = 0.75
+
 
 @dataclass(slots=True)
 class _Timings:
@@ -65,6 +68,7 @@ class Engine:
         self._processor = OutputProcessor(decoder)
         self._max_in_flight = 2 if enable_overlap else 1
         self._in_flight: deque[tuple[ScheduledBatch, Future[StepResult]]] = deque()
+        self._schedule_at_s: float | None = None  # when the step after the running one is made
         self._submissions: dict[str, list[Request]] = {}  # sequences of a submission that have not ended
         self._read_ahead = ReadAhead(scheduler.kv, clock)
         self._forks: dict[str, list[Request]] = {}  # leader's id -> siblings that wait for its prompt
@@ -124,7 +128,7 @@ class Engine:
     def next_deadline_s(self) -> float | None:
         """When `expire` or `dispatch` has something to do even if nothing else happens."""
         deadline_s = self._deadlines[0][0] if self._deadlines else None
-        times_s = (deadline_s, self.tenancy.next_expiry_s, self._read_ahead.next_deadline_s)
+        times_s = (deadline_s, self.tenancy.next_expiry_s, self._read_ahead.next_deadline_s, self._schedule_at_s)
         return min((time_s for time_s in times_s if time_s is not None), default=None)
 
     @property
@@ -143,6 +147,9 @@ class Engine:
             self.scheduler.add(request)
         while len(self._in_flight) < self._max_in_flight:
             started_s = self.clock.now_s()
+            if self._schedule_at_s is not None and started_s < self._schedule_at_s and not self.is_step_done:
+                return
+            self._schedule_at_s = None
             batch = self.scheduler.schedule()
             if self.tenancy.make_room() and batch is None:
                 batch = self.scheduler.schedule()
@@ -152,8 +159,16 @@ class Engine:
             self.tenancy.scheduled(batch)
             future = self.executor.submit(batch)
             self._in_flight.append((batch, future))
+            self._set_schedule_time()
             if on_done is not None:
                 future.add_done_callback(on_done)
+
+    def _set_schedule_time(self) -> None:
+        """The next step is made late in the one that starts to run, so that who comes meanwhile is in it."""
+        self._schedule_at_s = None
+        if len(self._in_flight) == 1 and self._max_in_flight > 1:
+            expected_s = self.scheduler.budget.time_s(self._in_flight[0][0])
+            self._schedule_at_s = self.clock.now_s() + SCHEDULE_AFTER * expected_s
 
     def wake_with(self, wake: Callable[[], None]) -> None:
         """`wake` is called, on another thread, when `dispatch` has something to do that no step tells of."""
@@ -176,10 +191,12 @@ class Engine:
             result = future.result()
         except Exception as error:
             self._in_flight.popleft()
+            self._set_schedule_time()
             self.scheduler.kv.complete(batch.kv_ops)
             self._fail_step(batch, error)
             return
         self._in_flight.popleft()
+        self._set_schedule_time()
         self.scheduler.kv.complete(batch.kv_ops, result.kv_copy_s)
         started_s = self.clock.now_s()
         self._num_steps += 1

@@ -53,6 +53,7 @@ class _Step:
     kv_ops: list[KVOp] = field(default_factory=list)
     starts: dict[str, int] = field(default_factory=dict)  # request id -> first position computed in this step
     chunks: list[Request] = field(default_factory=list)  # running requests that want, or wanted, more than one token
+    is_closed: bool = False  # takes no more requests
     has_refused: bool = False  # a waiting request found no room
 
 
@@ -118,10 +119,14 @@ class Scheduler:
             self.policy.order(step.chunks)
         for request in tuple(step.chunks):
             if not step.has_refused and len(self.policy) and self.counters.num_preemptions == num_preemptions:
+                num_running = len(self.running)
                 self._admit_waiting(step, request)
+                if len(self.running) > num_running:  # who goes ahead is not slowed by what it has passed
+                    step.is_closed = True
+                    break
             self._continue(request, step)
         calm = self.counters.num_preemptions == num_preemptions or not step.scheduled
-        if calm and len(self.policy):
+        if calm and not step.is_closed and len(self.policy):
             self._admit_waiting(step)
         step.kv_ops += self.kv.take_moves(SAVED_PER_STEP if step.scheduled else SAVED_WHEN_IDLE)
         if not step.scheduled and not step.kv_ops:
@@ -357,7 +362,8 @@ class Scheduler:
 
         Returns each request that is still alive and got tokens, with its row in the batch.
         """
-        self.budget.observe(batch, result.elapsed_s)
+        if batch.requests:  # and not blocks on their way to disk alone
+            self.budget.observe(batch, result.elapsed_s - result.kv_copy_s)
         grown = []
         failed_ids = result.failed or {}
         alive, commit, charge, block_size = self.requests, self.kv.commit, self.policy.charge, self.kv.block_size

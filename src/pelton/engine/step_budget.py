@@ -29,56 +29,45 @@ class StepBudget(Protocol):
         """A step took `elapsed_s`."""
         ...
 
-
-class FixedBudget:
-    def __init__(self, max_num_tokens: int) -> None:
-        self._max_num_tokens = max_num_tokens
-
-    def num_tokens(self, num_decodes: int) -> int:  # noqa: ARG002
-        return self._max_num_tokens
-
-    def observe(self, batch: ScheduledBatch, elapsed_s: float) -> None:
-        """A fixed budget learns nothing."""
+    def time_s(self, batch: ScheduledBatch) -> float:
+        """Seconds that a step will take, as far as is known; 0.0 before anything was observed."""
+        ...
 
 
-class TimeBudget:
-    """As many prompt tokens beside the decodes as fit into `step_s`, by least squares over recent steps.
+class StepTimes:
+    """Time of a step by least squares over recent ones: a + b * decodes + c * other tokens, none of them negative."""
 
-    time = a + b * decodes + c * other tokens, none of them negative. A step without decodes delays nobody's
-    next token and may have `max_num_tokens`.
-    """
-
-    def __init__(self, step_s: float, max_num_tokens: int) -> None:
-        self._step_s = step_s
-        self._max_num_tokens = max_num_tokens
+    def __init__(self) -> None:
         self._moments = [[_RIDGE * (row == column) for column in range(3)] for row in range(3)]
         self._products = [0.0, 0.0, 0.0]
-        self._largest_chunk = float(MIN_CHUNK)  # seen lately: the fit is not trusted beyond twice that
-
-    def num_tokens(self, num_decodes: int) -> int:
-        if num_decodes == 0:
-            return self._max_num_tokens
-        fixed_s, decode_s, token_s = self._fit()
-        left_s = TARGET * self._step_s - fixed_s - decode_s * num_decodes
-        most = 2 * self._largest_chunk
-        chunk = min(left_s / token_s, most) if token_s > 0 else most
-        return min(self._max_num_tokens, num_decodes + max(MIN_CHUNK, int(chunk)))
+        self._seconds: tuple[float, ...] | None = None
+        self.largest_chunk = float(MIN_CHUNK)  # seen lately: the fit is not to be trusted far beyond
 
     def observe(self, batch: ScheduledBatch, elapsed_s: float) -> None:
-        num_tokens = batch.num_tokens
-        num_decodes = sum(1 for request in batch.requests if len(request.token_ids) == 1)
-        values = [
-            value * scale for value, scale in zip((1, num_decodes, num_tokens - num_decodes), _SCALE, strict=True)
-        ]
+        num_decodes, num_others = _count_tokens(batch)
+        values = [value * scale for value, scale in zip((1, num_decodes, num_others), _SCALE, strict=True)]
         for row in range(3):
             for column in range(3):
                 fresh = values[row] * values[column] + (1 - MEMORY) * _RIDGE * (row == column)
                 self._moments[row][column] = MEMORY * self._moments[row][column] + fresh
             self._products[row] = MEMORY * self._products[row] + values[row] * elapsed_s
-        self._largest_chunk = max(MIN_CHUNK, MEMORY * self._largest_chunk, num_tokens - num_decodes)
+        self.largest_chunk = max(MIN_CHUNK, MEMORY * self.largest_chunk, num_others)
+        self._seconds = None
+
+    def time_s(self, batch: ScheduledBatch) -> float:
+        num_decodes, num_others = _count_tokens(batch)
+        step_s, decode_s, token_s = self.seconds
+        return step_s + decode_s * num_decodes + token_s * num_others
+
+    @property
+    def seconds(self) -> tuple[float, ...]:
+        """Of a step, of a decode, of another token."""
+        if self._seconds is None:
+            self._seconds = self._fit()
+        return self._seconds
 
     def _fit(self) -> tuple[float, ...]:
-        """Seconds of a step, of a decode, of another token. A negative one is left out and the rest fitted again."""
+        """A negative coefficient is left out and the rest fitted again."""
         kept = [0, 1, 2]
         while kept:
             solution = _solve([[self._moments[i][j] for j in kept] for i in kept], [self._products[i] for i in kept])
@@ -88,6 +77,43 @@ class TimeBudget:
                 return tuple(found.get(i, 0.0) * _SCALE[i] for i in range(3))
             del kept[worst]
         return (0.0, 0.0, 0.0)
+
+
+class FixedBudget(StepTimes):
+    def __init__(self, max_num_tokens: int) -> None:
+        super().__init__()
+        self._max_num_tokens = max_num_tokens
+
+    def num_tokens(self, num_decodes: int) -> int:  # noqa: ARG002
+        return self._max_num_tokens
+
+
+class TimeBudget(StepTimes):
+    """As many prompt tokens beside the decodes as fit into `step_s`.
+
+    A step without decodes delays nobody's next token and may have `max_num_tokens`.
+    """
+
+    def __init__(self, step_s: float, max_num_tokens: int) -> None:
+        super().__init__()
+        self._step_s = step_s
+        self._max_num_tokens = max_num_tokens
+
+    def num_tokens(self, num_decodes: int) -> int:
+        if num_decodes == 0:
+            return self._max_num_tokens
+        step_s, decode_s, token_s = self.seconds
+        left_s = TARGET * self._step_s - step_s - decode_s * num_decodes
+        most = 2 * self.largest_chunk
+        chunk = min(left_s / token_s, most) if token_s > 0 else most
+        return min(self._max_num_tokens, num_decodes + max(MIN_CHUNK, int(chunk)))
+
+
+def _count_tokens(batch: ScheduledBatch) -> tuple[int, int]:
+    """Decodes, and tokens of requests that compute more than one."""
+    counts = [len(scheduled[1]) for scheduled in batch.requests]
+    num_decodes = counts.count(1)
+    return num_decodes, sum(counts) - num_decodes
 
 
 def make_budget(tpot_slo_ms: float | None, max_num_tokens: int) -> StepBudget:
