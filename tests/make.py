@@ -22,6 +22,7 @@ from pelton.engine.engine import Engine
 from pelton.engine.kv.block_pool import BlockPool
 from pelton.engine.kv.costs import KVCosts
 from pelton.engine.kv.disk import DiskTier
+from pelton.engine.kv.eviction import EVICTIONS
 from pelton.engine.kv.manager import KVManager
 from pelton.engine.kv.tiers import KVTiers
 from pelton.engine.policies import POLICIES
@@ -260,6 +261,7 @@ def make_engine(
     num_host_blocks: int = 0,
     disk: SlowBlockStore | None = None,
     num_disk_blocks: int = 10**6,
+    eviction: str = "lru",
     **info: Any,
 ) -> Engine:
     """An engine over a `ContextExecutor`; further arguments as in `EngineInfo`."""
@@ -274,14 +276,14 @@ def make_engine(
     costs = KVCosts(chunk=engine_info.max_num_batched_tokens)
     tiers = None
     if num_host_blocks:
-        host = BlockPool(num_host_blocks)
+        host = BlockPool(num_host_blocks, EVICTIONS[eviction](clock, lambda _: 1.0))
         if disk is not None:
             disk.host_slots = executor.host_slots
         disk_tier = None if disk is None else DiskTier(disk, host, costs, max_bytes=num_disk_blocks)
         tiers = KVTiers(host, costs, disk=disk_tier)
     kv = KVManager(
         tuple(groups),
-        BlockPool(engine_info.num_blocks),
+        BlockPool(engine_info.num_blocks, EVICTIONS[eviction](clock, lambda _: 1.0)),
         engine_info.block_size,
         enable_prefix_caching=engine_info.enable_prefix_caching,
         tiers=tiers,

@@ -179,17 +179,23 @@ def build_kv_manager(
     from pelton.engine.kv.manager import KVManager
     from pelton.engine.kv.tiers import KVTiers
 
-    make_eviction = EVICTIONS[config.kv_eviction_policy]
+    def block_cost(index: int) -> float:
+        """Of one more block in a chunk: what every step costs is the same for all."""
+        prefill = costs.prefill.coefficients
+        start = index * info.block_size
+        return info.block_size * (prefill.token_s + prefill.position_s * start)
+
+    make_eviction = partial(EVICTIONS[config.kv_eviction_policy], clock, block_cost)
     tiers = None
     if info.num_host_blocks > 1:
-        host = BlockPool(info.num_host_blocks, make_eviction(clock))
+        host = BlockPool(info.num_host_blocks, make_eviction())
         disk = None
         if block_store is not None:
             disk = DiskTier(block_store, host, costs, max_bytes=int(config.disk_kv_cache_gb * 2**30))
         tiers = KVTiers(host, costs, num_block_bytes=info.kv_block_bytes, disk=disk)
     return KVManager(
         groups,
-        BlockPool(info.num_blocks, make_eviction(clock)),
+        BlockPool(info.num_blocks, make_eviction()),
         info.block_size,
         enable_prefix_caching=info.enable_prefix_caching,
         identity=info.kv_identity,

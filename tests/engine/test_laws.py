@@ -14,6 +14,7 @@ from pelton.core.output import RequestOutput
 from pelton.core.request import FinishReason, Submission
 from pelton.engine.engine import Engine
 from pelton.engine.kv.block_hash import is_private
+from pelton.engine.kv.eviction import EVICTIONS
 from pelton.engine.policies import POLICIES
 from tests.make import (
     FULL_ATTENTION,
@@ -138,6 +139,7 @@ def check_nothing_is_held(engine: Engine) -> None:
     enable_overlap=st.booleans(),
     policy=st.sampled_from(list(POLICIES)),
     num_host_blocks=st.sampled_from([0, 0, 3, 12, 400]),
+    eviction=st.sampled_from(list(EVICTIONS)),
 )
 def test_same_answer_whatever_the_load_and_the_ledger_balances(
     arrivals: list[Arrival],
@@ -149,6 +151,7 @@ def test_same_answer_whatever_the_load_and_the_ledger_balances(
     enable_overlap: bool,
     policy: str,
     num_host_blocks: int,
+    eviction: str,
 ) -> None:
     engine = make_engine(
         groups=groups,
@@ -161,6 +164,7 @@ def test_same_answer_whatever_the_load_and_the_ledger_balances(
         policy=policy,
         max_model_len=72,
         num_host_blocks=num_host_blocks,
+        eviction=eviction,
     )
     check_answers(arrivals, groups, drive(engine, arrivals))
     check_nothing_is_held(engine)
@@ -177,6 +181,7 @@ def test_same_answer_whatever_the_load_and_the_ledger_balances(
     problems=st.lists(st.booleans(), max_size=40),
     enable_overlap=st.booleans(),
     policy=st.sampled_from(list(POLICIES)),
+    eviction=st.sampled_from(list(EVICTIONS)),
 )
 def test_same_answer_with_a_disk_that_is_slow_and_fails_and_after_a_restart(
     arrivals: list[Arrival],
@@ -188,6 +193,7 @@ def test_same_answer_with_a_disk_that_is_slow_and_fails_and_after_a_restart(
     problems: list[bool],
     enable_overlap: bool,
     policy: str,
+    eviction: str,
 ) -> None:
     disk = SlowBlockStore(problems)
     for _ in range(2):
@@ -202,6 +208,7 @@ def test_same_answer_with_a_disk_that_is_slow_and_fails_and_after_a_restart(
             disk=disk,
             num_disk_blocks=num_disk_blocks,
             clock=clock,
+            eviction=eviction,
         )
 
         def pass_time(clock: ManualClock = clock) -> None:

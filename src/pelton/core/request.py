@@ -67,6 +67,7 @@ class Request:
     # As the last batch carried them; None once they have changed.
     scheduled_block_tables: tuple[tuple[int, ...], ...] | None = None
     block_hashes: list[bytes] = field(default_factory=list)  # chain over full blocks of known tokens
+    generation: int = 0  # turns that the chain it goes on from has had
     # What the last preemption kept findable, for this request alone where a hash is not one of `block_hashes`.
     kept_hashes: list[bytes] = field(default_factory=list)
     num_kept_tokens: int = 0

@@ -35,7 +35,7 @@ class EngineConfig:
     )
     disk_kv_cache_gb: float = setting(16.0, "most GiB of KV blocks in that folder; the least recently used go first")
     kv_eviction_policy: str = setting(
-        "lru", "which cached KV block is given up first, on the device and in host memory", choices=("lru",)
+        "lru", "which cached KV block is given up first, on the device and in host memory", choices=("lru", "value")
     )
     enable_prefix_caching: bool = setting(True, "keep KV of finished requests for prompts that start alike")
     scheduling_policy: str = setting("agent", "order of the waiting and choice of victims", choices=POLICY_NAMES)

@@ -362,7 +362,8 @@ class Scheduler:
 
         Returns each request that is still alive and got tokens, with its row in the batch.
         """
-        self.budget.observe(batch, result.elapsed_s)
+        if batch.requests:  # and not blocks on their way to disk alone
+            self.budget.observe(batch, result.elapsed_s - result.kv_copy_s)
         grown = []
         failed_ids = result.failed or {}
         alive, commit, charge, block_size = self.requests, self.kv.commit, self.policy.charge, self.kv.block_size

@@ -32,7 +32,7 @@ from pelton.engine.wire import (
     TenantReport,
 )
 
-# Where several tenants have come lately, none without a bound of its own takes the last places in the queue.
+# The part of the queue (one in so many places) that tenants without a bound of their own leave to others.
 PART_FOR_OTHERS = 5
 OTHERS_WINDOW_S = 60.0
 MAX_TENANTS_SEEN = 1024
@@ -105,12 +105,19 @@ class Tenancy:
             )
 
     def _bound_of(self, tenant_id: str, capacity: int, now_s: float) -> int:
+        """Most requests of a tenant at one time.
+
+        Where several tenants have come lately, the last places are for those who have few requests here, so that
+        no one and no two of them keep the others out.
+        """
         settings = self._tenants.of(tenant_id)
         if settings.max_num_waiting is not None:
             return (settings.max_num_running or self._info.max_num_seqs) + settings.max_num_waiting
-        if self._has_others(tenant_id, now_s):
-            return capacity - self._info.max_num_waiting // PART_FOR_OTHERS
-        return capacity
+        num_kept = self._info.max_num_waiting // PART_FOR_OTHERS
+        if not num_kept or not self._has_others(tenant_id, now_s):
+            return capacity
+        num_free = capacity - num_kept - self._num_alive.total()
+        return max(num_kept // 2, self._num_alive[tenant_id] + num_free)
 
     def _check_deadline(self, submission: Submission, num_tokens: int, now_s: float) -> None:
         if submission.timeout_s is None or not self._num_alive:

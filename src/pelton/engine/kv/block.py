@@ -15,7 +15,8 @@ class Block:
     key: BlockKey | None = None  # under which it is found; None: content not shared
     # Of the content, not of the place: they travel with it from tier to tier.
     index: int = 0  # its place in the chain: positions [index * block_size, ...)
-    num_hits: int = 0  # times it was found by a request
+    generation: int = 0  # turns that its chain had had when it was computed
+    num_turns: int = 0  # most turns of a chain that it was part of
     last_used_s: float = 0.0  # when it was last given back
 
 

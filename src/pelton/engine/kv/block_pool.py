@@ -26,7 +26,7 @@ class BlockPool:
         # Called with a block that holds findable content and has lost its last holder.
         self.on_cached: Callable[[Block], None] | None = None
         self._free = list(range(num_blocks - 1, NULL_BLOCK_ID, -1))
-        self._cached = eviction or LRUEviction()
+        self._cached = LRUEviction() if eviction is None else eviction
         self._index: dict[BlockKey, int] = {}
 
     @property
@@ -74,7 +74,6 @@ class BlockPool:
             if block.ref_count == 0:
                 self._cached.reuse(block)
             block.ref_count += 1
-            block.num_hits += 1
 
     def hold(self, block_ids: Iterable[int]) -> None:
         """As `share`, for a holder that nobody asked for: says nothing of the content's worth."""
@@ -101,12 +100,19 @@ class BlockPool:
         """The block that holds this content, used or cached."""
         return self._index.get(key)
 
-    def publish(self, block_id: int, key: BlockKey, index: int = 0, num_hits: int = 0) -> None:
+    def publish(self, block_id: int, key: BlockKey, index: int = 0, generation: int = 0) -> None:
         """Make a used block findable. The first block of a key stays; a twin remains unpublished."""
         block = self.blocks[block_id]
         if key not in self._index and block.key is None:
-            block.key, block.index, block.num_hits = key, index, num_hits
+            block.key, block.index = key, index
+            block.generation = block.num_turns = generation
             self._index[key] = block_id
+
+    def publish_like(self, block_id: int, other: Block) -> None:
+        """Publish a copy of a block of another pool."""
+        assert other.key is not None
+        self.publish(block_id, other.key, other.index, other.generation)
+        self.blocks[block_id].num_turns = other.num_turns
 
     def unpublish(self, block_id: int) -> None:
         """The block's content is not to be found any more; a cached block becomes free."""

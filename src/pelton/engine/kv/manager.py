@@ -11,6 +11,7 @@ that still reads it is in flight is written only by a later step.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 
 from pelton.core.batch import NULL_BLOCK_ID, BlockKey, KVOp, KVOpKind
 from pelton.core.model_spec import KVGroupSpec
@@ -143,11 +144,20 @@ class KVManager:
         request.block_tables = [list(ids) for ids in match.block_ids]
         if match.loads:
             self._load(request, match)
+        self._count_turn(request)
         self._reclaim(request, match.num_tokens)
         request.scheduled_block_tables = None
         request.num_computed_tokens = match.num_tokens
         request.num_writable_tokens = 0
         request.num_kv_tokens = match.num_tokens
+
+    def _count_turn(self, request: Request) -> None:
+        """What a request goes on from is worth what its chain is: a conversation that goes on may go on again."""
+        tables = [[self.pool.blocks[block_id] for block_id in table] for table in request.block_tables]
+        if tables[0] and not request.num_preemptions:
+            request.generation = tables[0][-1].generation + 1
+        for block in chain.from_iterable(tables):
+            block.num_turns = max(block.num_turns, request.generation)
 
     def _load(self, request: Request, match: PrefixMatch) -> None:
         """Copy what a match found in host memory into blocks of the device, where others find it too."""
@@ -158,7 +168,7 @@ class KVManager:
         for load, block_id in zip(match.loads, taken, strict=True):
             self.tiers.load(load.slot_id, block_id)
             request.block_tables[load.group_id][load.index] = block_id
-            self.pool.publish(block_id, load.key, load.index, self.tiers.host.blocks[load.slot_id].num_hits)
+            self.pool.publish_like(block_id, self.tiers.host.blocks[load.slot_id])
 
     def try_extend(self, request: Request, num_new_tokens: int) -> list[KVOp] | None:
         """Make room for the next `num_new_tokens` tokens: all of it or None.
@@ -223,7 +233,7 @@ class KVManager:
         for group_id, table in enumerate(request.block_tables):
             for index in range(start // self.block_size, num_full):
                 if table[index] != NULL_BLOCK_ID:
-                    self.pool.publish(table[index], (group_id, request.block_hashes[index]), index)
+                    self.pool.publish(table[index], (group_id, request.block_hashes[index]), index, request.generation)
 
     def free(self, request: Request) -> None:
         """Give back everything; published blocks stay findable until their memory is needed."""
@@ -270,7 +280,7 @@ class KVManager:
         block_hash = private_hash(request, index)
         for group_id, block_id in enumerate(block_ids):
             if block_id != NULL_BLOCK_ID:
-                self.pool.publish(block_id, (group_id, block_hash), index)
+                self.pool.publish(block_id, (group_id, block_hash), index, request.generation)
         return block_hash
 
     def _reclaim(self, request: Request, num_tokens: int) -> None:
@@ -282,7 +292,7 @@ class KVManager:
         for group_id, table in enumerate(request.block_tables):
             for index in range(num_tokens // self.block_size):
                 if table[index] != NULL_BLOCK_ID:
-                    self.pool.publish(table[index], (group_id, request.block_hashes[index]), index)
+                    self.pool.publish(table[index], (group_id, request.block_hashes[index]), index, request.generation)
 
     def forget(self, request: Request) -> None:
         """Nobody will ask any more for what a preempted request kept for itself."""

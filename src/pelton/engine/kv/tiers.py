@@ -69,13 +69,13 @@ class KVTiers:
         if taken is None:
             self.counters.num_dropped_blocks += 1
             return
-        self.host.publish(taken[0], block.key, block.index, block.num_hits)
+        self.host.publish_like(taken[0], block)
         self._hold(KVOp(KVOpKind.STORE, block.block_id, taken[0], HOST), taken[0])
         self.counters.num_stored_blocks += 1
 
     def _touch(self, slot_id: int, block: Block) -> None:
         self.host.share((slot_id,))
-        self.host.blocks[slot_id].num_hits = block.num_hits
+        self.host.blocks[slot_id].num_turns = block.num_turns
         self.host.release((slot_id,))
 
     def hold(self, slot_ids: Sequence[int]) -> None:
@@ -105,7 +105,7 @@ class KVTiers:
         if self.disk is None or self.disk.is_behind:
             return
         while self._unsaved and num_blocks:
-            key, _ = self._unsaved.popitem(last=False)
+            key, _ = self._unsaved.popitem()  # given back last: a chain's beginning, without which the rest is nothing
             block_id = device.find(key)
             if block_id is not None and self.disk.wants(key):
                 self.store(device.blocks[block_id])

@@ -7,7 +7,10 @@ from collections.abc import Callable
 from pelton.core.protocols import Clock
 from pelton.engine.kv.block import EvictionPolicy
 from pelton.engine.kv.eviction.lru import LRUEviction
+from pelton.engine.kv.eviction.value import ValueEviction
 
-EVICTIONS: dict[str, Callable[[Clock], EvictionPolicy]] = {
-    "lru": lambda _: LRUEviction(),
+# From a clock and the cost to compute block `index` of a chain again, in any unit.
+EVICTIONS: dict[str, Callable[[Clock, Callable[[int], float]], EvictionPolicy]] = {
+    "lru": lambda _clock, _cost: LRUEviction(),
+    "value": ValueEviction,
 }
