@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from pelton.core.errors import DeadlineUnreachableError, QueueFullError, TenantLimitError
 from pelton.core.events import EventKind
+from pelton.core.model_spec import KVGroupSpec
 from pelton.core.request import Submission
 from pelton.core.session import SessionInfo
 from pelton.engine.engine import Engine
@@ -18,9 +19,9 @@ from pelton.engine.kv.pins import PinEnd
 from pelton.engine.pauses import PauseTimes
 from pelton.engine.policies import POLICIES
 from pelton.engine.sessions import GONE_AFTER_S, MAX_IDLE_S, MAX_SESSIONS, MAX_TURNS_KEPT
-from tests.make import ManualClock, check_ledger, generate, make_engine, make_submission, run, step
+from tests.make import FULL_ATTENTION, ManualClock, check_ledger, generate, make_engine, make_submission, run, step
 
-BLOCK_SIZE = 4
+WINDOWED = (KVGroupSpec((0,)), KVGroupSpec((1,), 9))
 
 
 class Agent:
@@ -515,15 +516,34 @@ TURN = st.tuples(
 )
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.lists(TURN, min_size=1, max_size=25), st.integers(20, 60), st.booleans())
+@settings(max_examples=80, deadline=None)
+@given(
+    turns=st.lists(TURN, min_size=1, max_size=25),
+    groups=st.sampled_from([FULL_ATTENTION, WINDOWED]),
+    num_blocks=st.integers(20, 60),
+    num_host_blocks=st.sampled_from([0, 12]),
+    policy=st.sampled_from(["agent", "fcfs"]),
+    enable_overlap=st.booleans(),
+)
 def test_random_agents_never_stall_and_answers_do_not_depend_on_pins(
-    turns: list[tuple[int, int, float, str]], num_blocks: int, enable_overlap: bool
+    turns: list[tuple[int, int, float, str]],
+    groups: tuple[KVGroupSpec, ...],
+    num_blocks: int,
+    num_host_blocks: int,
+    policy: str,
+    enable_overlap: bool,
 ) -> None:
     """Many turns at once in a small cache: all end, the ledger balances, the tokens are those of an empty engine."""
     engine = slow_engine(
-        num_blocks=num_blocks, max_model_len=72, tenants=["*:max_pin_share=0.9"], enable_overlap=enable_overlap
+        groups=groups,
+        num_blocks=num_blocks * len(groups),
+        num_host_blocks=num_host_blocks,
+        policy=policy,
+        max_model_len=72,
+        tenants=["*:max_pin_share=0.9"],
+        enable_overlap=enable_overlap,
     )
+    engine.tenancy.costs.tiers = ()  # or nothing would be pinned
     contexts = {index: [index] * 9 for index in range(6)}
     sent: list[Submission] = []
     token_ids: dict[str, list[int]] = {}
@@ -548,7 +568,7 @@ def test_random_agents_never_stall_and_answers_do_not_depend_on_pins(
     for output in run(engine):
         token_ids.setdefault(output.request_id, []).extend(output.token_ids)
     for submission in sent:
-        alone = make_engine(max_model_len=72)
+        alone = make_engine(groups=groups, max_model_len=72)
         assert token_ids[submission.request_id] == generate(alone, submission)[submission.request_id, 0]
     wait(engine, MAX_IDLE_S * 2)
     assert engine.stats().num_blocks_used == 0
