@@ -183,7 +183,7 @@ class SlowBlockStore:
         self.files: dict[BlockKey, list[int]] = {}
         self.host_slots: list[list[int]] = []
         self.num_closed = 0
-        self._problems = iter(problems)
+        self.problems = iter(problems)
         self._waiting: deque[Callable[[], None]] = deque()
 
     def scan(self, max_bytes: int) -> list[BlockKey]:
@@ -201,7 +201,7 @@ class SlowBlockStore:
         future: Future[bool] = Future()
 
         def write() -> None:
-            is_good = not next(self._problems, False)
+            is_good = not next(self.problems, False)
             if is_good:
                 self.files[key] = list(self.host_slots[slot_id])
             future.set_result(is_good)
@@ -215,7 +215,7 @@ class SlowBlockStore:
         def read() -> None:
             loaded = []
             for slot_id, key in zip(slot_ids, keys, strict=True):
-                is_good = key in self.files and not next(self._problems, False)
+                is_good = key in self.files and not next(self.problems, False)
                 self.host_slots[slot_id] = list(self.files[key]) if is_good else [-9] * len(self.host_slots[slot_id])
                 loaded.append(is_good)
             future.set_result(BlockRead(tuple(loaded), 1e-9))

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import random
+from itertools import repeat
+
 import pytest
 
 from pelton.core.batch import KVOpKind
 from pelton.core.model_spec import KVGroupSpec
 from pelton.engine.engine import Engine
-from tests.make import FULL_ATTENTION, ContextExecutor, generate, make_engine, make_submission
+from pelton.engine.kv.eviction import EVICTIONS
+from tests.make import (
+    FULL_ATTENTION,
+    ContextExecutor,
+    ManualClock,
+    SlowBlockStore,
+    generate,
+    make_engine,
+    make_request,
+    make_submission,
+    step,
+)
 
 WINDOWED = (KVGroupSpec((0,)), KVGroupSpec((1,), 6), KVGroupSpec((2,), 6))
 
@@ -97,3 +111,101 @@ def test_a_preempted_request_that_is_cancelled_leaves_nothing_of_its_own() -> No
     kv.check(())
     assert kv.pool.num_used == kv.tiers.host.num_used == 0
     assert all(len(key[1]) == 16 for pool in (kv.pool, kv.tiers.host) for key in pool.published_keys())
+
+
+@pytest.mark.parametrize("eviction", sorted(EVICTIONS))
+@pytest.mark.parametrize("groups", [FULL_ATTENTION, WINDOWED])
+def test_tiers_too_small_for_anything_give_right_answers(groups: tuple[KVGroupSpec, ...], eviction: str) -> None:
+    """What is to be loaded is the oldest in host memory, and making room for it evicts to host memory."""
+    rng = random.Random(4)
+    size = len(groups)
+    engine = make_engine(
+        groups=groups, num_blocks=1 + 12 * size, num_host_blocks=1 + 9 * size, max_model_len=40, eviction=eviction
+    )
+    expected: dict[int, list[int]] = {}
+    for index in range(150):
+        start = rng.randrange(4)
+        prompt = [start] * 4 + list(range(rng.choice([12, 24, 28])))
+        token_ids = generate(engine, make_submission(prompt, f"r{index}", max_tokens=3))[f"r{index}", 0]
+        key = 100 * start + len(prompt)
+        assert token_ids == expected.setdefault(key, token_ids)
+    assert moves(engine, KVOpKind.LOAD) > 0
+
+
+def test_a_chunk_that_ends_within_a_block_is_kept_to_its_last_token() -> None:
+    kv = make_engine(num_host_blocks=10).scheduler.kv
+    request = make_request(range(30))
+    kv.prepare(request)
+    kv.admit(request, kv.match(request))
+    assert kv.try_extend(request, 10) is not None
+    request.num_computed_tokens = 10
+    kv.preempt(request)
+    match = kv.match(request)
+    assert match.num_tokens == 10
+    assert kv.match(make_request(range(30))).num_tokens == 0, "nobody else finds what is not committed"
+    assert kv.can_admit(request, match, 0)
+    kv.admit(request, match)
+    kv.check([request])
+    assert kv.match(make_request(range(30), block_hashes=list(request.block_hashes))).num_tokens == 8
+    kv.free(request)
+    kv.check([])
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_after_a_restart_what_cannot_be_read_is_computed(is_damaged: bool) -> None:
+    disk = SlowBlockStore()
+    prompt = list(range(40))
+    engine = make_engine(num_host_blocks=100, disk=disk)
+    expected = generate(engine, make_submission(prompt, "a"))["a", 0]
+    step(engine)
+    while disk.tick() or engine.num_in_flight:
+        step(engine)
+    assert len(disk.files) == 11
+    disk.problems = repeat(is_damaged)
+    engine = make_engine(num_host_blocks=100, disk=disk)
+    engine.submit(make_submission(prompt, "b"))
+    assert engine.num_waiting == 1
+    assert engine.scheduler.schedule() is None, "held back until its blocks are there"
+    assert disk.tick()
+    assert generate(engine, make_submission([1], "c"))["b", 0] == expected
+    stats = engine.stats()
+    assert stats.num_disk_hit_tokens_total == (0 if is_damaged else 36)
+    assert stats.num_disk_failed_reads_total == (9 if is_damaged else 0)
+
+
+def test_a_disk_that_does_not_answer_holds_nobody_up() -> None:
+    disk = SlowBlockStore()
+    prompt = list(range(40))
+    engine = make_engine(num_host_blocks=100, disk=disk)
+    expected = generate(engine, make_submission(prompt, "a"))["a", 0]
+    step(engine)
+    while disk.tick() or engine.num_in_flight:
+        step(engine)
+    clock = ManualClock()
+    engine = make_engine(num_host_blocks=100, disk=disk, clock=clock)
+    engine.submit(make_submission(prompt, "b"))
+    step(engine)
+    assert engine.num_waiting == 1
+    clock.time_s = engine.next_deadline_s or 0.0
+    assert generate(engine, make_submission([1], "c"))["b", 0] == expected
+    assert engine.stats().num_disk_hit_tokens_total == 0
+
+
+def test_cancelled_while_it_is_held_back() -> None:
+    disk = SlowBlockStore()
+    engine = make_engine(num_host_blocks=100, disk=disk)
+    generate(engine, make_submission(range(40), "a"))
+    step(engine)
+    while disk.tick() or engine.num_in_flight:
+        step(engine)
+    engine = make_engine(num_host_blocks=100, disk=disk)
+    engine.submit(make_submission(range(40), "b"))
+    engine.cancel("b")
+    assert engine.num_waiting == 0
+    assert not engine.has_work
+    while disk.tick() or engine.num_in_flight:
+        step(engine)
+    step(engine)
+    tiers = engine.scheduler.kv.tiers
+    assert tiers is not None
+    assert tiers.host.num_used == 0
