@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from hashlib import blake2b
 from itertools import count
 from typing import Any
 
-from pelton.core.batch import NULL_BLOCK_ID, PENDING_TOKEN_ID, KVOpKind, ScheduledBatch, StepResult
+from pelton.core.batch import NULL_BLOCK_ID, PENDING_TOKEN_ID, BlockKey, KVOp, KVOpKind, ScheduledBatch, StepResult
 from pelton.core.events import EngineInfo
 from pelton.core.model_spec import KVGroupSpec
 from pelton.core.output import RequestOutput, TokenLogprobs
-from pelton.core.protocols import MonotonicClock
+from pelton.core.protocols import BlockRead, MonotonicClock
 from pelton.core.request import Request, Submission
 from pelton.core.sampling_params import SamplingParams
+from pelton.core.tenant import parse_tenants
 from pelton.engine.engine import Engine
 from pelton.engine.kv.block_pool import BlockPool
+from pelton.engine.kv.costs import KVCosts
+from pelton.engine.kv.disk import DiskTier
+from pelton.engine.kv.eviction import EVICTIONS
 from pelton.engine.kv.manager import KVManager
+from pelton.engine.kv.tiers import KVTiers
 from pelton.engine.policies import POLICIES
+from pelton.engine.policies.context import PolicyContext
 from pelton.engine.scheduler import Scheduler
+from pelton.engine.step_budget import make_budget
 
 VOCAB_SIZE = 300
 EOS_TOKEN_ID = 256
@@ -67,6 +75,7 @@ class ContextExecutor:
         vocab_size: int = 256,
         delay_s: float = 0.0,
         in_thread: bool = False,
+        num_host_blocks: int = 0,
     ) -> None:
         self.groups = groups
         self.block_size = block_size
@@ -76,6 +85,7 @@ class ContextExecutor:
         self.fail_next: Exception | None = None
         self.tells_prompt_logprobs = False
         self._slots = [[-7] * block_size for _ in range(num_blocks)]
+        self.host_slots = [[-8] * block_size for _ in range(num_host_blocks)]
         self._contexts: dict[str, list[int]] = {}
         self._num_prompt_tokens: dict[str, int] = {}
         self._thread = ThreadPoolExecutor(1) if in_thread else None
@@ -98,17 +108,26 @@ class ContextExecutor:
     def _execute(self, batch: ScheduledBatch) -> StepResult:
         if self.delay_s:
             time.sleep(self.delay_s)
+        self._move(batch.kv_ops)
         for request_id in (*batch.preempted_ids, *batch.finished_ids):
             self._contexts.pop(request_id, None)
         if self.fail_next is not None:
             error, self.fail_next = self.fail_next, None
             raise error
-        for op in batch.kv_ops:
-            assert op.kind is KVOpKind.COPY
-            self._slots[op.destination] = list(self._slots[op.source])
         sampled = tuple(self._compute(scheduled) for scheduled in batch.requests)
         told = tuple(map(self._prompt_logprobs, batch.requests)) if self.tells_prompt_logprobs else ()
         return StepResult(batch.step_id, sampled, prompt_logprobs=told, elapsed_s=self.delay_s)
+
+    def _move(self, kv_ops: Iterable[KVOp]) -> None:
+        device, host = self._slots, self.host_slots
+        for op in kv_ops:
+            assert (op.tier == "device") == (op.kind is KVOpKind.COPY)
+            source, destination = {
+                KVOpKind.COPY: (device, device),
+                KVOpKind.STORE: (device, host),
+                KVOpKind.LOAD: (host, device),
+            }[op.kind]
+            destination[op.destination] = list(source[op.source])
 
     def _prompt_logprobs(self, scheduled: Any) -> tuple[TokenLogprobs, ...] | None:
         if scheduled.sampling.prompt_logprobs is None:
@@ -152,6 +171,65 @@ class ContextExecutor:
         return [self._slots[table[p // self.block_size]][p % self.block_size] for p in range(start, end)]
 
 
+class SlowBlockStore:
+    """A disk for a `ContextExecutor`: it does one thing at each `tick`, so that everything else can come between.
+
+    `problems` are taken one by one as reads and writes come: true where this one goes wrong.
+    """
+
+    file_bytes = 1
+
+    def __init__(self, problems: Iterable[bool] = ()) -> None:
+        self.files: dict[BlockKey, list[int]] = {}
+        self.host_slots: list[list[int]] = []
+        self.num_closed = 0
+        self.problems = iter(problems)
+        self._waiting: deque[Callable[[], None]] = deque()
+
+    def scan(self, max_bytes: int) -> list[BlockKey]:
+        del max_bytes
+        self._waiting.clear()
+        return list(self.files)
+
+    def tick(self) -> bool:
+        if self._waiting:
+            self._waiting.popleft()()
+            return True
+        return False
+
+    def store(self, slot_id: int, key: BlockKey) -> Future[bool]:
+        future: Future[bool] = Future()
+
+        def write() -> None:
+            is_good = not next(self.problems, False)
+            if is_good:
+                self.files[key] = list(self.host_slots[slot_id])
+            future.set_result(is_good)
+
+        self._waiting.append(write)
+        return future
+
+    def load(self, slot_ids: Sequence[int], keys: Sequence[BlockKey]) -> Future[BlockRead]:
+        future: Future[BlockRead] = Future()
+
+        def read() -> None:
+            loaded = []
+            for slot_id, key in zip(slot_ids, keys, strict=True):
+                is_good = key in self.files and not next(self.problems, False)
+                self.host_slots[slot_id] = list(self.files[key]) if is_good else [-9] * len(self.host_slots[slot_id])
+                loaded.append(is_good)
+            future.set_result(BlockRead(tuple(loaded), 1e-9))
+
+        self._waiting.append(read)
+        return future
+
+    def remove(self, keys: Sequence[BlockKey]) -> None:
+        self._waiting.append(lambda: [self.files.pop(key, None) for key in keys] and None)
+
+    def close(self) -> None:
+        self.num_closed += 1
+
+
 def make_info(**changes: Any) -> EngineInfo:
     values: dict[str, Any] = {
         "max_model_len": 256,
@@ -174,31 +252,68 @@ def make_engine(
     *,
     groups: Sequence[KVGroupSpec] = FULL_ATTENTION,
     policy: str = "fcfs",
+    tenants: Sequence[str] = (),
     enable_overlap: bool = True,
     long_prefill_chunk: int | None = None,
+    tpot_slo_ms: float | None = None,
     clock: Any = None,
     executor: Any = None,
+    num_host_blocks: int = 0,
+    disk: SlowBlockStore | None = None,
+    num_disk_blocks: int = 10**6,
+    eviction: str = "lru",
     **info: Any,
 ) -> Engine:
     """An engine over a `ContextExecutor`; further arguments as in `EngineInfo`."""
     engine_info = make_info(**info)
     clock = clock or MonotonicClock()
+    executor = executor or ContextExecutor(
+        groups,
+        num_blocks=engine_info.num_blocks,
+        block_size=engine_info.block_size,
+        num_host_blocks=num_host_blocks,
+    )
+    costs = KVCosts(chunk=engine_info.max_num_batched_tokens)
+    tiers = None
+    if num_host_blocks:
+        host = BlockPool(num_host_blocks, EVICTIONS[eviction](clock, lambda _: 1.0))
+        if disk is not None:
+            disk.host_slots = executor.host_slots
+        disk_tier = None if disk is None else DiskTier(disk, host, costs, max_bytes=num_disk_blocks)
+        tiers = KVTiers(host, costs, disk=disk_tier)
     kv = KVManager(
         tuple(groups),
-        BlockPool(engine_info.num_blocks),
+        BlockPool(engine_info.num_blocks, EVICTIONS[eviction](clock, lambda _: 1.0)),
         engine_info.block_size,
         enable_prefix_caching=engine_info.enable_prefix_caching,
+        tiers=tiers,
+    )
+    context = PolicyContext(
+        tenants=parse_tenants(tenants),
+        clock=clock,
+        num_blocks=engine_info.num_blocks,
+        num_cached_tokens=lambda request: kv.match(request).num_tokens,
+        num_blocks_needed=lambda request: kv.num_blocks_to_reach(request, request.num_tokens),
     )
     scheduler = Scheduler(
-        POLICIES[policy](),
+        POLICIES[policy](context),
         kv,
         clock,
         max_num_seqs=engine_info.max_num_seqs,
         max_num_batched_tokens=engine_info.max_num_batched_tokens,
         long_prefill_chunk=long_prefill_chunk,
+        budget=make_budget(tpot_slo_ms, engine_info.max_num_batched_tokens),
     )
-    executor = executor or ContextExecutor(groups, num_blocks=engine_info.num_blocks, block_size=engine_info.block_size)
-    return Engine(scheduler, executor, ByteDecoder(), clock, engine_info, enable_overlap=enable_overlap)
+    return Engine(
+        scheduler,
+        executor,
+        ByteDecoder(),
+        clock,
+        engine_info,
+        tenants=context.tenants,
+        costs=costs,
+        enable_overlap=enable_overlap,
+    )
 
 
 def make_submission(prompt_token_ids: Iterable[int], request_id: str | None = None, **options: Any) -> Submission:

@@ -27,6 +27,7 @@ class FakeServer:
     delay_s: float = 0.0
     base_url: str = ""
     bodies: list[dict[str, Any]] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)  # of completions, beside their bodies
     num_running: int = 0
     most_running: int = 0
     idle: asyncio.Event = field(default_factory=asyncio.Event)  # no chat is being answered
@@ -78,6 +79,7 @@ class FakeServer:
         if "ignore_eos" in body and not self.takes_ignore_eos:
             return web.json_response({"error": {"message": "unknown field ignore_eos"}}, status=400)
         self.bodies.append(body)
+        self.headers.append(dict(request.headers))
         is_faulty = self.fault and body["max_tokens"] > 8 and len(self.bodies) % self.fail_every == 0
         if is_faulty and self.fault == "status":
             return web.json_response({"error": {"message": "queue is full"}}, status=503)

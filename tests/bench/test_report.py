@@ -3,7 +3,7 @@ import statistics
 import numpy as np
 import pytest
 
-from pelton.bench.client import RequestRecord
+from pelton.bench.record import RequestRecord
 from pelton.bench.report import make_report, median_report, pairwise_ratios, percentile
 
 

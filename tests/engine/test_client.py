@@ -86,6 +86,39 @@ async def test_streams_agree_with_the_engine_alone(started: ClientFactory) -> No
             assert own[-1].usage.num_output_tokens == 8
 
 
+async def test_questions_are_answered_between_steps(started: ClientFactory) -> None:
+    async with started(delay_s=0.01) as client:
+        stream = client.submit(make_submission(range(9), session_id="s", tenant_id="a", tool_names=("bash",)))
+        sessions, others, stats, _ = await asyncio.gather(
+            client.sessions("a"), client.sessions("b"), client.tenancy(), collect(stream)
+        )
+        assert [(info.session_id, info.num_running) for info in sessions] == [("s", 1)]
+        assert others == ()
+        assert [tenant.tenant_id for tenant in stats.service] == ["a"]
+        assert not await client.delete_session("b", "s")
+        assert await client.delete_session("a", "s")
+        assert await client.sessions("a") == ()
+        assert not client._replies
+    with pytest.raises(ServiceUnavailableError):
+        await client.sessions("a")
+
+
+async def test_a_question_to_an_engine_that_dies_is_no_question_for_ever() -> None:
+    client = process_client()
+    await client.start()
+    transport = client._transport
+    assert isinstance(transport, ProcessTransport)
+    assert transport.pid is not None
+    os.kill(transport.pid, signal.SIGSTOP)
+    asked = asyncio.create_task(client.sessions("a"))
+    await asyncio.sleep(0)
+    os.kill(transport.pid, signal.SIGKILL)
+    async with asyncio.timeout(10):
+        with pytest.raises(ServiceUnavailableError):
+            await asked
+    await client.close()
+
+
 async def test_the_first_command_is_never_lost() -> None:
     """Sent the moment the engine says it is ready, while its pipe is still being attached."""
     clients = [process_client() for _ in range(8)]
@@ -103,7 +136,7 @@ async def test_events_and_stats_reach_listeners(started: ClientFactory) -> None:
         kinds: list[str] = []
         client.add_listener(lambda update: kinds.extend(event.kind for event in update.events))
         await collect(client.submit(make_submission(range(10))))
-        assert kinds == ["queued", "scheduled", "first_token", "finished"]
+        assert kinds == ["queued", "scheduled", "computed", "first_token", "finished"]
         assert client.stats.num_output_tokens_total == 8
         assert client.stats.num_prompt_tokens_total == 10
 

@@ -17,6 +17,7 @@ VIOLATIONS = {
     "weights": ("weights/specs.py", "import pelton.engine.config"),
     "engine": ("engine/loop.py", "import fastapi"),
     "bench": ("bench/run.py", "import pelton.serving.config"),
+    "simulate": ("simulate/server.py", "import pelton.weights.config"),
     "no-torch": ("serving/app.py", "import torch"),
     "worker-no-torch": ("worker/kv_storage.py", "import torch"),
     "cli-no-torch": ("cli/chat.py", "import torch"),

@@ -240,12 +240,23 @@ def test_models(http: httpx2.Client) -> None:
         ({"X-Tenant-Id": "no spaces"}, "X-Tenant-Id"),
         ({"X-Tenant-Id": "x" * 129}, "X-Tenant-Id"),
         ({"X-Tenant-Id": ""}, "X-Tenant-Id"),
+        ({"X-Tenant-Id": "../other"}, "X-Tenant-Id"),
+        ({"X-Tenant-Id": "a\u00e9".encode()}, "X-Tenant-Id"),
+        ([("X-Tenant-Id", "a"), ("X-Tenant-Id", "b")], "X-Tenant-Id"),
         ({"X-Session-Id": "a b"}, "X-Session-Id"),
+        ({"X-Session-Id": ""}, "X-Session-Id"),
+        ({"X-Session-Id": "x" * 513}, "X-Session-Id"),
+        ([("X-Session-Id", "a"), ("X-Session-Id", "b")], "X-Session-Id"),
+        ({"X-Program-Id": "x" * 513}, "X-Program-Id"),
+        ([("X-Program-Id", "a"), ("X-Program-Id", "a")], "X-Program-Id"),
     ],
 )
-def test_headers(http: httpx2.Client, headers: dict[str, str], param: str) -> None:
+def test_headers(http: httpx2.Client, headers: Any, param: str) -> None:
     response = http.post(COMPLETIONS, json={"prompt": "a", "max_tokens": 1}, headers=headers)
     check_error(response, 400, "invalid_value", param)
+    if param == "X-Tenant-Id":
+        for method, path in (("GET", "/v1/sessions"), ("DELETE", "/v1/sessions/a"), ("GET", "/v1/requests/a/timeline")):
+            check_error(http.request(method, path, headers=headers), 400, "invalid_value", param)
 
 
 def test_the_openai_client_raises_its_own_errors(openai_client: openai.OpenAI) -> None:

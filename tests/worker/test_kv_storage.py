@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from pelton.core.batch import KVOp, KVOpKind
 from pelton.core.model_spec import ModelSpec, RopeSpec, make_kv_groups
 from pelton.worker.kernels.ops import BACKENDS, Kernels, make_kernels
 from pelton.worker.kv_storage import KVStorage
@@ -75,14 +76,14 @@ def test_groups_of_layers_agree_with_the_spec(kernels: Kernels) -> None:
         assert [storage.layer_cache(layer).group_id for layer in group.layer_ids] == [index] * len(group.layer_ids)
 
 
-def test_copy_blocks_copies_every_layer_in_order(kernels: Kernels) -> None:
+def test_moves_copy_every_layer_in_order(kernels: Kernels) -> None:
     storage = make_storage([None, None], kernels)
     caches = [storage.layer_cache(layer) for layer in range(2)]
     for layer, cache in enumerate(caches):
         for place, array in enumerate((cache.keys, cache.values)):
             for block in range(6):
                 array[block] = 100 * layer + 10 * place + block
-    storage.copy_blocks([(1, 3), (3, 5), (2, 3)])
+    storage.move(KVOp(KVOpKind.COPY, source, destination) for source, destination in [(1, 3), (3, 5), (2, 3)])
     for layer, cache in enumerate(caches):
         for place, array in enumerate((cache.keys, cache.values)):
             held = (array[:, 0, 0, 0] - 100 * layer - 10 * place).tolist()

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import aiohttp
 import msgspec
 
 from pelton.bench.errors import BenchError
+from pelton.bench.record import RequestRecord
 
 # Tried in this order: not every server takes `ignore_eos`, or reports usage while streaming.
 _OPTION_SETS: tuple[dict[str, Any], ...] = (
@@ -45,38 +45,6 @@ class _Chunk(msgspec.Struct):
 
 
 _decode_chunk = msgspec.json.Decoder(_Chunk).decode
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestRecord:
-    """One request. Times in seconds from the moment it was sent; `error` is None where it went well.
-
-    `chunk_times_s` are the arrivals of chunks with text. Token counts are the server's own; where it
-    reports none, output tokens are chunks and `num_prompt_tokens` is 0.
-    """
-
-    elapsed_s: float
-    chunk_times_s: tuple[float, ...] = ()
-    num_prompt_tokens: int = 0
-    num_output_tokens: int = 0
-    num_cached_tokens: int | None = None
-    error: str | None = None
-
-    @property
-    def ttft_s(self) -> float:
-        return self.chunk_times_s[0] if self.chunk_times_s else self.elapsed_s
-
-    @property
-    def tpot_s(self) -> float | None:
-        """Mean time per output token after the first; None where there was only one."""
-        if self.num_output_tokens < 2 or not self.chunk_times_s:
-            return None
-        return (self.chunk_times_s[-1] - self.chunk_times_s[0]) / (self.num_output_tokens - 1)
-
-    @property
-    def gaps_s(self) -> list[float]:
-        """Times between chunks: what a reader feels as stutter (ITL)."""
-        return [later - earlier for earlier, later in itertools.pairwise(self.chunk_times_s)]
 
 
 class ServerClient:
@@ -157,14 +125,26 @@ class ServerClient:
             **self.options,
         }
 
-    async def complete(self, prompt: str, max_tokens: int) -> RequestRecord:
-        """Stream one completion. A failure is a record with `error`, never an exception."""
+    async def complete(
+        self,
+        prompt: str,
+        max_tokens: int,
+        *,
+        headers: Mapping[str, str] | None = None,
+        fields: Mapping[str, Any] | None = None,
+    ) -> RequestRecord:
+        """Stream one completion. A failure is a record with `error`, never an exception.
+
+        `headers` and `fields` (of the body) come on top of what every request has.
+        """
         assert self._session is not None
         stream = _Stream()
         start_s = time.perf_counter()
         try:
             async with self._session.post(
-                f"{self.base_url}/v1/completions", json=self._body(prompt, max_tokens)
+                f"{self.base_url}/v1/completions",
+                json={**self._body(prompt, max_tokens), **(fields or {})},
+                headers=headers,
             ) as response:
                 if response.status != 200:
                     stream.error = f"HTTP {response.status}: {_error_text(await response.read())}"

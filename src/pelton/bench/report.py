@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from pelton.bench.client import RequestRecord
+from pelton.bench.record import RequestRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

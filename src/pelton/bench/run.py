@@ -10,8 +10,9 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import partial
 
-from pelton.bench.client import RequestRecord, ServerClient
+from pelton.bench.client import ServerClient
 from pelton.bench.errors import BenchError
+from pelton.bench.record import RequestRecord
 from pelton.bench.report import RunReport, make_report, median_report
 from pelton.bench.tokenize import make_prompt_maker
 from pelton.bench.workloads import WARM_UP, Workload

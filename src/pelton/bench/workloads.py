@@ -141,6 +141,9 @@ class PromptMaker:
         num_tokens = workload.num_total_prompt_tokens
         return [await self._extend(rng, prefix, num_tokens) for _ in range(workload.num_requests)]
 
+    async def make_text(self, rng: random.Random, num_tokens: int) -> str:
+        return await self._extend(rng, "", num_tokens)
+
     async def _extend(self, rng: random.Random, prefix: str, num_tokens: int) -> str:
         """Text that begins with `prefix` and is `num_tokens` long as a whole."""
         if self._tokenizer is None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import App, Parameter
 
 from pelton.cli.requirements import require_aiohttp
+from pelton.cli.tables import format_figure, print_table, progress_bar
 from pelton.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
 DEFAULT_BASE_URL = "http://127.0.0.1:8000"
 
 app = App(name="bench", help="Measure servers under load, and kernels.")
+app.command(
+    "pelton.cli.bench_agents:agents",
+    name="agents",
+    help="Drive one server with agents: turns, tool pauses, forks, shared system prompts.",
+)
 app.command(
     "pelton.cli.bench_kernels:kernels",
     name="kernels",
@@ -61,13 +67,13 @@ def serve(
     from pelton.bench.run import Server
 
     base_url = base_url or os.environ.get("PELTON_BASE_URL") or DEFAULT_BASE_URL
-    server = Server(name="server", base_url=base_url, model=model, api_key=_api_key(api_key))
+    server = Server(name="server", base_url=base_url, model=model, api_key=api_key_or_environment(api_key))
     result = _run([server], plan)
     if as_json:
         _print_json(result, seed, {"server": base_url})
     else:
         _print_notes(result)
-        _print_table(_figures_table({name: [("", result.median(name, "server"))] for name in result.passes}))
+        print_table(_figures_table({name: [("", result.median(name, "server"))] for name in result.passes}))
     return _exit_code(result)
 
 
@@ -87,15 +93,18 @@ def compare(
     from pelton.bench.run import Server
 
     urls = _parse_servers(servers)
-    chosen = [Server(name=name, base_url=url, model=model, api_key=_api_key(api_key)) for name, url in urls.items()]
+    chosen = [
+        Server(name=name, base_url=url, model=model, api_key=api_key_or_environment(api_key))
+        for name, url in urls.items()
+    ]
     result = _run(chosen, plan)
     if as_json:
         _print_json(result, seed, urls)
     else:
         _print_notes(result)
         rows = {name: [(server, result.median(name, server)) for server in urls] for name in result.passes}
-        _print_table(_figures_table(rows))
-        _print_table(_ratios_table(result))
+        print_table(_figures_table(rows))
+        print_table(_ratios_table(result))
     return _exit_code(result)
 
 
@@ -122,30 +131,17 @@ def _make_plan(workload: str, num_passes: int, seed: int, timeout_s: float) -> B
 
 
 def _run(servers: list[Server], plan: BenchPlan) -> BenchResult:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     from pelton.bench.run import run_bench
 
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    console = Console(stderr=True)
-    # Two refreshes a second: the bar must not take time from the server on a small machine.
-    with Progress(
-        *columns, console=console, transient=True, refresh_per_second=2, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task("")
-
-        def on_progress(line: str, num_done: int, num_total: int) -> None:
-            bar.update(task, description=line, completed=num_done, total=num_total)
+    with progress_bar() as (on_progress, say):
 
         def on_report(line: str, report: RunReport) -> None:
-            ttft = _format(report.ttft_p50_ms)
-            console.print(f"{line}: {report.output_tokens_per_s} out tok/s, TTFT {ttft} ms", highlight=False)
+            say(f"{line}: {report.output_tokens_per_s} out tok/s, TTFT {format_figure(report.ttft_p50_ms)} ms")
 
         return asyncio.run(run_bench(servers, plan, on_progress, on_report))
 
 
-def _api_key(given: str | None) -> str | None:
+def api_key_or_environment(given: str | None) -> str | None:
     return given or os.environ.get("PELTON_API_KEY") or None
 
 
@@ -193,7 +189,7 @@ def _figures_table(rows: dict[str, list[tuple[str, RunReport]]]) -> Table:
         table.add_column(title, justify="right")
     for workload, reports in rows.items():
         for name, report in reports:
-            figures = [_format(getattr(report, attribute)) for _, attribute in _COLUMNS]
+            figures = [format_figure(getattr(report, attribute)) for _, attribute in _COLUMNS]
             table.add_row(workload, *([name] if has_names else []), *figures)
     return table
 
@@ -217,21 +213,6 @@ def _ratios_table(result: BenchResult) -> Table:
         for pair, figures in rows.items():
             table.add_row(workload, pair, *(figures.get(figure, "-") for figure in _RATIO_FIGURES))
     return table
-
-
-def _format(value: float | None) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:,.2f}" if abs(value) < 10 else f"{value:,.1f}" if abs(value) < 1000 else f"{value:,.0f}"
-
-
-def _print_table(table: Table) -> None:
-    from rich.console import Console
-
-    # A table squeezed into a narrow terminal, or a pipe's 80 columns, loses figures.
-    Console(width=1000).print(table)
 
 
 def _print_json(result: BenchResult, seed: int, urls: dict[str, str]) -> None:

@@ -60,6 +60,7 @@ def make_app(console: Console | None = None) -> App:
         ("generate", "pelton.cli.generate:generate", "Complete prompts without a server."),
         ("models", "pelton.cli.models:app", "List, pull, show and remove models."),
         ("bench", "pelton.cli.bench:app", "Measure servers under load, and kernels."),
+        ("simulate", "pelton.cli.simulate:app", "Run the scheduler and the KV cache on virtual time."),
         ("env", "pelton.cli.environment:env", "Show machine, versions and what Pelton would use."),
     ):
         app.command(target, name=name, help=help)

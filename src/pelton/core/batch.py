@@ -14,16 +14,19 @@ from pelton.core.sampling_params import SamplingParams
 # ahead of it has finished.
 PENDING_TOKEN_ID = -1
 
+# Under which a block's content is known in every tier: KV group, hash of its chain of tokens.
+BlockKey = tuple[int, bytes]
+
 
 class KVOpKind(StrEnum):
     COPY = "copy"  # device block to device block, before the step (copy-on-write)
-    LOAD = "load"  # tier to device
-    STORE = "store"  # device to tier
+    LOAD = "load"  # tier to device, before the step
+    STORE = "store"  # device to tier, before the step
 
 
 @dataclass(frozen=True, slots=True)
 class KVOp:
-    """One block moved. `source` and `destination` are block ids within their tier."""
+    """One block moved. `source` and `destination` are block ids within their tier; `tier` is the other one."""
 
     kind: KVOpKind
     source: int
@@ -64,7 +67,10 @@ NULL_BLOCK_ID = 0
 
 @dataclass(frozen=True, slots=True)
 class ScheduledBatch:
-    """One step. KV operations come first, then the forward pass over all requests."""
+    """One step. KV operations come first, one after another, then the forward pass over all requests.
+
+    Operations are plain copies of memory, which do not fail. A batch may hold nothing else.
+    """
 
     step_id: int
     requests: tuple[ScheduledRequest, ...]
@@ -94,3 +100,4 @@ class StepResult:
     # request_id -> what went wrong with that request alone (for example NaN logits)
     failed: dict[str, str] | None = None
     elapsed_s: float = 0.0
+    kv_copy_s: float = 0.0  # of it, in KV operations

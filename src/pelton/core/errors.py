@@ -79,6 +79,18 @@ class QueueFullError(PeltonError):
         self.retry_after_s = retry_after_s
 
 
+class TenantLimitError(QueueFullError):
+    """A tenant has as many requests waiting as it may; others are still served."""
+
+    code = "rate_limit_exceeded"
+
+
+class DeadlineUnreachableError(QueueFullError):
+    """So much waits ahead that the request's deadline would pass before its first token."""
+
+    code = "deadline_unreachable"
+
+
 class ServiceUnavailableError(PeltonError):
     """The server is starting, restarting its engine, or draining; the request was not admitted."""
 
@@ -122,6 +134,8 @@ _ERRORS_BY_CODE: dict[str, type[PeltonError]] = {
         ModelNotFoundError,
         UnsupportedModelError,
         QueueFullError,
+        TenantLimitError,
+        DeadlineUnreachableError,
         ServiceUnavailableError,
         EngineDeadError,
         EngineStepError,

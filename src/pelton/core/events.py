@@ -9,8 +9,10 @@ from enum import StrEnum
 class EventKind(StrEnum):
     QUEUED = "queued"
     SCHEDULED = "scheduled"  # first admission, or again after a preemption
+    COMPUTED = "computed"  # a chunk of the prompt, or of what a preemption lost
     FIRST_TOKEN = "first_token"
     PREEMPTED = "preempted"
+    PINNED = "pinned"  # its KV is kept for the session's next turn
     FINISHED = "finished"
 
 
@@ -18,8 +20,9 @@ class EventKind(StrEnum):
 class RequestEvent:
     """`time_s` is on the engine's monotonic clock. `num_tokens` is what the kind counts.
 
-    QUEUED: prompt tokens. SCHEDULED: tokens found in the prefix cache. PREEMPTED: tokens that will
-    be computed again. FINISHED: output tokens; `detail` is the finish reason or error code.
+    QUEUED: prompt tokens; `detail` is the tenant. SCHEDULED: tokens found in the prefix cache. COMPUTED:
+    tokens of the chunk. PREEMPTED: tokens that will be computed again. PINNED: tokens of context; `detail` is
+    for how many seconds. FINISHED: output tokens; `detail` is the finish reason or error code.
     """
 
     request_id: str  # of the sequence
@@ -27,6 +30,17 @@ class RequestEvent:
     time_s: float
     num_tokens: int = 0
     detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TenantStats:
+    """One tenant's account. Service is in input tokens: computed prompt tokens, and outputs at twice that."""
+
+    tenant_id: str
+    num_running: int
+    num_waiting: int
+    service: float  # all it got
+    virtual_service: float  # by weight, lifted after idling; the spread among the waiting is the fairness gap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +61,18 @@ class EngineStats:
     num_prompt_tokens_total: int = 0  # prompt tokens of admitted requests
     num_output_tokens_total: int = 0
     num_steps_total: int = 0
+    num_host_blocks: int = 0  # of host memory behind the KV cache, that can be had
+    num_host_blocks_cached: int = 0
+    num_disk_blocks: int = 0
+    num_host_hit_tokens_total: int = 0  # found in host memory, after preemptions too
+    num_disk_hit_tokens_total: int = 0  # of these, read from disk for it
+    num_tier_stored_blocks_total: int = 0  # device to host memory
+    num_tier_loaded_blocks_total: int = 0  # host memory to device
+    num_tier_dropped_blocks_total: int = 0  # evicted from the device and not kept: host memory was busy
+    num_disk_written_blocks_total: int = 0
+    num_disk_read_blocks_total: int = 0
+    num_disk_failed_writes_total: int = 0
+    num_disk_failed_reads_total: int = 0  # missing, damaged or foreign
     schedule_s_total: float = 0.0  # step time split: seconds in schedule()
     execute_s_total: float = 0.0  # seconds in the executor
     postprocess_s_total: float = 0.0  # seconds on results: stops, text, outputs
@@ -69,3 +95,6 @@ class EngineInfo:
     num_threads: int
     enable_prefix_caching: bool
     load_s: float = 0.0
+    num_host_blocks: int = 0  # of host memory behind the KV cache, the null block included; 0: none
+    kv_block_bytes: int = 0
+    kv_identity: str = ""  # of all that KV depends on but its tokens

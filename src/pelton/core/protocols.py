@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Protocol
 
-from pelton.core.batch import ScheduledBatch, StepResult
+from pelton.core.batch import BlockKey, ScheduledBatch, StepResult
+from pelton.core.events import TenantStats
 from pelton.core.request import Request
 
 
@@ -37,31 +39,69 @@ class Executor(Protocol):
 
 
 class SchedulingPolicy(Protocol):
-    """Order of the waiting, victim among the running, charge for tokens. One file each in `policies/`."""
+    """Order of the waiting, victim among the running, charge for service. One file each in `policies/`.
+
+    A request's way: `add`, then `admit` (and `preempt`, `admit` again, any number of times), then `finish`.
+    """
 
     def add(self, request: Request) -> None:
-        """`request` starts to wait (new, or preempted)."""
-        ...
-
-    def remove(self, request: Request) -> None:
-        """`request` leaves the waiting: admitted or cancelled."""
+        """`request` is new and starts to wait."""
         ...
 
     def waiting(self) -> Iterable[Request]:
-        """The waiting, best first. Not changed while iterated."""
-        ...
+        """The waiting that may run now, best first; those whose tenant is at a cap are left out.
 
-    def __len__(self) -> int: ...
-
-    def choose_victim(self, running: Sequence[Request], beneficiary: Request) -> Request | None:
-        """Which of `running` gives up its KV so that `beneficiary`, one of them, can go on.
-
-        None, or `beneficiary` itself: nobody should yield to it, so it is the one to be preempted.
+        Between two steps of the iteration the request just given may be admitted, no other: a policy that
+        charges at admission gives the next one by the new balance.
         """
         ...
 
-    def charge(self, request: Request, num_prefill_tokens: int, num_output_tokens: int) -> None:
-        """Account for computed tokens."""
+    def __len__(self) -> int:
+        """Number of the waiting, those at a cap included."""
+        ...
+
+    def admit(self, request: Request, num_cached_tokens: int) -> None:
+        """`request` leaves the waiting and runs; `num_cached_tokens` of its tokens need no computing."""
+        ...
+
+    def order(self, running: list[Request]) -> None:
+        """Sort running requests that want more than one token (prompts, recompute): who gets its chunk first."""
+        ...
+
+    def precedes(self, waiting: Request, running: Request) -> bool:
+        """Whether `waiting`, the first in order, gets tokens of a step before the next chunk of `running`."""
+        ...
+
+    def preempt(self, request: Request) -> None:
+        """`request` was running, has given up its KV and waits again. It is not a new arrival."""
+        ...
+
+    def finish(self, request: Request) -> None:
+        """`request` has ended, waiting or running: its `status` is still what it was."""
+        ...
+
+    def choose_victim(self, running: Sequence[Request], beneficiary: Request) -> Request | None:
+        """Which of `running` gives up its KV so that `beneficiary` can go on.
+
+        None: nobody should yield to it, so it is the one to be preempted. The scheduler offers only
+        requests that have made progress since they were last preempted (no thrash).
+        """
+        ...
+
+    def charge_prefill(self, request: Request, num_tokens: int) -> None:
+        """Prompt tokens are about to be computed; those found in the cache or computed again are not told."""
+        ...
+
+    def charge(self, request: Request, num_output_tokens: int) -> None:
+        """Tokens have been sampled."""
+        ...
+
+    def charge_kv(self, tenant_id: str, num_block_seconds: float) -> None:
+        """Account for KV that is held without a running request (pins): blocks times seconds."""
+        ...
+
+    def tenant_stats(self) -> tuple[TenantStats, ...]:
+        """Of the tenants that have requests, or had some and are remembered."""
         ...
 
 
@@ -88,12 +128,39 @@ class Proposer(Protocol):
     def propose(self, request: Request, num_tokens: int) -> list[int]: ...
 
 
-class KVConnector(Protocol):
-    """Moves blocks between the device and a tier or another engine."""
+@dataclass(frozen=True, slots=True)
+class BlockRead:
+    """Which blocks of a read have come, and how long it took; the rest are missing, damaged or another's."""
 
-    def load(self, block_ids: Sequence[int], block_hashes: Sequence[bytes]) -> Future[None]: ...
+    loaded: tuple[bool, ...]
+    elapsed_s: float
 
-    def store(self, block_ids: Sequence[int], block_hashes: Sequence[bytes]) -> Future[None]: ...
+
+class BlockStore(Protocol):
+    """Keeps blocks outside of memory; moves them from and to blocks of host memory on threads of its own.
+
+    A host block stays untouched by others until the future that names it is done. Futures hold no
+    exception: what goes wrong is a block that is not stored, or not loaded.
+    """
+
+    def scan(self, max_bytes: int) -> list[BlockKey]:
+        """What is there already, oldest first; called once, ahead of everything else."""
+        ...
+
+    @property
+    def file_bytes(self) -> int:
+        """What one block takes."""
+        ...
+
+    def store(self, slot_id: int, key: BlockKey) -> Future[bool]: ...
+
+    def load(self, slot_ids: Sequence[int], keys: Sequence[BlockKey]) -> Future[BlockRead]: ...
+
+    def remove(self, keys: Sequence[BlockKey]) -> None: ...
+
+    def close(self) -> None:
+        """End what is being moved; what waits is dropped."""
+        ...
 
 
 class KVCompressor(Protocol):

@@ -38,6 +38,8 @@ class Request:
     arrival_time_s: float
     tenant_id: str = DEFAULT_TENANT
     session_id: str | None = None
+    program_id: str | None = None  # the agent run that this call belongs to
+    program_arrival_s: float = 0.0  # when that began
     cache_salt: str = ""
     priority: int = 0  # lower runs first, as in vLLM
     deadline_s: float | None = None  # on the engine's clock
@@ -53,15 +55,22 @@ class Request:
     num_pending_tokens: int = 0
     num_steps_in_flight: int = 0
     num_computed_tokens: int = 0  # positions whose KV exists or is being computed by a step in flight
+    num_writable_tokens: int = 0  # positions below lie in blocks that it has; the last of them is its own
     num_kv_tokens: int = 0  # slots held; differs from num_computed_tokens once KV is evicted or merged
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at first admission
     num_preemptions: int = 0
     num_lost_tokens: int = 0  # computed tokens given up by the last preemption
+    num_charged_tokens: int = 0  # prompt positions whose computation its tenant has been charged for
+    num_overtaken: int = 0  # requests behind it that were admitted while it found no room
     num_prompt_logprobs: int = 0  # prompt positions whose logprobs the client has
     block_tables: list[list[int]] = field(default_factory=list)  # one per KV group
     # As the last batch carried them; None once they have changed.
     scheduled_block_tables: tuple[tuple[int, ...], ...] | None = None
     block_hashes: list[bytes] = field(default_factory=list)  # chain over full blocks of known tokens
+    generation: int = 0  # turns that the chain it goes on from has had
+    # What the last preemption kept findable, for this request alone where a hash is not one of `block_hashes`.
+    kept_hashes: list[bytes] = field(default_factory=list)
+    num_kept_tokens: int = 0
     max_num_tokens: int = 0  # prompt + output at most; resolved from max_tokens and the context at admission
 
     @property
@@ -110,6 +119,9 @@ class Submission:
     sampling: SamplingParams
     tenant_id: str = DEFAULT_TENANT
     session_id: str | None = None
+    program_id: str | None = None  # the agent run that this call belongs to; None: the session
+    previous_request_id: str | None = None  # names the session by an earlier answer, where session_id is None
+    tool_names: tuple[str, ...] = ()  # of the tools whose results the prompt ends with
     cache_salt: str = ""  # requests share cached prefixes only with those of equal tenant salt
     priority: int = 0
     timeout_s: float | None = None  # from the moment the engine receives it

@@ -77,6 +77,8 @@ def make_requests(submission: Submission, now_s: float, max_model_len: int) -> l
                 arrival_time_s=now_s,
                 tenant_id=submission.tenant_id,
                 session_id=submission.session_id,
+                program_id=submission.program_id or submission.session_id,
+                program_arrival_s=now_s,
                 cache_salt=submission.cache_salt,
                 priority=submission.priority,
                 deadline_s=None if submission.timeout_s is None else now_s + submission.timeout_s,

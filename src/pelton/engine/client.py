@@ -11,6 +11,7 @@ import contextlib
 import time
 from collections.abc import Callable
 from enum import StrEnum
+from itertools import count
 from typing import Protocol
 
 from pelton.core.errors import (
@@ -23,11 +24,28 @@ from pelton.core.errors import (
 from pelton.core.events import EngineInfo, EngineStats
 from pelton.core.output import RequestOutput
 from pelton.core.request import Submission
+from pelton.core.session import SessionInfo, TenancyStats
 from pelton.engine.admission import check_submission
 from pelton.engine.service_rate import ServiceRate
-from pelton.engine.wire import Cancel, Command, EngineUpdate, Shutdown, Submit
+from pelton.engine.wire import (
+    Cancel,
+    Command,
+    DeleteSession,
+    DescribeTenants,
+    EngineUpdate,
+    ListSessions,
+    Query,
+    Reply,
+    SessionDeleted,
+    SessionList,
+    Shutdown,
+    Submit,
+    TenantReport,
+)
 
 MAX_RESTART_DELAY_S = 30.0
+# The engine answers between two steps.
+REPLY_TIMEOUT_S = 10.0
 
 
 class EngineState(StrEnum):
@@ -68,6 +86,8 @@ class EngineClient:
         self._num_sequences = 0
         self._listeners: list[Callable[[EngineUpdate], None]] = []
         self._rate = ServiceRate()
+        self._query_ids = count(1)
+        self._replies: dict[int, asyncio.Future[Reply]] = {}
         self._restart_task: asyncio.Task[None] | None = None
         self._idle = asyncio.Event()
         self._idle.set()
@@ -131,6 +151,36 @@ class EngineClient:
         self._transport.send(Submit(submission))
         return stream
 
+    async def sessions(self, tenant_id: str) -> tuple[SessionInfo, ...]:
+        """A tenant's sessions, the latest used first. Raises `ServiceUnavailableError`, as do the next two."""
+        reply = await self._ask(ListSessions(next(self._query_ids), tenant_id))
+        assert isinstance(reply, SessionList)
+        return reply.sessions
+
+    async def delete_session(self, tenant_id: str, session_id: str) -> bool:
+        """Forget a session and give up its pins; False: the tenant has none of that id."""
+        reply = await self._ask(DeleteSession(next(self._query_ids), tenant_id, session_id))
+        assert isinstance(reply, SessionDeleted)
+        return reply.was_there
+
+    async def tenancy(self) -> TenancyStats:
+        """Service, requests, sessions and pins by tenant."""
+        reply = await self._ask(DescribeTenants(next(self._query_ids)))
+        assert isinstance(reply, TenantReport)
+        return reply.stats
+
+    async def _ask(self, query: Query) -> Reply:
+        if self.state not in (EngineState.READY, EngineState.DRAINING):
+            raise ServiceUnavailableError(f"the engine is {self.state}; try again", retry_after_s=2.0)
+        future = self._replies[query.query_id] = asyncio.get_running_loop().create_future()
+        try:
+            self._transport.send(query)
+            return await asyncio.wait_for(future, REPLY_TIMEOUT_S)
+        except TimeoutError:
+            raise ServiceUnavailableError("the engine did not answer in time; try again", retry_after_s=2.0) from None
+        finally:
+            del self._replies[query.query_id]
+
     # -- called by streams and the transport ------------------------------------------------------
 
     def _cancel(self, stream: RequestStream) -> None:
@@ -149,6 +199,10 @@ class EngineClient:
         self.stats = update.stats
         for listener in self._listeners:
             listener(update)
+        for reply in update.replies:
+            asked = self._replies.get(reply.query_id)
+            if asked is not None and not asked.done():
+                asked.set_result(reply)
         touched: dict[str, RequestStream] = {}
         for output in update.outputs:
             stream = self._streams.get(output.request_id)
@@ -191,6 +245,9 @@ class EngineClient:
             return
 
     def _fail_all(self, error: PeltonError) -> None:
+        for asked in self._replies.values():
+            if not asked.done():
+                asked.set_exception(ServiceUnavailableError("the engine ended; try again", retry_after_s=2.0))
         streams = list(self._streams.values())
         for stream in streams:
             self._forget(stream)

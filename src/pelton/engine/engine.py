@@ -19,17 +19,23 @@ from pelton.core.errors import (
     EngineStepError,
     ErrorInfo,
     PeltonError,
-    QueueFullError,
     RequestCancelledError,
 )
 from pelton.core.events import EngineInfo, EngineStats, EventKind, RequestEvent
 from pelton.core.output import RequestOutput
 from pelton.core.protocols import Clock, Executor, TokenDecoder
 from pelton.core.request import FinishReason, Request, Submission
+from pelton.core.tenant import Tenants
 from pelton.engine.admission import check_submission, make_requests
+from pelton.engine.kv.costs import KVCosts
+from pelton.engine.kv.read_ahead import ReadAhead
 from pelton.engine.output_processor import OutputProcessor, error_output, prompt_logprobs_output
 from pelton.engine.scheduler import Scheduler
-from pelton.engine.wire import EngineUpdate
+from pelton.engine.tenancy import Tenancy
+from pelton.engine.wire import EngineUpdate, Query, Reply
+
+# Part of a step's expected time after which the next one is scheduled: late, but so that the executor never waits.
+SCHEDULE_AFTER = 0.75
 
 
 @dataclass(slots=True)
@@ -48,19 +54,27 @@ class Engine:
         clock: Clock,
         info: EngineInfo,
         *,
+        tenants: Tenants | None = None,
+        costs: KVCosts | None = None,
         enable_overlap: bool = True,
     ) -> None:
         self.scheduler = scheduler
         self.executor = executor
         self.clock = clock
         self.info = info
+        self.tenancy = Tenancy(
+            scheduler, clock, info, tenants or Tenants(), costs or KVCosts(chunk=info.max_num_batched_tokens)
+        )
         self._processor = OutputProcessor(decoder)
         self._max_in_flight = 2 if enable_overlap else 1
         self._in_flight: deque[tuple[ScheduledBatch, Future[StepResult]]] = deque()
+        self._schedule_at_s: float | None = None  # when the step after the running one is made
         self._submissions: dict[str, list[Request]] = {}  # sequences of a submission that have not ended
+        self._read_ahead = ReadAhead(scheduler.kv, clock)
         self._forks: dict[str, list[Request]] = {}  # leader's id -> siblings that wait for its prompt
         self._deadlines: list[tuple[float, str]] = []  # heap of (deadline, submission id)
         self._outputs: list[RequestOutput] = []
+        self._replies: list[Reply] = []
         self._timings = _Timings()
         self._num_output_tokens = 0
         self._num_steps = 0
@@ -74,9 +88,9 @@ class Engine:
             check_submission(submission, self.info)
             if submission.request_id in self._submissions:
                 raise PeltonError(f"request id {submission.request_id} is in use")
-            num_alive = len(self.scheduler.running) + self.num_waiting
-            if num_alive + submission.sampling.n > self.info.max_num_seqs + self.info.max_num_waiting:
-                raise QueueFullError(f"{self.num_waiting} requests are waiting already; try again later")
+            requests = self.tenancy.admit(
+                submission, lambda: make_requests(submission, self.clock.now_s(), self.info.max_model_len)
+            )
         except PeltonError as error:
             info = ErrorInfo.of(error)
             self._outputs += [
@@ -84,7 +98,6 @@ class Engine:
                 for index in range(submission.sampling.n)
             ]
             return
-        requests = make_requests(submission, self.clock.now_s(), self.info.max_model_len)
         self._submissions[submission.request_id] = list(requests)
         for request in requests:
             self._processor.add(request)
@@ -93,25 +106,34 @@ class Engine:
             self._forks[requests[0].request_id] = requests[1:]
         if requests[0].deadline_s is not None:
             heapq.heappush(self._deadlines, (requests[0].deadline_s, submission.request_id))
-        self.scheduler.add(requests[0])
+        if not self._read_ahead.try_hold(requests[0]):
+            self.scheduler.add(requests[0])
 
     def cancel(self, request_id: str) -> None:
         """End a submission at its client's wish; unknown ids have ended already."""
         self._fail(request_id, RequestCancelledError("the request was cancelled"), FinishReason.CANCELLED)
 
+    def ask(self, query: Query) -> None:
+        """The reply comes with the next update."""
+        self._replies.append(self.tenancy.answer(query))
+
     def expire(self) -> None:
-        """End the submissions whose deadline has passed."""
+        """End the submissions whose deadline has passed, and what else has had its time."""
+        self.tenancy.expire()
         while self._deadlines and self._deadlines[0][0] <= self.clock.now_s():
             _, request_id = heapq.heappop(self._deadlines)
             self._fail(request_id, DeadlineExceededError("the request's deadline passed before it finished"))
 
     @property
     def next_deadline_s(self) -> float | None:
-        return self._deadlines[0][0] if self._deadlines else None
+        """When `expire` or `dispatch` has something to do even if nothing else happens."""
+        deadline_s = self._deadlines[0][0] if self._deadlines else None
+        times_s = (deadline_s, self.tenancy.next_expiry_s, self._read_ahead.next_deadline_s, self._schedule_at_s)
+        return min((time_s for time_s in times_s if time_s is not None), default=None)
 
     @property
     def num_waiting(self) -> int:
-        return len(self.scheduler.policy) + sum(map(len, self._forks.values()))
+        return len(self.scheduler.policy) + len(self._read_ahead) + sum(map(len, self._forks.values()))
 
     @property
     def has_work(self) -> bool:
@@ -121,16 +143,38 @@ class Engine:
 
     def dispatch(self, on_done: Callable[[Future[StepResult]], None] | None = None) -> None:
         """Hand steps to the executor until it has enough; `on_done` may run on another thread."""
+        for request in self._read_ahead.take_ready():
+            self.scheduler.add(request)
         while len(self._in_flight) < self._max_in_flight:
             started_s = self.clock.now_s()
+            if self._schedule_at_s is not None and started_s < self._schedule_at_s and not self.is_step_done:
+                return
+            self._schedule_at_s = None
             batch = self.scheduler.schedule()
+            if self.tenancy.make_room() and batch is None:
+                batch = self.scheduler.schedule()
             self._timings.schedule_s += self.clock.now_s() - started_s
             if batch is None:
                 return
+            self.tenancy.scheduled(batch)
             future = self.executor.submit(batch)
             self._in_flight.append((batch, future))
+            self._set_schedule_time()
             if on_done is not None:
                 future.add_done_callback(on_done)
+
+    def _set_schedule_time(self) -> None:
+        """The next step is made late in the one that starts to run, so that who comes meanwhile is in it."""
+        self._schedule_at_s = None
+        if len(self._in_flight) == 1 and self._max_in_flight > 1:
+            expected_s = self.scheduler.budget.time_s(self._in_flight[0][0])
+            self._schedule_at_s = self.clock.now_s() + SCHEDULE_AFTER * expected_s
+
+    def wake_with(self, wake: Callable[[], None]) -> None:
+        """`wake` is called, on another thread, when `dispatch` has something to do that no step tells of."""
+        tiers = self.scheduler.kv.tiers
+        if tiers is not None and tiers.disk is not None:
+            tiers.disk.on_done = wake
 
     @property
     def is_step_done(self) -> bool:
@@ -147,13 +191,19 @@ class Engine:
             result = future.result()
         except Exception as error:
             self._in_flight.popleft()
+            self._set_schedule_time()
+            self.scheduler.kv.complete(batch.kv_ops)
             self._fail_step(batch, error)
             return
         self._in_flight.popleft()
+        self._set_schedule_time()
+        self.scheduler.kv.complete(batch.kv_ops, result.kv_copy_s)
         started_s = self.clock.now_s()
         self._num_steps += 1
         self._num_step_tokens = batch.num_tokens
         self._take_prompt_logprobs(batch, result)
+        self._record_chunks(batch)
+        self.tenancy.computed(batch, result)
         for request, row in self.scheduler.update(batch, result):
             self._take_tokens(request, result, row)
         for request_id, problem in (result.failed or {}).items():
@@ -167,13 +217,15 @@ class Engine:
         """What happened since the last call; None where nothing did."""
         outputs, self._outputs = self._outputs, []
         events, self.scheduler.events = self.scheduler.events, []
-        if not outputs and not events:
+        replies, self._replies = self._replies, []
+        if not outputs and not events and not replies:
             return None
-        return EngineUpdate(tuple(outputs), tuple(events), self.stats())
+        return EngineUpdate(tuple(outputs), tuple(events), self.stats(), tuple(replies))
 
     def stats(self) -> EngineStats:
         pool = self.scheduler.kv.pool
         counters = self.scheduler.counters
+        tiers = self.scheduler.kv.tier_stats()
         return EngineStats(
             time_s=self.clock.now_s(),
             num_running=len(self.scheduler.running),
@@ -188,6 +240,7 @@ class Engine:
             num_recomputed_tokens_total=counters.num_recomputed_tokens,
             num_prompt_tokens_total=counters.num_prompt_tokens,
             num_output_tokens_total=self._num_output_tokens,
+            **tiers,
             num_steps_total=self._num_steps,
             schedule_s_total=self._timings.schedule_s,
             execute_s_total=self._timings.execute_s,
@@ -219,8 +272,19 @@ class Engine:
             if new:
                 self._outputs.append(prompt_logprobs_output(request, new))
 
+    def _record_chunks(self, batch: ScheduledBatch) -> None:
+        for scheduled in batch.requests:
+            if len(scheduled.token_ids) > 1 or scheduled.context is not None:
+                request = self.scheduler.requests.get(scheduled.request_id)
+                if request is not None:
+                    self._record(request, EventKind.COMPUTED, len(scheduled.token_ids))
+
     def _end(self, request: Request, reason: FinishReason, detail: str) -> None:
         request.finish_reason = reason
+        self._read_ahead.drop(request)
+        keep_s = self.tenancy.ended(request, reason)
+        if keep_s > 0.0:
+            self._record(request, EventKind.PINNED, request.num_computed_tokens, f"{keep_s:.3f}")
         self.scheduler.remove(request)
         self._processor.remove(request)
         self._record(request, EventKind.FINISHED, request.num_output_tokens, detail)

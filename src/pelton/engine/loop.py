@@ -9,7 +9,16 @@ from dataclasses import dataclass
 
 from pelton.core.batch import StepResult
 from pelton.engine.engine import Engine
-from pelton.engine.wire import Cancel, Command, EngineUpdate, Shutdown, Submit
+from pelton.engine.wire import (
+    Cancel,
+    Command,
+    DeleteSession,
+    DescribeTenants,
+    EngineUpdate,
+    ListSessions,
+    Shutdown,
+    Submit,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +33,7 @@ class EngineLoop:
         self.engine = engine
         self._emit = emit
         self._inbox: queue.SimpleQueue[Command | _StepDone] = queue.SimpleQueue()
+        engine.wake_with(lambda: self._inbox.put(_StepDone()))
 
     def put(self, command: Command) -> None:
         """Callable from any thread."""
@@ -56,6 +66,8 @@ class EngineLoop:
                     self.engine.submit(submission)
                 case Cancel(request_id=request_id):
                     self.engine.cancel(request_id)
+                case ListSessions() | DeleteSession() | DescribeTenants():
+                    self.engine.ask(command)
                 case Shutdown():
                     return False
             try:

@@ -8,17 +8,28 @@ Order, victims and charges belong to the policy, blocks to the KV manager.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 
 from pelton.core.batch import PENDING_TOKEN_ID, KVOp, RequestContext, ScheduledBatch, ScheduledRequest, StepResult
 from pelton.core.events import EventKind, RequestEvent
 from pelton.core.protocols import Clock, SchedulingPolicy
 from pelton.core.request import Request, RequestStatus
-from pelton.engine.kv.manager import KVManager, PrefixMatch
+from pelton.engine.kv.manager import KVManager
+from pelton.engine.kv.prefix_match import PrefixMatch
+from pelton.engine.step_budget import FixedBudget, StepBudget
 
 # How far past a request that does not fit the waiting line is searched, and how many may overtake it.
 MAX_LOOKAHEAD = 8
 MAX_OVERTAKEN = 64
+# Steps after which refused requests are tried again though there is no more room: more of a prefix may be cached.
+REFUSED_STEPS = 8
+# Blocks on their way to disk that are copied to host memory in a step, and in one that has nothing to compute.
+SAVED_PER_STEP = 8
+SAVED_WHEN_IDLE = 64
+_log = logging.getLogger("pelton.engine")
+_RUNNING = RequestStatus.RUNNING
+_new = tuple.__new__  # a `NamedTuple` without the checks of its constructor
 _ONE_PENDING = (PENDING_TOKEN_ID,)
 
 
@@ -41,6 +52,9 @@ class _Step:
     scheduled: list[ScheduledRequest] = field(default_factory=list)
     kv_ops: list[KVOp] = field(default_factory=list)
     starts: dict[str, int] = field(default_factory=dict)  # request id -> first position computed in this step
+    chunks: list[Request] = field(default_factory=list)  # running requests that want, or wanted, more than one token
+    is_closed: bool = False  # takes no more requests
+    has_refused: bool = False  # a waiting request found no room
 
 
 class Scheduler:
@@ -53,12 +67,14 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         long_prefill_chunk: int | None = None,
+        budget: StepBudget | None = None,
     ) -> None:
         self.policy = policy
         self.kv = kv
         self.clock = clock
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.budget = budget or FixedBudget(max_num_batched_tokens)
         self.max_chunk = long_prefill_chunk or max_num_batched_tokens
         self.requests: dict[str, Request] = {}  # all that have not ended
         self.running: list[Request] = []  # in order of admission
@@ -67,8 +83,8 @@ class Scheduler:
         self._ended_ids: list[str] = []  # told to the worker with the next batch
         self._preempted_ids: list[str] = []
         self._num_steps = 0
-        self._blocked_id = ""
-        self._num_overtaken = 0
+        self._refused_room = 0  # free blocks when waiting requests were last refused
+        self._refused_until_step = 0
 
     # -- requests come and go ---------------------------------------------------------------------
 
@@ -76,16 +92,18 @@ class Scheduler:
         self.kv.prepare(request)
         self.requests[request.request_id] = request
         self.policy.add(request)
+        self._refused_until_step = 0
 
     def remove(self, request: Request) -> None:
         """The request has ended, for whatever reason; its blocks are free at once."""
         if self.requests.pop(request.request_id, None) is not None:  # else it was never added
+            self.policy.finish(request)
+            self._refused_until_step = 0
+            self.kv.forget(request)
             if request.status is RequestStatus.RUNNING:
                 self.running.remove(request)
                 self.kv.free(request)
                 self._ended_ids.append(request.request_id)
-            else:
-                self.policy.remove(request)
         request.status = RequestStatus.FINISHED
 
     # -- a step -----------------------------------------------------------------------------------
@@ -93,24 +111,25 @@ class Scheduler:
     def schedule(self) -> ScheduledBatch | None:
         """The next step, or None where nothing can be computed now."""
         step = _Step(self.max_num_batched_tokens)
-        one_token: list[tuple[Request, int]] = []
-        many_tokens: list[tuple[Request, int]] = []
-        for request in self.running:
-            num_wanted = self._num_wanted(request)
-            if num_wanted == 1:
-                one_token.append((request, 1))
-            elif num_wanted:
-                many_tokens.append((request, num_wanted))
         num_preemptions = self.counters.num_preemptions
-        for request, num_wanted in one_token + many_tokens:
-            if step.num_budget_tokens == 0:
-                break
-            if request.status is RequestStatus.RUNNING:  # and not a victim of this very step
-                self._continue(request, num_wanted, step)
+        step.chunks = self._continue_decodes(step)
+        num_decodes = len(step.scheduled)
+        step.num_budget_tokens = min(self.max_num_batched_tokens, self.budget.num_tokens(num_decodes)) - num_decodes
+        if len(step.chunks) > 1:
+            self.policy.order(step.chunks)
+        for request in tuple(step.chunks):
+            if not step.has_refused and len(self.policy) and self.counters.num_preemptions == num_preemptions:
+                num_running = len(self.running)
+                self._admit_waiting(step, request)
+                if len(self.running) > num_running:  # who goes ahead is not slowed by what it has passed
+                    step.is_closed = True
+                    break
+            self._continue(request, step)
         calm = self.counters.num_preemptions == num_preemptions or not step.scheduled
-        if calm and len(self.policy):
+        if calm and not step.is_closed and len(self.policy):
             self._admit_waiting(step)
-        if not step.scheduled:
+        step.kv_ops += self.kv.take_moves(SAVED_PER_STEP if step.scheduled else SAVED_WHEN_IDLE)
+        if not step.scheduled and not step.kv_ops:
             return None
         self._num_steps += 1
         preempted_ids, self._preempted_ids = self._preempted_ids, []
@@ -119,55 +138,131 @@ class Scheduler:
             self._num_steps, tuple(step.scheduled), tuple(step.kv_ops), tuple(preempted_ids), tuple(ended_ids)
         )
 
+    def _continue_decodes(self, step: _Step) -> list[Request]:
+        """Choose the requests that want one token; returns those that want more.
+
+        Runs for every request of every step: `_continue` in line for the usual one, whose token goes to a
+        block that it has already.
+        """
+        chunks: list[Request] = []
+        starts, append = step.starts, step.scheduled.append
+        for request in tuple(self.running):
+            start = request.num_computed_tokens
+            outputs = request.output_token_ids
+            num_known = len(request.prompt_token_ids) + len(outputs)
+            num_tokens = num_known + request.num_pending_tokens
+            if start + 1 != num_tokens or start >= request.num_writable_tokens:
+                num_wanted = self._num_wanted(request)
+                if num_wanted > 1:
+                    chunks.append(request)
+                elif num_wanted:
+                    self._continue(request, step)
+            elif num_tokens < request.max_num_tokens and step.num_budget_tokens:
+                tables = request.scheduled_block_tables
+                if request.status is not _RUNNING or tables is None or not outputs:
+                    self._continue(request, step)
+                    continue
+                token_ids = _ONE_PENDING if start >= num_known else (outputs[-1],)
+                request.num_kv_tokens = request.num_computed_tokens = num_tokens
+                request.num_pending_tokens += 1
+                request.num_steps_in_flight += 1
+                step.num_budget_tokens -= 1
+                request_id = request.request_id
+                starts[request_id] = start
+                append(_new(ScheduledRequest, (request_id, token_ids, start, tables, request.sampling, True, (), None)))
+        return chunks
+
     def _num_wanted(self, request: Request) -> int:
         # The last token a request may have is never computed: nothing follows it.
-        num_tokens, most = request.num_tokens, request.max_num_tokens - 1
-        return (num_tokens if num_tokens < most else most) - request.num_computed_tokens
+        return min(request.num_tokens, request.max_num_tokens - 1) - request.num_computed_tokens
 
-    def _continue(self, request: Request, num_wanted: int, step: _Step) -> None:
+    def _continue(self, request: Request, step: _Step) -> None:
+        if not step.num_budget_tokens or request.status is not RequestStatus.RUNNING:  # a victim of this very step
+            return
+        num_wanted = self._num_wanted(request)
         num_tokens = num_wanted if num_wanted == 1 else min(num_wanted, step.num_budget_tokens, self.max_chunk)
         while (kv_ops := self.kv.try_extend(request, num_tokens)) is None:
-            candidates = [other for other in self.running if other.request_id not in step.starts]
-            victim = self.policy.choose_victim(candidates, request) or request
-            self._preempt(victim)
-            if victim is request:
+            if not self._make_room(request, step):
                 return
         self._choose(request, num_tokens, kv_ops, step)
 
-    def _preempt(self, request: Request) -> None:
+    def _make_room(self, request: Request, step: _Step) -> bool:
+        """Preempt somebody so that `request` can go on; False: it cannot, in this step."""
+        candidates = [other for other in self.running if other is not request and _has_progressed(other, step)]
+        victim = self.policy.choose_victim(candidates, request)
+        if victim is None and not _has_progressed(request, step):
+            # It waits with what it has while others go on: nobody is preempted twice for nothing.
+            if step.scheduled or any(other.num_steps_in_flight for other in self.running):
+                return False
+            victim = candidates[-1] if candidates else request
+        victim = victim or request
+        if victim.request_id in step.starts:
+            self._withdraw(victim, step)
+        self._preempt(victim, request)
+        return victim is not request
+
+    def _withdraw(self, request: Request, step: _Step) -> None:
+        """Undo `_choose`. Copies made for the request stay: nobody reads where they go before writing it."""
+        del step.starts[request.request_id]
+        index = next(i for i, scheduled in enumerate(step.scheduled) if scheduled.request_id == request.request_id)
+        scheduled = step.scheduled.pop(index)
+        step.num_budget_tokens += len(scheduled.token_ids)
+        request.num_computed_tokens = scheduled.num_computed_tokens
+        request.num_pending_tokens -= scheduled.samples
+        request.num_steps_in_flight -= 1
+
+    def _preempt(self, request: Request, beneficiary: Request) -> None:
+        num_lost = request.num_computed_tokens
         self.running.remove(request)
         self.counters.num_preemptions += 1
-        self._record(request, EventKind.PREEMPTED, request.num_computed_tokens)
+        whom = "itself" if request is beneficiary else f"{beneficiary.request_id} (tenant {beneficiary.tenant_id})"
+        self._record(request, EventKind.PREEMPTED, num_lost, f"no free KV block for {whom}")
+        _log.info(
+            "preempted %s (tenant %s): no free KV block for %s; up to %d tokens will be computed again",
+            request.request_id,
+            request.tenant_id,
+            whom,
+            num_lost,
+        )
         request.num_preemptions += 1
-        request.num_lost_tokens = request.num_computed_tokens
+        request.num_lost_tokens = num_lost
         request.status = RequestStatus.PREEMPTED
-        self.kv.free(request)
+        self.kv.preempt(request)
         self._preempted_ids.append(request.request_id)
-        self.policy.add(request)
+        self.policy.preempt(request)
+        self._refused_until_step = 0
 
-    def _admit_waiting(self, step: _Step) -> None:
+    def _admit_waiting(self, step: _Step, ahead_of: Request | None = None) -> None:
+        """Start waiting requests; with `ahead_of` only those that the policy puts before that one's next chunk."""
+        if not step.num_budget_tokens or len(self.running) >= self.max_num_seqs:
+            return
         # Kept for the running: what their known tokens still need, and one block each to go on.
-        num_reserved = sum(self._num_unreached_blocks(request) + 1 for request in self.running)
-        admitted: list[Request] = []
-        num_refused = 0
+        num_reserved = len(self.running) + sum(map(self._num_unreached_blocks, step.chunks))
+        room = self.kv.pool.num_available - num_reserved
+        if room <= self._refused_room and self._num_steps < self._refused_until_step and self.running:
+            return  # what was refused lately would be refused again
+        num_refused, refused_first, is_memory_short = 0, None, True
         for request in self.policy.waiting():
-            if step.num_budget_tokens == 0 or len(self.running) + len(admitted) >= self.max_num_seqs:
+            if ahead_of is not None and not self.policy.precedes(request, ahead_of):
                 break
             if self._try_admit(request, num_reserved, step):
-                admitted.append(request)
                 num_reserved += self._num_unreached_blocks(request) + 1
-                self._num_overtaken += num_refused > 0
+                step.chunks.append(request)
+                if refused_first is not None:
+                    refused_first.num_overtaken += 1
+                if not step.num_budget_tokens or len(self.running) >= self.max_num_seqs:
+                    break
                 continue
+            step.has_refused = True
+            refused_first = refused_first or request
             num_refused += 1
-            if num_refused == 1 and request.request_id != self._blocked_id:
-                self._blocked_id, self._num_overtaken = request.request_id, 0
+            is_memory_short = is_memory_short and not request.num_steps_in_flight
             # Smaller requests may pass one that does not fit, but not for ever (law 6).
-            if num_refused == MAX_LOOKAHEAD or self._num_overtaken >= MAX_OVERTAKEN:
+            if num_refused == MAX_LOOKAHEAD or refused_first.num_overtaken >= MAX_OVERTAKEN:
                 break
-        for request in admitted:
-            self.policy.remove(request)
-            self.running.append(request)
-            request.status = RequestStatus.RUNNING
+        if num_refused and is_memory_short and ahead_of is None:
+            self._refused_room = self.kv.pool.num_available - num_reserved
+            self._refused_until_step = self._num_steps + REFUSED_STEPS
 
     def _try_admit(self, request: Request, num_reserved_blocks: int, step: _Step) -> bool:
         if request.num_steps_in_flight:  # preempted while a step computes it: its result must not count for new blocks
@@ -179,9 +274,12 @@ class Scheduler:
         num_tokens = min(self._num_wanted(request), step.num_budget_tokens, self.max_chunk)
         kv_ops = self.kv.try_extend(request, num_tokens)
         if kv_ops is None:
-            self.kv.free(request)
+            self.kv.preempt(request)
             return False
         self._count_admission(request, match.num_tokens)
+        self.policy.admit(request, match.num_tokens)
+        self.running.append(request)
+        request.status = RequestStatus.RUNNING
         context = RequestContext(
             tuple(request.prompt_token_ids), tuple(request.output_token_ids), request.sampling.seed or 0
         )
@@ -207,7 +305,7 @@ class Scheduler:
         self._record(request, EventKind.SCHEDULED, num_matched_tokens)
 
     def _num_unreached_blocks(self, request: Request) -> int:
-        if request.num_tokens - request.num_computed_tokens <= 1:
+        if request.status is not _RUNNING or request.num_remaining_tokens <= 1:
             return 0
         return self.kv.num_blocks_to_reach(request, request.num_tokens)
 
@@ -221,6 +319,8 @@ class Scheduler:
         num_known = len(request.prompt_token_ids) + len(request.output_token_ids)
         samples = end == num_known + request.num_pending_tokens
         token_ids = _ONE_PENDING if start >= num_known and num_tokens == 1 else self._token_ids(request, start, end)
+        if start < request.num_prompt_tokens:
+            self._charge_prompt(request, end)
         request.num_computed_tokens = end
         request.num_pending_tokens += samples
         request.num_steps_in_flight += 1
@@ -241,6 +341,13 @@ class Scheduler:
             )
         )
 
+    def _charge_prompt(self, request: Request, end: int) -> None:
+        start = max(request.num_computed_tokens, request.num_charged_tokens)
+        end = min(end, request.num_prompt_tokens)
+        if end > start:
+            request.num_charged_tokens = end
+            self.policy.charge_prefill(request, end - start)
+
     def _token_ids(self, request: Request, start: int, end: int) -> tuple[int, ...]:
         num_known = request.num_known_tokens
         if start >= num_known:
@@ -255,25 +362,34 @@ class Scheduler:
 
         Returns each request that is still alive and got tokens, with its row in the batch.
         """
+        if batch.requests:  # and not blocks on their way to disk alone
+            self.budget.observe(batch, result.elapsed_s - result.kv_copy_s)
         grown = []
         failed_ids = result.failed or {}
-        alive, commit, charge = self.requests, self.kv.commit, self.policy.charge
+        alive, commit, charge, block_size = self.requests, self.kv.commit, self.policy.charge, self.kv.block_size
         for row, (scheduled, sampled) in enumerate(zip(batch.requests, result.sampled_token_ids, strict=True)):
-            request_id, token_ids, start = scheduled[:3]
+            request_id, start = scheduled[0], scheduled[2]
             request = alive.get(request_id)
             if request is None:  # ended while the step ran
                 continue
-            num_tokens, num_sampled = len(token_ids), len(sampled)
+            end = start + len(scheduled[1])
             request.num_steps_in_flight -= 1
-            request.num_pending_tokens -= scheduled.samples
-            request.output_token_ids += sampled
+            request.num_pending_tokens -= scheduled[5]
             # What a failed request computed (NaN, say) must not be found by others.
-            if request.status is RequestStatus.RUNNING and request_id not in failed_ids:
-                commit(request, start, start + num_tokens)
-            charge(request, num_tokens - num_sampled, num_sampled)
+            fills_block = start // block_size != end // block_size
             if sampled:
+                request.output_token_ids += sampled
+                charge(request, len(sampled))
                 grown.append((request, row))
+            if fills_block and request.status is _RUNNING and request_id not in failed_ids:
+                commit(request, start, end)
         return grown
 
-    def _record(self, request: Request, kind: EventKind, num_tokens: int) -> None:
-        self.events.append(RequestEvent(request.request_id, kind, self.clock.now_s(), num_tokens))
+    def _record(self, request: Request, kind: EventKind, num_tokens: int, detail: str = "") -> None:
+        self.events.append(RequestEvent(request.request_id, kind, self.clock.now_s(), num_tokens, detail))
+
+
+def _has_progressed(request: Request, step: _Step) -> bool:
+    """Whether more of it is computed than when it was last preempted, or it never was."""
+    num_computed_tokens = step.starts.get(request.request_id, request.num_computed_tokens)
+    return not request.num_preemptions or num_computed_tokens > request.num_lost_tokens

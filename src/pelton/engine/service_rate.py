@@ -1,4 +1,4 @@
-"""How fast requests finish, for Retry-After."""
+"""How fast requests finish, for Retry-After and for deadlines."""
 
 from __future__ import annotations
 
@@ -17,11 +17,15 @@ class ServiceRate:
     def count(self, now_s: float) -> None:
         self._times_s.append(now_s)
 
-    def time_for_s(self, num_requests: int, now_s: float) -> float:
-        """Seconds until `num_requests` more will have finished, between 1 and a minute."""
+    def expected_s(self, num_requests: int, now_s: float) -> float | None:
+        """Seconds until `num_requests` more will have finished; None: nothing has, lately."""
         while self._times_s and self._times_s[0] < now_s - WINDOW_S:
             self._times_s.popleft()
         if not self._times_s:
-            return WINDOW_S
-        span_s = max(now_s - self._times_s[0], 0.1)
-        return min(MAX_RETRY_AFTER_S, max(1.0, num_requests * span_s / len(self._times_s)))
+            return None
+        return num_requests * max(now_s - self._times_s[0], 0.1) / len(self._times_s)
+
+    def time_for_s(self, num_requests: int, now_s: float) -> float:
+        """The same between 1 second and a minute, as one would ask a client to wait."""
+        expected_s = self.expected_s(num_requests, now_s)
+        return WINDOW_S if expected_s is None else min(MAX_RETRY_AFTER_S, max(1.0, expected_s))

@@ -8,6 +8,7 @@ from pelton.core.errors import ErrorInfo
 from pelton.core.events import EngineInfo, EngineStats, RequestEvent
 from pelton.core.output import RequestOutput
 from pelton.core.request import Submission
+from pelton.core.session import SessionInfo, TenancyStats
 
 
 class Submit(msgspec.Struct, tag="submit", frozen=True):
@@ -18,6 +19,27 @@ class Cancel(msgspec.Struct, tag="cancel", frozen=True):
     """End a submission; one that has ended already is no error."""
 
     request_id: str
+
+
+class ListSessions(msgspec.Struct, tag="list_sessions", frozen=True):
+    """What a tenant's sessions are; answered by `SessionList`."""
+
+    query_id: int
+    tenant_id: str
+
+
+class DeleteSession(msgspec.Struct, tag="delete_session", frozen=True):
+    """Forget a tenant's session and its pins; answered by `SessionDeleted`."""
+
+    query_id: int
+    tenant_id: str
+    session_id: str
+
+
+class DescribeTenants(msgspec.Struct, tag="describe_tenants", frozen=True):
+    """Answered by `TenantReport`."""
+
+    query_id: int
 
 
 class Shutdown(msgspec.Struct, tag="shutdown", frozen=True):
@@ -32,15 +54,35 @@ class StartFailed(msgspec.Struct, tag="start_failed", frozen=True):
     error: ErrorInfo
 
 
+class SessionList(msgspec.Struct, tag="session_list", frozen=True):
+    query_id: int
+    sessions: tuple[SessionInfo, ...]
+
+
+class SessionDeleted(msgspec.Struct, tag="session_deleted", frozen=True):
+    query_id: int
+    was_there: bool
+
+
+class TenantReport(msgspec.Struct, tag="tenant_report", frozen=True):
+    query_id: int
+    stats: TenancyStats
+
+
+Query = ListSessions | DeleteSession | DescribeTenants
+Reply = SessionList | SessionDeleted | TenantReport
+
+
 class EngineUpdate(msgspec.Struct, tag="update", frozen=True):
     """What one turn of the loop has to tell."""
 
     outputs: tuple[RequestOutput, ...]
     events: tuple[RequestEvent, ...]
     stats: EngineStats
+    replies: tuple[Reply, ...] = ()
 
 
-Command = Submit | Cancel | Shutdown
+Command = Submit | Cancel | Query | Shutdown
 EngineMessage = Ready | StartFailed | EngineUpdate
 
 _encoder = msgspec.msgpack.Encoder()

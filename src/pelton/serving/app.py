@@ -29,6 +29,7 @@ from pelton.serving.routes import ROUTES, Handler
 from pelton.serving.status import PELTON_VERSION
 from pelton.serving.template_error import ChatTemplateError
 from pelton.serving.template_process import TemplateRenderer
+from pelton.serving.timelines import Timelines
 from pelton.weights.tensors import GenerationDefaults
 from pelton.weights.tokenizer import Tokenizer
 
@@ -49,7 +50,9 @@ def create_app(
     `chat_template` is a template's source; without one, chat is refused with a reason.
     """
     metrics = ServerMetrics(model.names[0])
+    timelines = Timelines()
     client.add_listener(metrics.take_update)
+    client.add_listener(timelines.take_update)
     context = ServingContext(
         client=client,
         tokenizer=tokenizer,
@@ -58,6 +61,7 @@ def create_app(
         template=_template_renderer(chat_template, tokenizer),
         defaults=generation_defaults or GenerationDefaults(),
         metrics=metrics,
+        timelines=timelines,
         spelling=TokenSpelling(tokenizer),
         pool=ThreadPoolExecutor(NUM_PREPARE_THREADS, "pelton-prepare"),
     )

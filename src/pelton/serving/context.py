@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
-
-from starlette.requests import Request
+from typing import TypeVar
 
 from pelton.core.errors import (
     ContextLengthExceededError,
-    InvalidRequestError,
     ModelNotFoundError,
     QueueFullError,
     ServiceUnavailableError,
 )
 from pelton.core.events import EngineInfo
-from pelton.core.request import DEFAULT_TENANT, Submission
+from pelton.core.request import Submission
 from pelton.core.sampling_params import SamplingParams
 from pelton.engine.client import EngineClient, EngineState
+from pelton.serving.caller import Caller
 from pelton.serving.config import ServerConfig
 from pelton.serving.generation import Generation
 from pelton.serving.metrics import ServerMetrics
 from pelton.serving.openai.logprobs import TokenSpelling
 from pelton.serving.openai.requests import GenerationRequest
 from pelton.serving.template_process import TemplateRenderer
+from pelton.serving.timelines import Timelines, new_timeline
 from pelton.weights.tensors import GenerationDefaults
 from pelton.weights.tokenizer import Tokenizer
 
@@ -38,9 +36,6 @@ MAX_PREPARING = 256
 PIECE_CHARS = 1 << 18
 CUT_SLACK_TOKENS = 64
 UNAVAILABLE_RETRY_S = 2.0
-LOG_KEY = "pelton.log"  # of an ASGI scope
-_TENANT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}")
-_SESSION_ID = re.compile(r"[\x21-\x7e]{1,512}")
 ResultT = TypeVar("ResultT")
 
 
@@ -54,21 +49,6 @@ class ModelCard:
     created: int
 
 
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """Who asks: from headers and from fields of the body."""
-
-    tenant_id: str
-    session_id: str | None
-    log: dict[str, Any]  # what the request's log line says beyond HTTP
-
-    def salt(self, cache_salt: str | None) -> str:
-        """Prefixes are shared within a tenant and, where it sends one, a salt; never across."""
-        if self.tenant_id == DEFAULT_TENANT and not cache_salt:
-            return ""
-        return f"{len(self.tenant_id)}:{self.tenant_id}:{cache_salt or ''}"
-
-
 @dataclass(slots=True, kw_only=True, eq=False)
 class ServingContext:
     client: EngineClient
@@ -78,6 +58,7 @@ class ServingContext:
     template: TemplateRenderer | None
     defaults: GenerationDefaults
     metrics: ServerMetrics
+    timelines: Timelines
     spelling: TokenSpelling
     pool: ThreadPoolExecutor
     num_preparing: int = 0
@@ -131,6 +112,7 @@ class ServingContext:
         request: GenerationRequest,
         sampling: SamplingParams,
         caller: Caller,
+        tool_names: tuple[str, ...] = (),
     ) -> Generation:
         """One submission per prompt, all or none."""
         timeout_s = request.timeout_s or self.config.request_timeout_s or None
@@ -143,6 +125,9 @@ class ServingContext:
                     sampling=sampling,
                     tenant_id=caller.tenant_id,
                     session_id=caller.session_id,
+                    program_id=caller.program_id,
+                    previous_request_id=caller.previous_answer_id,
+                    tool_names=tool_names,
                     cache_salt=caller.salt(request.cache_salt),
                     priority=request.priority,
                     timeout_s=timeout_s,
@@ -152,27 +137,12 @@ class ServingContext:
             for stream in streams:
                 stream.cancel()
             raise
+        timeline = new_timeline(answer_id, caller.request_id, caller.session_id, caller.program_id)
+        self.timelines.begin(caller.tenant_id, timeline, [stream.request_id for stream in streams], sampling.n)
         generation = Generation(streams, self.metrics.observe_gap)
         caller.log["num_prompt_tokens"] = sum(map(len, prompts))
         caller.log["num_output_tokens"] = lambda: generation.num_output_tokens
         return generation
-
-
-def caller_of(request: Request, body: GenerationRequest) -> Caller:
-    tenant_id = request.headers.get("x-tenant-id", DEFAULT_TENANT)
-    if not _TENANT_ID.fullmatch(tenant_id):
-        raise InvalidRequestError(
-            "X-Tenant-Id must be 1 to 128 letters, digits or ._:@- and start with a letter or digit",
-            param="X-Tenant-Id",
-        )
-    session_id = request.headers.get("x-session-id") or body.prompt_cache_key or None
-    if session_id is not None and "x-session-id" in request.headers and not _SESSION_ID.fullmatch(session_id):
-        raise InvalidRequestError("X-Session-Id must be 1 to 512 printable ASCII characters", param="X-Session-Id")
-    log = request.scope.setdefault(LOG_KEY, {})
-    log["tenant"] = tenant_id
-    if body.user is not None:
-        log["user"] = body.user
-    return Caller(tenant_id, session_id, log)
 
 
 def new_answer_id(prefix: str) -> str:

@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from pelton.core.errors import (
     DeadlineExceededError,
+    DeadlineUnreachableError,
     EngineDeadError,
     InvalidRequestError,
     ModelNotFoundError,
@@ -20,6 +21,7 @@ from pelton.core.errors import (
     QueueFullError,
     RequestCancelledError,
     ServiceUnavailableError,
+    TenantLimitError,
 )
 
 MAX_MESSAGE_LENGTH = 2000
@@ -60,6 +62,8 @@ _STATUSES: tuple[tuple[type[PeltonError], int], ...] = (
     (InvalidRequestError, 400),
     (ModelNotFoundError, 404),
     (DeadlineExceededError, 408),
+    (TenantLimitError, 429),
+    (DeadlineUnreachableError, 429),
     (QueueFullError, 503),
     (ServiceUnavailableError, 503),
     (EngineDeadError, 503),
@@ -80,10 +84,16 @@ def error_body(error: PeltonError) -> ErrorBody:
         message = message[:MAX_MESSAGE_LENGTH] + "..."
     return ErrorBody(
         message=message,
-        type="invalid_request_error" if status_of(error) < 500 else "server_error",
+        type=_type_of(status_of(error)),
         param="model" if isinstance(error, ModelNotFoundError) else getattr(error, "param", None),
         code=error.code,
     )
+
+
+def _type_of(status: int) -> str:
+    if status == 429:
+        return "rate_limit_error"
+    return "invalid_request_error" if status < 500 else "server_error"
 
 
 def error_headers(error: PeltonError) -> dict[str, str]:

@@ -12,8 +12,10 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.exposition import generate_latest
 
 from pelton.core.events import EngineInfo, EngineStats, EventKind, RequestEvent
+from pelton.core.session import TenancyStats
 from pelton.engine.wire import EngineUpdate
 from pelton.serving.histogram import BucketCounts
+from pelton.serving.tenancy_metrics import TenancyMetrics
 
 MAX_TENANTS = 100
 OTHER_TENANT = "other"
@@ -31,6 +33,15 @@ _COUNTERS = {
     "vllm:prompt_tokens": ("num_prompt_tokens_total", "Prompt tokens of admitted requests"),
     "vllm:generation_tokens": ("num_output_tokens_total", "Generated tokens"),
     "pelton:recomputed_tokens": ("num_recomputed_tokens_total", "Tokens computed again after a preemption"),
+    "pelton:kv_host_hit_tokens": ("num_host_hit_tokens_total", "Tokens whose KV came from host memory"),
+    "pelton:kv_disk_hit_tokens": ("num_disk_hit_tokens_total", "Of these, tokens whose KV was read from disk"),
+    "pelton:kv_host_stored_blocks": ("num_tier_stored_blocks_total", "KV blocks copied to host memory"),
+    "pelton:kv_host_loaded_blocks": ("num_tier_loaded_blocks_total", "KV blocks copied from host memory"),
+    "pelton:kv_host_dropped_blocks": ("num_tier_dropped_blocks_total", "KV blocks given up: host memory was busy"),
+    "pelton:kv_disk_written_blocks": ("num_disk_written_blocks_total", "KV blocks written to disk"),
+    "pelton:kv_disk_read_blocks": ("num_disk_read_blocks_total", "KV blocks read from disk"),
+    "pelton:kv_disk_failed_writes": ("num_disk_failed_writes_total", "KV blocks that could not be written"),
+    "pelton:kv_disk_failed_reads": ("num_disk_failed_reads_total", "KV blocks missing, damaged or foreign"),
     "pelton:steps": ("num_steps_total", "Engine steps"),
     "pelton:step_schedule_seconds": ("schedule_s_total", "Time in the scheduler"),
     "pelton:step_execute_seconds": ("execute_s_total", "Time in the executor"),
@@ -102,6 +113,9 @@ class ServerMetrics:
             "pelton:tenant_tokens", "Tokens by tenant", (*_LABELS, "tenant", "kind"), registry=self.registry
         )
 
+        self.tenancy = TenancyMetrics(labels, self._tenant)
+        self.registry.register(self.tenancy)
+
     def expose(self) -> bytes:
         """The text format of Prometheus."""
         self._publish_stats()
@@ -115,6 +129,7 @@ class ServerMetrics:
 
     def clear_gauges(self) -> None:
         """There is no engine at the moment, so nothing runs or waits."""
+        self.tenancy.stats = TenancyStats()
         self._stats = replace(self._stats, num_running=0, num_waiting=0, num_blocks_used=0, num_blocks_cached=0)
 
     def take_update(self, update: EngineUpdate) -> None:

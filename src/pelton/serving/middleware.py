@@ -11,7 +11,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pelton.core.errors import PeltonError
-from pelton.serving.context import LOG_KEY
+from pelton.serving.caller import LOG_KEY, REQUEST_ID_KEY
 from pelton.serving.errors import ClientDisconnectedError, HTTPProblemError, error_response
 from pelton.serving.logs import Logger
 from pelton.serving.metrics import ServerMetrics
@@ -49,6 +49,7 @@ class RequestMiddleware:
         request_id = headers.get("x-request-id", "")
         if not _REQUEST_ID.fullmatch(request_id):
             request_id = uuid.uuid4().hex
+        scope[REQUEST_ID_KEY] = request_id
         status = 0
 
         async def send_with_headers(message: Message) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from pelton.serving.caller import ID_PATTERN, TENANT_PATTERN
 from pelton.serving.errors import ErrorResponse
 from pelton.serving.routes import Route
 
@@ -14,13 +15,19 @@ _PATH_PARAMETER = re.compile(r"\{(\w+)(?::\w+)?\}")
 _ERROR_TEXTS = {
     400: "The request is not valid",
     401: "The API key is missing or wrong",
-    404: "No such model",
+    404: "There is none of that name",
     408: "The deadline passed",
     413: "The body is too large",
     415: "The body is not JSON",
+    429: "The tenant has too much waiting, or the deadline cannot be met; see Retry-After",
     500: "The engine failed on this request",
     503: "The server is starting, restarting, draining or full; see Retry-After",
 }
+_HEADERS = (
+    ("X-Tenant-Id", TENANT_PATTERN, "Who shares KV and fair service; `default` without it."),
+    ("X-Session-Id", ID_PATTERN, "The conversation that this is a turn of; found by its prefix without it."),
+    ("X-Program-Id", ID_PATTERN, "The agent run that the session belongs to."),
+)
 # Of /v1/completions: one of four forms. The struct takes mixtures of them, which the handler refuses.
 _TOKEN_IDS = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}}
 _TEXT = {"type": "string", "minLength": 1}
@@ -60,6 +67,11 @@ def _operation(route: Route, *, has_key: bool) -> dict[str, Any]:
     parameters = [
         {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
         for name in _PATH_PARAMETER.findall(route.path)
+    ]
+    parameters += [
+        {"name": name, "in": "header", "description": text, "schema": {"type": "string", "pattern": f"^{pattern}$"}}
+        for name, pattern, text in (_HEADERS if route.body is not None and route.chunk is not None else _HEADERS[:1])
+        if route.has_tenant
     ]
     if parameters:
         operation["parameters"] = parameters

@@ -9,7 +9,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from pelton.serving import status
+from pelton.serving import sessions, status, timelines
 from pelton.serving.context import ServingContext
 from pelton.serving.openai import requests, responses, tokenization
 from pelton.serving.openai.chat import create_chat_completion
@@ -29,10 +29,11 @@ class Route:
     chunk: type[msgspec.Struct] | None = None  # of its stream
     errors: tuple[int, ...] = ()
     is_open: bool = False  # needs no key
+    has_tenant: bool = False  # is answered for the tenant that asks
 
 
 _BODY_ERRORS = (400, 401, 404, 408, 413, 415)
-_GENERATION_ERRORS = (*_BODY_ERRORS, 500, 503)
+_GENERATION_ERRORS = (*_BODY_ERRORS, 429, 500, 503)
 
 ROUTES = (
     Route(
@@ -44,6 +45,7 @@ ROUTES = (
         answer=responses.ChatCompletion,
         chunk=responses.ChatCompletionChunk,
         errors=_GENERATION_ERRORS,
+        has_tenant=True,
     ),
     Route(
         method="POST",
@@ -54,6 +56,7 @@ ROUTES = (
         answer=responses.Completion,
         chunk=responses.Completion,
         errors=_GENERATION_ERRORS,
+        has_tenant=True,
     ),
     Route(
         method="GET",
@@ -88,6 +91,33 @@ ROUTES = (
         body=requests.DetokenizeRequest,
         answer=responses.DetokenizeResponse,
         errors=(*_BODY_ERRORS, 503),
+    ),
+    Route(
+        method="GET",
+        path="/v1/sessions",
+        handler=sessions.list_sessions,
+        summary="The tenant's sessions, the latest used first",
+        answer=sessions.SessionList,
+        errors=(400, 401, 503),
+        has_tenant=True,
+    ),
+    Route(
+        method="DELETE",
+        path="/v1/sessions/{session_id:path}",
+        handler=sessions.delete_session,
+        summary="Forget a session and give up its KV",
+        answer=sessions.DeletedSession,
+        errors=(400, 401, 404, 503),
+        has_tenant=True,
+    ),
+    Route(
+        method="GET",
+        path="/v1/requests/{request_id}/timeline",
+        handler=sessions.show_timeline,
+        summary="What happened to a request of the tenant",
+        answer=timelines.RequestTimeline,
+        errors=(400, 401, 404),
+        has_tenant=True,
     ),
     Route(
         method="GET",

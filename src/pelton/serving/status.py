@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from importlib.metadata import version
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from pelton.core.errors import ModelNotFoundError
+from pelton.core.errors import ModelNotFoundError, ServiceUnavailableError
 from pelton.engine.client import EngineState
 from pelton.serving.context import ServingContext
 from pelton.serving.errors import json_response
@@ -50,6 +51,9 @@ async def ready(context: ServingContext, _: Request) -> Response:
 async def show_metrics(context: ServingContext, _: Request) -> Response:
     if context.client.info is not None:
         context.metrics.set_info(context.client.info)
-    if context.client.state is not EngineState.READY:
+    if context.client.state is EngineState.READY:
+        with contextlib.suppress(ServiceUnavailableError):  # the last known are shown
+            context.metrics.tenancy.stats = await context.client.tenancy()
+    else:
         context.metrics.clear_gauges()
     return Response(context.metrics.expose(), media_type="text/plain; version=0.0.4; charset=utf-8")

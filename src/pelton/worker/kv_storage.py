@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
+
+from pelton.core.batch import KVOp, KVOpKind
+from pelton.core.errors import EngineStepError
 from pelton.core.model_spec import ModelSpec
 from pelton.worker.kernels.ops import Kernels, LayerCache
 
@@ -15,8 +19,18 @@ class KVStorage:
     an unwritten block holds is undefined. Block 0 is the null block, which no request writes or reads.
     """
 
-    def __init__(self, spec: ModelSpec, num_blocks: int, block_size: int, dtype: str, kernels: Kernels) -> None:
-        """Raises MemoryError where there is not that much."""
+    def __init__(
+        self,
+        spec: ModelSpec,
+        num_blocks: int,
+        block_size: int,
+        dtype: str,
+        kernels: Kernels,
+        *,
+        num_host_blocks: int = 0,
+    ) -> None:
+        """`num_host_blocks` more lie in host memory, for blocks that leave the cache. Raises MemoryError where
+        there is not that much."""
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._places = {
@@ -28,6 +42,11 @@ class KVStorage:
         self._data = kernels.empty_cache(
             (spec.num_layers_per_kv_group, 2, num_blocks, block_size, spec.num_kv_heads, spec.head_dim), dtype
         )
+
+        num_host = max(1, num_host_blocks)  # torch reads no other type from nothing
+        self._host_bytes = np.empty((num_host, self._data.nbytes // num_blocks), dtype=np.uint8)
+        block_shape = (spec.num_layers_per_kv_group, 2, block_size, spec.num_kv_heads, spec.head_dim)
+        self._host = kernels.from_numpy(self._host_bytes).view(self._data.dtype).reshape(num_host, *block_shape)
 
     def warm_up(self) -> None:
         """Write the null block, which brings in the pages that each layer's first blocks share with it: huge ones,
@@ -46,7 +65,18 @@ class KVStorage:
     def layer_caches(self) -> list[LayerCache]:
         return [self.layer_cache(layer_id) for layer_id in sorted(self._places)]
 
-    def copy_blocks(self, pairs: Iterable[tuple[int, int]]) -> None:
-        """Copy block `source` over block `destination` in every layer, pair after pair."""
-        for source, destination in pairs:
-            self._data[:, :, destination] = self._data[:, :, source]
+    def host_block(self, slot_id: int) -> memoryview:
+        """The bytes of a block in host memory, to read and to write."""
+        return self._host_bytes[slot_id].data
+
+    def move(self, ops: Iterable[KVOp]) -> None:
+        """Copy blocks, in every layer, one operation after another."""
+        for op in ops:
+            if op.kind is KVOpKind.COPY:
+                self._data[:, :, op.destination] = self._data[:, :, op.source]
+            elif op.tier != "host":
+                raise EngineStepError(f"KV operation {op.kind} needs tier {op.tier!r}, and this worker has none")
+            elif op.kind is KVOpKind.STORE:
+                self._host[op.destination] = self._data[:, :, op.source]
+            else:
+                self._data[:, :, op.destination] = self._host[op.source]

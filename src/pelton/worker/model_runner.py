@@ -12,8 +12,7 @@ from itertools import chain
 
 import numpy as np
 
-from pelton.core.batch import NULL_BLOCK_ID, KVOpKind, ScheduledBatch, ScheduledRequest, StepResult
-from pelton.core.errors import EngineStepError
+from pelton.core.batch import NULL_BLOCK_ID, ScheduledBatch, ScheduledRequest, StepResult
 from pelton.core.output import TokenLogprobs
 from pelton.worker.forward_batch import Floats, ForwardBatch, GroupBatch
 from pelton.worker.kv_storage import KVStorage
@@ -67,8 +66,10 @@ class ModelRunner:
         count = len(batch.requests)
         answers = _Answers([()] * count, [None] * count, [None] * count)
         try:
+            # First of all: later steps count on it, whatever becomes of this one.
+            self._kv.move(batch.kv_ops)
+            kv_copy_s = time.perf_counter() - start_s if batch.kv_ops else 0.0
             answers.failed.update(self._states.update(batch))
-            self._run_kv_ops(batch)
             rows = self._select_rows(batch)
             if rows:
                 self._forward(rows, answers)
@@ -83,15 +84,8 @@ class ModelRunner:
             prompt_logprobs=tuple(answers.prompt_logprobs),
             failed=answers.failed or None,
             elapsed_s=time.perf_counter() - start_s,
+            kv_copy_s=kv_copy_s,
         )
-
-    def _run_kv_ops(self, batch: ScheduledBatch) -> None:
-        if not batch.kv_ops:
-            return
-        for op in batch.kv_ops:
-            if op.kind is not KVOpKind.COPY:
-                raise EngineStepError(f"KV operation {op.kind} needs tier {op.tier!r}, and this worker has none")
-        self._kv.copy_blocks([(op.source, op.destination) for op in batch.kv_ops])
 
     def _select_rows(self, batch: ScheduledBatch) -> list[StepRow]:
         """The requests that can run, with their tokens known."""

@@ -26,3 +26,13 @@ def extend_block_hashes(request: Request, root: bytes, block_size: int) -> None:
         parent = hashes[-1] if hashes else root
         token_ids = array("i", request.known_token_ids(index * block_size, (index + 1) * block_size))
         hashes.append(blake2b(parent + token_ids.tobytes(), digest_size=HASH_BYTES).digest())
+
+
+def private_hash(request: Request, index: int) -> bytes:
+    """A name for block `index` of a preempted request that only this request asks for; longer than a content hash."""
+    name = f"{request.request_id}\0{request.num_preemptions}\0{index}"
+    return blake2b(name.encode("utf-8", "surrogatepass"), digest_size=HASH_BYTES).digest() + b"\0"
+
+
+def is_private(block_hash: bytes) -> bool:
+    return len(block_hash) > HASH_BYTES

@@ -1,36 +1,33 @@
-"""`BlockPool`: who holds which KV block. Bookkeeping only; the bytes live in `worker/kv_storage.py`.
+"""`BlockPool`: who holds which block of a tier. Bookkeeping only; the bytes live in `worker/`.
 
 Every block is in exactly one of three states, and their counts add up to the total (law 4):
-used (ref_count > 0), cached (ref_count 0, still holds KV that the prefix index knows), free.
+used (ref_count > 0), cached (ref_count 0, still holds KV that the index knows), free. The device's
+KV cache is one pool; host memory is another, where a block is used while bytes move in or out of it.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 
-from pelton.core.batch import NULL_BLOCK_ID
-
-
-@dataclass(slots=True)
-class Block:
-    block_id: int
-    ref_count: int = 0
-    # (KV group, chain hash) under which the prefix index finds this block; None: content not shared.
-    key: tuple[int, bytes] | None = None
+from pelton.core.batch import NULL_BLOCK_ID, BlockKey
+from pelton.engine.kv.block import Block, EvictionPolicy
+from pelton.engine.kv.eviction.lru import LRUEviction
 
 
 class BlockPool:
-    """Blocks 1 .. num_blocks - 1; block 0 is the null block. Least recently used cached blocks go first."""
+    """Blocks 1 .. num_blocks - 1; block 0 is the null block. `eviction` chooses among the cached ones."""
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, eviction: EvictionPolicy | None = None) -> None:
         if num_blocks < 2:
             raise ValueError(f"num_blocks is {num_blocks}; at least 2 are needed, one of them the null block")
         self.blocks = [Block(block_id) for block_id in range(num_blocks)]
+        # Called with a block that still has its key and content, just before it becomes another's.
+        self.on_evict: Callable[[Block], None] | None = None
+        # Called with a block that holds findable content and has lost its last holder.
+        self.on_cached: Callable[[Block], None] | None = None
         self._free = list(range(num_blocks - 1, NULL_BLOCK_ID, -1))
-        self._cached: OrderedDict[int, None] = OrderedDict()  # oldest first
-        self._index: dict[tuple[int, bytes], int] = {}
+        self._cached = LRUEviction() if eviction is None else eviction
+        self._index: dict[BlockKey, int] = {}
 
     @property
     def num_total(self) -> int:
@@ -49,27 +46,41 @@ class BlockPool:
     def num_used(self) -> int:
         return self.num_total - self.num_available
 
+    def published_keys(self) -> Iterator[BlockKey]:
+        return iter(self._index)
+
     def try_allocate(self, num_blocks: int) -> list[int] | None:
         """Take blocks with ref_count 1, or None (and nothing taken) where there are not enough."""
         if num_blocks > self.num_available:
             return None
         taken = []
         for _ in range(num_blocks):
-            if self._free:
-                block_id = self._free.pop()
-            else:
-                block_id, _ = self._cached.popitem(last=False)
-                self._forget(block_id)
+            block_id = self._free.pop() if self._free else self._evict()
             self.blocks[block_id].ref_count = 1
             taken.append(block_id)
         return taken
+
+    def _evict(self) -> int:
+        block = self._cached.pop()
+        if self.on_evict is not None:
+            self.on_evict(block)
+        self._forget(block)
+        return block.block_id
 
     def share(self, block_ids: Iterable[int]) -> None:
         """One more table names these blocks; a cached one becomes used again."""
         for block_id in block_ids:
             block = self.blocks[block_id]
             if block.ref_count == 0:
-                del self._cached[block_id]
+                self._cached.reuse(block)
+            block.ref_count += 1
+
+    def hold(self, block_ids: Iterable[int]) -> None:
+        """As `share`, for a holder that nobody asked for: says nothing of the content's worth."""
+        for block_id in block_ids:
+            block = self.blocks[block_id]
+            if block.ref_count == 0:
+                self._cached.discard(block)
             block.ref_count += 1
 
     def release(self, block_ids: Iterable[int]) -> None:
@@ -79,26 +90,45 @@ class BlockPool:
             block.ref_count -= 1
             if block.ref_count == 0:
                 if block.key is not None:
-                    self._cached[block_id] = None
+                    self._cached.add(block)
+                    if self.on_cached is not None:
+                        self.on_cached(block)
                 else:
                     self._free.append(block_id)
 
-    def find(self, key: tuple[int, bytes]) -> int | None:
+    def find(self, key: BlockKey) -> int | None:
         """The block that holds this content, used or cached."""
         return self._index.get(key)
 
-    def publish(self, block_id: int, key: tuple[int, bytes]) -> None:
+    def publish(self, block_id: int, key: BlockKey, index: int = 0, generation: int = 0) -> None:
         """Make a used block findable. The first block of a key stays; a twin remains unpublished."""
-        if key not in self._index and self.blocks[block_id].key is None:
-            self.blocks[block_id].key = key
+        block = self.blocks[block_id]
+        if key not in self._index and block.key is None:
+            block.key, block.index = key, index
+            block.generation = block.num_turns = generation
             self._index[key] = block_id
+
+    def publish_like(self, block_id: int, other: Block) -> None:
+        """Publish a copy of a block of another pool."""
+        assert other.key is not None
+        self.publish(block_id, other.key, other.index, other.generation)
+        self.blocks[block_id].num_turns = other.num_turns
+
+    def unpublish(self, block_id: int) -> None:
+        """The block's content is not to be found any more; a cached block becomes free."""
+        block = self.blocks[block_id]
+        if block.key is None:
+            return
+        if block.ref_count == 0:
+            self._cached.discard(block)
+            self._free.append(block_id)
+        self._forget(block)
 
     def num_cached_among(self, block_ids: Iterable[int]) -> int:
         """How many of these would leave the available ones if they were shared."""
         return sum(1 for block_id in block_ids if self.blocks[block_id].ref_count == 0)
 
-    def _forget(self, block_id: int) -> None:
-        block = self.blocks[block_id]
+    def _forget(self, block: Block) -> None:
         if block.key is not None:
             del self._index[block.key]
             block.key = None
@@ -111,11 +141,12 @@ class BlockPool:
                 counts[block_id] += 1
         free = set(self._free)
         assert len(free) == len(self._free), "a block is free twice"
-        assert not free & self._cached.keys(), "a block is both free and cached"
         for block in self.blocks[1:]:
+            is_cached = block.block_id in self._cached
             assert block.ref_count == counts[block.block_id], f"{block} is named by {counts[block.block_id]} tables"
-            idle = block.block_id in free or block.block_id in self._cached
+            assert not (block.block_id in free and is_cached), f"{block} is both free and cached"
+            idle = block.block_id in free or is_cached
             assert idle == (block.ref_count == 0), f"{block} is in the wrong state"
-            assert (block.block_id in self._cached) <= (block.key is not None), f"{block} is cached without a key"
+            assert is_cached <= (block.key is not None), f"{block} is cached without a key"
         assert self._index == {block.key: block.block_id for block in self.blocks if block.key is not None}
         assert self.num_used + self.num_available == self.num_total

@@ -11,21 +11,16 @@ that still reads it is in flight is written only by a later step.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from itertools import chain
 
-from pelton.core.batch import NULL_BLOCK_ID, KVOp, KVOpKind
+from pelton.core.batch import NULL_BLOCK_ID, BlockKey, KVOp, KVOpKind
 from pelton.core.model_spec import KVGroupSpec
 from pelton.core.request import Request
-from pelton.engine.kv.block_hash import extend_block_hashes, root_hash
+from pelton.engine.kv.block_hash import extend_block_hashes, is_private, private_hash, root_hash
 from pelton.engine.kv.block_pool import BlockPool
-
-
-@dataclass(frozen=True, slots=True)
-class PrefixMatch:
-    """KV that already exists for a request's first `num_tokens` tokens: one list of blocks per group."""
-
-    block_ids: tuple[tuple[int, ...], ...]
-    num_tokens: int
+from pelton.engine.kv.pins import PinTable
+from pelton.engine.kv.prefix_match import PrefixIndex, PrefixMatch
+from pelton.engine.kv.tiers import KVTiers
 
 
 class KVManager:
@@ -37,15 +32,21 @@ class KVManager:
         *,
         enable_prefix_caching: bool = True,
         identity: str = "",
+        tiers: KVTiers | None = None,
     ) -> None:
         self.groups = groups
         self.pool = pool
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
+        self.pins: PinTable | None = None  # blocks kept between turns; they yield before a request does
         self._identity = identity
         self._has_windows = any(group.sliding_window is not None for group in groups)
         self._roots: dict[str, bytes] = {}
-        self._no_match = PrefixMatch(tuple(() for _ in groups), 0)
+        self.tiers = tiers
+        self.prefixes = PrefixIndex(groups, pool, block_size, tiers)
+        if tiers is not None:
+            pool.on_evict = tiers.store
+            pool.on_cached = tiers.note_cached
 
     # -- prefixes ---------------------------------------------------------------------------------
 
@@ -55,41 +56,23 @@ class KVManager:
             extend_block_hashes(request, self._root(request.cache_salt), self.block_size)
 
     def match(self, request: Request) -> PrefixMatch:
-        """Longest known prefix in full blocks, always leaving at least one token to compute."""
-        if not self.enable_prefix_caching or request.sampling.prompt_logprobs is not None:
-            return self._no_match
-        hashes = request.block_hashes[: (request.num_known_tokens - 1) // self.block_size]
-        num_blocks = self._longest_match(hashes)
-        if num_blocks == 0:
-            return self._no_match
-        return PrefixMatch(
-            tuple(self._matched_blocks(group_id, hashes[:num_blocks]) for group_id in range(len(self.groups))),
-            num_blocks * self.block_size,
-        )
+        """Longest known prefix, always leaving at least one token to compute.
 
-    def _longest_match(self, hashes: list[bytes]) -> int:
-        """Blocks b such that every group holds what a token at position b * block_size can see."""
-        num_blocks = len(hashes)
-        find = self.pool.find
-        for group_id, group in enumerate(self.groups):
-            if group.sliding_window is None:
-                num_blocks = next((i for i in range(num_blocks) if find((group_id, hashes[i])) is None), num_blocks)
-        settled = False
-        while num_blocks and not settled:
-            settled = True
-            for group_id, group in enumerate(self.groups):
-                if group.sliding_window is None:
-                    continue
-                first = self._first_visible_block(group, num_blocks * self.block_size)
-                missing = [i for i in range(first, num_blocks) if find((group_id, hashes[i])) is None]
-                if missing:
-                    num_blocks, settled = missing[-1], False
-        return num_blocks
-
-    def _matched_blocks(self, group_id: int, hashes: list[bytes]) -> tuple[int, ...]:
-        first = self._first_visible_block(self.groups[group_id], len(hashes) * self.block_size)
-        found = [self.pool.find((group_id, block_hash)) for block_hash in hashes[first:]]
-        return (NULL_BLOCK_ID,) * first + tuple(block_id for block_id in found if block_id is not None)
+        Whole blocks, and what a preempted request has computed beyond them. A request that is still to
+        tell logprobs of its prompt has to compute it.
+        """
+        if request.sampling.prompt_logprobs is not None and request.num_prompt_logprobs < request.num_prompt_tokens - 1:
+            return self.prefixes.no_match
+        num_most = request.num_known_tokens - 1
+        own = min(request.num_kept_tokens, num_most)
+        kept = self.prefixes.match(request.kept_hashes[: -(-own // self.block_size)], own)
+        if not self.enable_prefix_caching:
+            return kept
+        num_blocks = num_most // self.block_size
+        if num_blocks * self.block_size <= kept.num_tokens:
+            return kept
+        found = self.prefixes.match(request.block_hashes[:num_blocks], num_blocks * self.block_size)
+        return found if found.num_tokens > kept.num_tokens else kept
 
     def match_leader(self, request: Request, leader: Request, num_written_tokens: int) -> PrefixMatch | None:
         """The prompt blocks of a running sibling, up to the last prompt token; None: not there (any more).
@@ -103,16 +86,11 @@ class KVManager:
         tables = []
         for group, table in zip(self.groups, leader.block_tables, strict=True):
             shared = tuple(table[:num_blocks])
-            if NULL_BLOCK_ID in shared[self._first_visible_block(group, num_tokens) :]:
+            if NULL_BLOCK_ID in shared[self.prefixes.first_visible_block(group, num_tokens) :]:
                 return None  # the leader's window has moved on
             tables.append(shared)
+        leader.num_writable_tokens = 0
         return PrefixMatch(tuple(tables), num_tokens)
-
-    def _first_visible_block(self, group: KVGroupSpec, position: int) -> int:
-        """First block that the token at `position`, or any later one, attends to."""
-        if group.sliding_window is None:
-            return 0
-        return max(0, position - group.sliding_window + 1) // self.block_size
 
     # -- tables -----------------------------------------------------------------------------------
 
@@ -125,24 +103,38 @@ class KVManager:
             for group, table in zip(self.groups, tables, strict=True)
         )
 
+    def _num_to_copy(self, match: PrefixMatch) -> int:
+        """Blocks to be made private: the last one of each group, where it is matched in part and another's too."""
+        if match.num_tokens % self.block_size == 0:
+            return 0
+        last = [ids[-1] for ids in match.block_ids if ids and ids[-1] != NULL_BLOCK_ID]
+        return sum(1 for block_id in last if self.pool.blocks[block_id].ref_count)
+
     def can_admit(self, request: Request, match: PrefixMatch, num_reserved_blocks: int) -> bool:
         """Whether all known tokens of a waiting request fit beside `num_reserved_blocks` for others."""
+        return self.num_blocks_short(request, match, num_reserved_blocks) <= 0
+
+    def num_blocks_short(self, request: Request, match: PrefixMatch, num_reserved_blocks: int) -> int:
+        """Blocks that are missing for `can_admit`; 0 or less: none."""
         needed = sum(
             self._num_missing(group, len(ids), match.num_tokens, request.num_known_tokens)
             for group, ids in zip(self.groups, match.block_ids, strict=True)
         )
-        cow = len(self.groups) if match.num_tokens % self.block_size else 0
+        needed += len(match.loads)
+        cow = self._num_to_copy(match)
         leaving = sum(
             self.pool.num_cached_among(block_id for block_id in ids if block_id != NULL_BLOCK_ID)
             for ids in match.block_ids
         )
-        return needed + cow + leaving + num_reserved_blocks <= self.pool.num_available
+        return needed + cow + leaving + num_reserved_blocks - self.pool.num_available
 
     def _num_missing(self, group: KVGroupSpec, num_held: int, start: int, end: int) -> int:
         num_blocks = -(-end // self.block_size)
         if group.sliding_window is not None:
             # What has left the window by `end` was given back on the way there.
-            num_blocks -= max(0, self._first_visible_block(group, end) - max(num_held, start // self.block_size))
+            num_blocks -= max(
+                0, self.prefixes.first_visible_block(group, end) - max(num_held, start // self.block_size)
+            )
         return max(0, num_blocks - num_held)
 
     def admit(self, request: Request, match: PrefixMatch) -> None:
@@ -150,28 +142,53 @@ class KVManager:
         for ids in match.block_ids:
             self.pool.share(block_id for block_id in ids if block_id != NULL_BLOCK_ID)
         request.block_tables = [list(ids) for ids in match.block_ids]
+        if match.loads:
+            self._load(request, match)
+        self._count_turn(request)
+        self._reclaim(request, match.num_tokens)
         request.scheduled_block_tables = None
         request.num_computed_tokens = match.num_tokens
+        request.num_writable_tokens = 0
         request.num_kv_tokens = match.num_tokens
+
+    def _count_turn(self, request: Request) -> None:
+        """What a request goes on from is worth what its chain is: a conversation that goes on may go on again."""
+        tables = [[self.pool.blocks[block_id] for block_id in table] for table in request.block_tables]
+        if tables[0] and not request.num_preemptions:
+            request.generation = tables[0][-1].generation + 1
+        for block in chain.from_iterable(tables):
+            block.num_turns = max(block.num_turns, request.generation)
+
+    def _load(self, request: Request, match: PrefixMatch) -> None:
+        """Copy what a match found in host memory into blocks of the device, where others find it too."""
+        assert self.tiers is not None
+        self.tiers.hold([load.slot_id for load in match.loads])  # before room is made, which evicts to the host
+        taken = self.pool.try_allocate(len(match.loads))
+        assert taken is not None, "a match was admitted without room for what it loads"
+        for load, block_id in zip(match.loads, taken, strict=True):
+            self.tiers.load(load.slot_id, block_id)
+            request.block_tables[load.group_id][load.index] = block_id
+            self.pool.publish_like(block_id, self.tiers.host.blocks[load.slot_id])
 
     def try_extend(self, request: Request, num_new_tokens: int) -> list[KVOp] | None:
         """Make room for the next `num_new_tokens` tokens: all of it or None.
 
-        Returns the copies that make shared blocks private before they are written.
+        Returns what has to be moved before the next step: evicted and loaded blocks, and the copies that
+        make shared blocks private before they are written.
         """
         start = request.num_computed_tokens
         end = start + num_new_tokens
-        if self._stays_in_own_block(request, start, end):
-            request.num_kv_tokens = end
-            return []
         request.scheduled_block_tables = None
         self._leave_window(request, start)
         missing = [-(-end // self.block_size) - len(table) for table in request.block_tables]
         shared = self._shared_blocks_to_write(request, start)
-        taken = self.pool.try_allocate(sum(n for n in missing if n > 0) + len(shared))
+        num_blocks = sum(n for n in missing if n > 0) + len(shared)
+        if self.pins is not None:
+            self.pins.yield_to_running(num_blocks)
+        taken = self.pool.try_allocate(num_blocks)
         if taken is None:
             return None
-        kv_ops = []
+        kv_ops = self._take_ops()
         for table, index in shared:
             private = taken.pop()
             kv_ops.append(KVOp(KVOpKind.COPY, table[index], private))
@@ -181,20 +198,12 @@ class KVManager:
             for _ in range(num_missing):
                 table.append(taken.pop())
         request.num_kv_tokens = end
+        if not self._has_windows:
+            request.num_writable_tokens = len(request.block_tables[0]) * self.block_size
         return kv_ops
 
-    def _stays_in_own_block(self, request: Request, start: int, end: int) -> bool:
-        """The usual decode: a slot in the last block, which nobody shares."""
-        if self._has_windows or start % self.block_size == 0:
-            return False
-        index = start // self.block_size
-        if end > (index + 1) * self.block_size:
-            return False
-        blocks = self.pool.blocks
-        for table in request.block_tables:  # noqa: SIM110  runs for every request of every step
-            if blocks[table[index]].ref_count != 1:
-                return False
-        return True
+    def _take_ops(self) -> list[KVOp]:
+        return self.tiers.take_ops() if self.tiers is not None else []
 
     def _shared_blocks_to_write(self, request: Request, start: int) -> list[tuple[list[int], int]]:
         """Only the block that `start` falls into can be shared and written: later ones are new."""
@@ -207,7 +216,7 @@ class KVManager:
         for group, table in zip(self.groups, request.block_tables, strict=True):
             if group.sliding_window is None:
                 continue
-            index = min(self._first_visible_block(group, position), len(table)) - 1
+            index = min(self.prefixes.first_visible_block(group, position), len(table)) - 1
             left = []
             while index >= 0 and table[index] != NULL_BLOCK_ID:
                 left.append(table[index])
@@ -224,7 +233,7 @@ class KVManager:
         for group_id, table in enumerate(request.block_tables):
             for index in range(start // self.block_size, num_full):
                 if table[index] != NULL_BLOCK_ID:
-                    self.pool.publish(table[index], (group_id, request.block_hashes[index]))
+                    self.pool.publish(table[index], (group_id, request.block_hashes[index]), index, request.generation)
 
     def free(self, request: Request) -> None:
         """Give back everything; published blocks stay findable until their memory is needed."""
@@ -232,15 +241,118 @@ class KVManager:
             self.pool.release(block_id for block_id in reversed(table) if block_id != NULL_BLOCK_ID)
         request.block_tables = []
         request.num_computed_tokens = 0
+        request.num_writable_tokens = 0
         request.num_kv_tokens = 0
 
+    def preempt(self, request: Request) -> None:
+        """Give back everything, but let this request find what it has computed, to the last token.
+
+        What the step in flight computes counts: the request is not admitted before that has ended well,
+        and until then nobody else finds what only its own hashes name.
+        """
+        num_tokens = min(request.num_computed_tokens, request.num_known_tokens)
+        kept = []
+        for index in range(-(-num_tokens // self.block_size)):
+            block_hash = self._public_hash(request, index, num_tokens) or self._try_keep(request, index)
+            if block_hash is None:
+                break
+            kept.append(block_hash)
+        request.kept_hashes = kept
+        request.num_kept_tokens = min(num_tokens, len(kept) * self.block_size)
+        self.free(request)
+
+    def _public_hash(self, request: Request, index: int, num_tokens: int) -> bytes | None:
+        """The hash of a full block that everybody finds in every group."""
+        if not self.enable_prefix_caching or (index + 1) * self.block_size > num_tokens:
+            return None
+        block_hash = request.block_hashes[index] if index < len(request.block_hashes) else None
+        for group_id, table in enumerate(request.block_tables):
+            if block_hash and table[index] != NULL_BLOCK_ID and self.pool.find((group_id, block_hash)) is None:
+                return None
+        return block_hash
+
+    def _try_keep(self, request: Request, index: int) -> bytes | None:
+        """Publish a block of every group under a hash that only this request knows."""
+        block_ids = [table[index] for table in request.block_tables]
+        held = [self.pool.blocks[block_id] for block_id in block_ids if block_id != NULL_BLOCK_ID]
+        if any(block.ref_count > 1 or block.key is not None for block in held):
+            return None  # shared in part with a sibling
+        block_hash = private_hash(request, index)
+        for group_id, block_id in enumerate(block_ids):
+            if block_id != NULL_BLOCK_ID:
+                self.pool.publish(block_id, (group_id, block_hash), index, request.generation)
+        return block_hash
+
+    def _reclaim(self, request: Request, num_tokens: int) -> None:
+        """An admitted request needs its private hashes no more; blocks that it filled are everybody's."""
+        self.forget(request)
+        self.prepare(request)
+        if not self.enable_prefix_caching or not num_tokens:
+            return
+        for group_id, table in enumerate(request.block_tables):
+            for index in range(num_tokens // self.block_size):
+                if table[index] != NULL_BLOCK_ID:
+                    self.pool.publish(table[index], (group_id, request.block_hashes[index]), index, request.generation)
+
+    def forget(self, request: Request) -> None:
+        """Nobody will ask any more for what a preempted request kept for itself."""
+        for block_hash in request.kept_hashes:
+            if not is_private(block_hash):
+                continue
+            for group_id in range(len(self.groups)):
+                self._unpublish((group_id, block_hash))
+        request.kept_hashes = []
+        request.num_kept_tokens = 0
+
+    def _unpublish(self, key: BlockKey) -> None:
+        for pool in (self.pool, self.tiers.host) if self.tiers is not None else (self.pool,):
+            block_id = pool.find(key)
+            if block_id is not None:
+                pool.unpublish(block_id)
+
+    def take_moves(self, num_blocks: int) -> list[KVOp]:
+        """What else is to be moved with this step; up to `num_blocks` on their way to disk."""
+        if self.tiers is None:
+            return []
+        self.tiers.save(self.pool, num_blocks)
+        return self.tiers.take_ops()
+
+    def complete(self, kv_ops: Iterable[KVOp], elapsed_s: float = 0.0) -> None:
+        """A step has ended, well or not; its operations took `elapsed_s`."""
+        if self.tiers is not None:
+            self.tiers.complete(kv_ops, elapsed_s)
+
+    def tier_stats(self) -> dict[str, int]:
+        """Fields of `EngineStats`."""
+        if self.tiers is None:
+            return {}
+        host, counters, disk = self.tiers.host, self.tiers.counters, self.tiers.disk
+        stats = {
+            "num_host_blocks": host.num_total,
+            "num_host_blocks_cached": host.num_cached,
+            "num_host_hit_tokens_total": counters.num_loaded_blocks * self.block_size // len(self.groups),
+            "num_disk_hit_tokens_total": counters.num_loaded_disk_blocks * self.block_size // len(self.groups),
+            "num_tier_stored_blocks_total": counters.num_stored_blocks,
+            "num_tier_loaded_blocks_total": counters.num_loaded_blocks,
+            "num_tier_dropped_blocks_total": counters.num_dropped_blocks,
+        }
+        if disk is not None:
+            stats |= {
+                "num_disk_blocks": disk.num_blocks,
+                "num_disk_written_blocks_total": disk.counters.num_written_blocks,
+                "num_disk_read_blocks_total": disk.counters.num_read_blocks,
+                "num_disk_failed_writes_total": disk.counters.num_failed_writes,
+                "num_disk_failed_reads_total": disk.counters.num_failed_reads,
+            }
+        return stats
+
     def check(self, requests: Iterable[Request]) -> None:
-        """Assert the block ledger (law 4) for the requests that may hold blocks."""
-        self.pool.check(
-            [block_id for block_id in table if block_id != NULL_BLOCK_ID]
-            for request in requests
-            for table in request.block_tables
-        )
+        """Assert the block ledger (law 4) for the requests that may hold blocks, and for pins."""
+        tables = [table for request in requests for table in request.block_tables]
+        tables += [list(pin.block_ids) for pin in self.pins or ()]
+        self.pool.check([block_id for block_id in table if block_id != NULL_BLOCK_ID] for table in tables)
+        if self.tiers is not None:
+            self.tiers.check()
 
     def _root(self, cache_salt: str) -> bytes:
         root = self._roots.get(cache_salt)

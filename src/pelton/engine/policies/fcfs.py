@@ -2,39 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-
 from pelton.core.request import Request
-from pelton.engine.policies.ordered_waiting import Key, OrderedWaiting
+from pelton.engine.policies.by_tenant import ByTenantPolicy
+from pelton.engine.policies.ordered_waiting import Key
 
 
-class FCFSPolicy:
+class FCFSPolicy(ByTenantPolicy):
     """A preempted request keeps its arrival time and so returns to the front."""
 
-    def __init__(self) -> None:
-        self._waiting = OrderedWaiting(self.rank)
-
-    def rank(self, request: Request) -> Key:
-        """Lower runs first."""
+    def request_key(self, request: Request) -> Key:
         return (request.arrival_time_s,)
-
-    def add(self, request: Request) -> None:
-        self._waiting.add(request)
-
-    def remove(self, request: Request) -> None:
-        self._waiting.remove(request)
-
-    def waiting(self) -> Iterable[Request]:
-        return self._waiting
-
-    def __len__(self) -> int:
-        return len(self._waiting)
-
-    def choose_victim(self, running: Sequence[Request], beneficiary: Request) -> Request | None:
-        victim = max(reversed(running), key=self.rank, default=None)
-        if victim is None or self.rank(victim) < self.rank(beneficiary):
-            return None
-        return victim
-
-    def charge(self, request: Request, num_prefill_tokens: int, num_output_tokens: int) -> None:
-        """Order of arrival charges nothing."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pelton.core.request import Request
-from pelton.engine.policies.fcfs import FCFSPolicy
+from pelton.engine.policies.by_tenant import ByTenantPolicy
 from pelton.engine.policies.ordered_waiting import Key
 
 
-class PriorityPolicy(FCFSPolicy):
-    def rank(self, request: Request) -> Key:
+class PriorityPolicy(ByTenantPolicy):
+    def request_key(self, request: Request) -> Key:
         return (request.priority, request.arrival_time_s)

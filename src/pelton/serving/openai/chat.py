@@ -10,7 +10,8 @@ from starlette.responses import Response
 
 from pelton.core.errors import InvalidRequestError
 from pelton.core.sampling_params import SamplingParams
-from pelton.serving.context import ServingContext, caller_of, new_answer_id, now_unix_s
+from pelton.serving.caller import answered_tools, caller_of
+from pelton.serving.context import ServingContext, new_answer_id, now_unix_s
 from pelton.serving.generation import PromptResult, SequenceResult
 from pelton.serving.openai.chunks import FINISH_REASONS, AnswerOptions, ChatChunkEncoder, UsageCounter
 from pelton.serving.openai.logprobs import chat_logprobs, prompt_logprobs
@@ -31,7 +32,8 @@ async def create_chat_completion(context: ServingContext, http_request: Request)
     sampling = chat_sampling(request, context.defaults)
     prompt = await context.prepare(chat_prompt, context, request)
     options = _answer_options(context, request, sampling, prompt)
-    generation = context.submit(options.answer_id, [prompt], request, sampling, caller)
+    tool_names = answered_tools(request.messages)
+    generation = context.submit(options.answer_id, [prompt], request, sampling, caller, tool_names)
     if request.stream:
         return EventStream(generation, ChatChunkEncoder(options))
     return CollectedAnswer(generation, sampling.n, _completion_builder(options, request.prompt_logprobs))

@@ -10,7 +10,8 @@ from starlette.responses import Response
 
 from pelton.core.errors import ContextLengthExceededError, InvalidRequestError
 from pelton.core.sampling_params import SamplingParams
-from pelton.serving.context import ServingContext, caller_of, new_answer_id, now_unix_s
+from pelton.serving.caller import caller_of
+from pelton.serving.context import ServingContext, new_answer_id, now_unix_s
 from pelton.serving.generation import PromptResult
 from pelton.serving.openai.chunks import FINISH_REASONS, AnswerOptions, CompletionChunkEncoder, UsageCounter
 from pelton.serving.openai.logprobs import CompletionLogprobsBuilder, prompt_logprobs

@@ -88,6 +88,10 @@ class GenerationRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     priority: Annotated[int, Meta(ge=-(2**31), le=INT32_MAX, description="Lower runs first.")] = 0
     cache_salt: Annotated[str, Meta(min_length=1, max_length=512)] | None = None
     prompt_cache_key: Annotated[ShortText, Meta(description="Names the session, as X-Session-Id does.")] | None = None
+    previous_response_id: (
+        Annotated[ShortText, Meta(description="Names the session by the id of an earlier answer; fetches nothing.")]
+        | None
+    ) = None
     timeout_s: Annotated[float, Meta(gt=0.0, le=MAX_TIMEOUT_S, description="Deadline of this request.")] | None = None
     user: Annotated[ShortText, Meta(description="For your records; changes nothing.")] | None = None
     safety_identifier: Annotated[ShortText, Meta(description="For your records; changes nothing.")] | None = None

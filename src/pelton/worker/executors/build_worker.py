@@ -10,25 +10,28 @@ import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from pelton.core.errors import ConfigError
 from pelton.core.events import EngineInfo
 from pelton.core.model_spec import ModelSpec
-from pelton.core.protocols import Executor
 from pelton.engine.config import EngineConfig
 from pelton.weights.config import ModelConfig
-from pelton.weights.packed_files import packed_folder, packed_path
+from pelton.weights.packed_files import content_identity, packed_folder, packed_path
 from pelton.weights.tensors import ModelFiles
 from pelton.worker.config import WorkerConfig
 from pelton.worker.executors.host_resources import num_available_cores, num_available_memory_bytes
 from pelton.worker.executors.in_process import InProcessExecutor
 from pelton.worker.kernels.ops import DTYPE_BYTES, Kernels, make_kernels
+from pelton.worker.kv_disk import DiskStore
 from pelton.worker.kv_storage import KVStorage
 from pelton.worker.model_runner import ModelRunner
 from pelton.worker.models.registry import Model, load_model, make_dummy_model
 
 _GIB = 2**30
+# Raised whenever kernels change how a block's bytes lie, or what they are.
+_KV_LAYOUT_VERSION = 1
 _MAX_DEFAULT_BYTES = 4 * _GIB
 
 
@@ -39,7 +42,7 @@ def build_executor(
     engine_config: EngineConfig,
     *,
     eos_token_ids: Iterable[int],
-) -> tuple[Executor, EngineInfo]:
+) -> tuple[InProcessExecutor, EngineInfo]:
     """Load the model, allot the KV cache, start the executor's thread.
 
     `eos_token_ids` end a generation; the sampler bans them until a request's `min_tokens`. Raises
@@ -56,6 +59,7 @@ def build_executor(
     model = load_weights(files, model_config, worker_config, kernels)
     plan = plan_kv_cache(spec, engine_config, DTYPE_BYTES[kv_dtype], num_available_memory_bytes())
     kv = _allocate_kv(spec, plan, engine_config.block_size, kv_dtype, kernels)
+    block_bytes = spec.kv_bytes_per_block(engine_config.block_size, DTYPE_BYTES[kv_dtype])
     sampler = kernels.make_sampler(spec.vocab_size, eos_token_ids)
     threading.Thread(target=kv.warm_up, name="pelton-kv-warm-up", daemon=True).start()
     runner = ModelRunner(model, kv, sampler, block_size=engine_config.block_size)
@@ -73,8 +77,30 @@ def build_executor(
         num_threads=num_threads,
         enable_prefix_caching=engine_config.enable_prefix_caching,
         load_s=time.perf_counter() - start_s,
+        num_host_blocks=plan.num_host_blocks,
+        kv_block_bytes=block_bytes,
+        kv_identity=_kv_identity(files, model_config, worker_config, kernels, (kv_dtype, engine_config.block_size)),
     )
-    return InProcessExecutor(runner), info
+    return InProcessExecutor(runner, _open_block_store(engine_config, info, kv)), info
+
+
+def _kv_identity(
+    files: ModelFiles, model_config: ModelConfig, worker_config: WorkerConfig, kernels: Kernels, facts: tuple[str, int]
+) -> str:
+    """Of everything that KV's bytes depend on but its tokens: another model, kernel or layout gives another one.
+
+    `facts`: type of the cache, block size.
+    """
+    model = repr(files.spec) if model_config.load_format == "dummy" else content_identity(files.path)
+    own = (version("pelton"), _KV_LAYOUT_VERSION, kernels.name, kernels.dtype, worker_config.activation_dtype)
+    return "|".join(map(str, (model, model_config.load_format, *own, *facts)))
+
+
+def _open_block_store(config: EngineConfig, info: EngineInfo, kv: KVStorage) -> DiskStore | None:
+    if config.disk_kv_cache_dir is None or not info.num_host_blocks or not config.enable_prefix_caching:
+        return None
+    folder = Path(config.disk_kv_cache_dir).expanduser()
+    return DiskStore(folder, info.kv_identity, info.kv_block_bytes, kv.host_block)
 
 
 def _resolve_kv_dtype(name: str, kernels: Kernels) -> str:
@@ -116,12 +142,12 @@ def load_weights(files: ModelFiles, model_config: ModelConfig, worker_config: Wo
 
 def _allocate_kv(spec: ModelSpec, plan: KVPlan, block_size: int, dtype: str, kernels: Kernels) -> KVStorage:
     try:
-        return KVStorage(spec, plan.num_blocks, block_size, dtype, kernels)
+        return KVStorage(spec, plan.num_blocks, block_size, dtype, kernels, num_host_blocks=plan.num_host_blocks)
     except MemoryError as error:
-        size = _gib(plan.num_blocks * spec.kv_bytes_per_block(block_size, DTYPE_BYTES[dtype]))
+        size = _gib((plan.num_blocks + plan.num_host_blocks) * spec.kv_bytes_per_block(block_size, DTYPE_BYTES[dtype]))
         raise ConfigError(
-            f"the KV cache of {plan.num_blocks} blocks ({size}) could not be allocated: lower num_kv_blocks or "
-            "kv_cache_memory_gb"
+            f"the KV cache of {plan.num_blocks} blocks and {plan.num_host_blocks} in host memory ({size}) could not be "
+            "allocated: lower num_kv_blocks or kv_cache_memory_gb, or host_kv_cache_gb"
         ) from error
 
 
@@ -129,6 +155,7 @@ def _allocate_kv(spec: ModelSpec, plan: KVPlan, block_size: int, dtype: str, ker
 class KVPlan:
     num_blocks: int  # the null block included
     max_model_len: int
+    num_host_blocks: int = 0  # likewise, behind the cache
 
 
 def wanted_model_len(spec: ModelSpec, config: EngineConfig) -> int:
@@ -173,7 +200,21 @@ def plan_kv_cache(spec: ModelSpec, config: EngineConfig, bytes_per_element: int,
             f"{num_full} ({_gib(num_full * block_bytes)}) for one request of {wanted_len} tokens; raise "
             "num_kv_blocks or kv_cache_memory_gb"
         )
-    return KVPlan(num_blocks, _longest_request(spec, config, num_blocks - 1, wanted_len))
+    num_host_blocks = _plan_host_blocks(config, block_bytes, num_blocks, num_available_bytes)
+    return KVPlan(num_blocks, _longest_request(spec, config, num_blocks - 1, wanted_len), num_host_blocks)
+
+
+def _plan_host_blocks(config: EngineConfig, block_bytes: int, num_blocks: int, num_available_bytes: int) -> int:
+    if config.host_kv_cache_gb is None:
+        return min(num_blocks, num_available_bytes // 8 // block_bytes)
+    num_host_blocks = int(config.host_kv_cache_gb * _GIB) // block_bytes
+    num_free = num_available_bytes - num_blocks * block_bytes
+    if num_host_blocks * block_bytes > num_free:
+        raise ConfigError(
+            f"host_kv_cache_gb is {config.host_kv_cache_gb}, but {_gib(num_free)} are free beside the weights and the "
+            "KV cache"
+        )
+    return num_host_blocks
 
 
 def num_blocks_of_request(spec: ModelSpec, config: EngineConfig, num_tokens: int) -> int:

@@ -8,6 +8,7 @@ from queue import SimpleQueue
 
 from pelton.core.batch import ScheduledBatch, StepResult
 from pelton.core.errors import EngineStepError
+from pelton.core.protocols import BlockStore
 from pelton.worker.model_runner import ModelRunner
 
 _Job = tuple[ScheduledBatch, "Future[StepResult]"]
@@ -20,7 +21,8 @@ class InProcessExecutor:
     because later ones were scheduled on the ground that it runs.
     """
 
-    def __init__(self, runner: ModelRunner) -> None:
+    def __init__(self, runner: ModelRunner, block_store: BlockStore | None = None) -> None:
+        self.block_store = block_store  # closed with the executor
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._closed = False
@@ -44,6 +46,8 @@ class InProcessExecutor:
                 self._closed = True
                 self._jobs.put(None)
         self._thread.join()
+        if self.block_store is not None:
+            self.block_store.close()
 
     def _run(self, runner: ModelRunner) -> None:
         while (job := self._jobs.get()) is not None:

@@ -1,0 +1,90 @@
+"""Who asks: tenant, session and program, from headers and from fields of the body.
+
+Ids are a tenant's own, so a tenant can neither see nor touch another's sessions, whatever it sends. While no
+API keys with owners are configured, a client is the tenant that it says it is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import Request
+
+from pelton.core.errors import InvalidRequestError
+from pelton.core.request import DEFAULT_TENANT
+from pelton.serving.openai.requests import ChatMessage, GenerationRequest
+
+LOG_KEY = "pelton.log"  # of an ASGI scope: what the request's log line says beyond HTTP
+REQUEST_ID_KEY = "pelton.request_id"  # of an ASGI scope
+TENANT_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}"
+ID_PATTERN = r"[\x21-\x7e]{1,512}"
+MAX_TOOL_NAMES = 16
+_TOOL_NAME = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    tenant_id: str
+    session_id: str | None
+    program_id: str | None
+    previous_answer_id: str | None
+    request_id: str  # of the HTTP request
+    log: dict[str, Any]
+
+    def salt(self, cache_salt: str | None) -> str:
+        """Prefixes are shared within a tenant and, where it sends one, a salt; never across."""
+        if self.tenant_id == DEFAULT_TENANT and not cache_salt:
+            return ""
+        return f"{len(self.tenant_id)}:{self.tenant_id}:{cache_salt or ''}"
+
+
+def caller_of(request: Request, body: GenerationRequest) -> Caller:
+    """Raises `InvalidRequestError` for a header that is malformed or there twice."""
+    tenant_id = tenant_of(request)
+    session_id = _header(request, "X-Session-Id", ID_PATTERN, "1 to 512 printable ASCII characters without spaces")
+    program_id = _header(request, "X-Program-Id", ID_PATTERN, "1 to 512 printable ASCII characters without spaces")
+    log = request.scope.setdefault(LOG_KEY, {})
+    log["tenant"] = tenant_id
+    if body.user is not None:
+        log["user"] = body.user
+    return Caller(
+        tenant_id,
+        session_id or body.prompt_cache_key or None,
+        program_id,
+        body.previous_response_id,
+        request.scope.get(REQUEST_ID_KEY, ""),
+        log,
+    )
+
+
+def tenant_of(request: Request) -> str:
+    """Raises `InvalidRequestError` for a header that is malformed or there twice."""
+    expected = "1 to 128 letters, digits or ._:@- and start with a letter or digit"
+    return _header(request, "X-Tenant-Id", TENANT_PATTERN, expected) or DEFAULT_TENANT
+
+
+def _header(request: Request, name: str, pattern: str, expected: str) -> str | None:
+    values = request.headers.getlist(name)
+    if not values:
+        return None
+    if len(values) > 1:  # a proxy and a client that mean different ones, say
+        raise InvalidRequestError(f"{name} is there {len(values)} times; send it once", param=name)
+    if not re.fullmatch(pattern, values[0]):
+        raise InvalidRequestError(f"{name} must be {expected}", param=name)
+    return values[0]
+
+
+def answered_tools(messages: Sequence[ChatMessage]) -> tuple[str, ...]:
+    """Names of the tools whose results a conversation ends with, each once; none where it ends otherwise."""
+    first = len(messages)
+    while first and messages[first - 1].role == "tool":
+        first -= 1
+    if first in (0, len(messages)):
+        return ()
+    names = {call.id: call.function.name for call in messages[first - 1].tool_calls or ()}
+    found = [names.get(message.tool_call_id) or message.name or "" for message in messages[first:]]
+    known = dict.fromkeys(name for name in found if _TOOL_NAME.fullmatch(name))
+    return tuple(known)[:MAX_TOOL_NAMES]
