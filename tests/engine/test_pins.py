@@ -22,7 +22,7 @@ class Pins:
         self.pool = BlockPool(101)
         self.clock = ManualClock()
         self.charged: dict[str, float] = {}
-        self.table = PinTable(self.pool, parse_tenants(tenants), self.clock, self._charge)
+        self.table = PinTable(self.pool, parse_tenants(tenants or ["*:max_pin_share=0.5"]), self.clock, self._charge)
         self._num_published = 0
 
     def _charge(self, tenant_id: str, num_block_seconds: float) -> None:

@@ -20,7 +20,7 @@ class TenantSettings:
     max_num_running: int | None = None
     max_num_waiting: int | None = None
     max_kv_share: float = 1.0  # of the KV cache, held by running requests
-    max_pin_share: float = 0.5  # of the KV cache, kept for sessions between their turns
+    max_pin_share: float = 0.9  # of the KV cache, kept for sessions between their turns
 
     def __post_init__(self) -> None:
         if not 0.001 <= self.weight <= 1000:
