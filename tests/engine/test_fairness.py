@@ -205,6 +205,22 @@ def test_dlpm_bounds_service_differences_by_its_quantum(arrivals: list[Arrival],
     assert play(onlooker, arrivals).max_difference() <= 2 * (U + quantum)
 
 
+@pytest.mark.parametrize("policy", FAIR_POLICIES)
+def test_who_passes_a_request_without_room_gets_only_so_far_ahead(policy: str) -> None:
+    onlooker = Onlooker(policy=policy, num_blocks=41, max_model_len=160, max_num_waiting=300)
+    onlooker.policy.max_lead = MAX_LEAD  # type: ignore[attr-defined]
+    onlooker.submit("holder", 60, 90)
+    onlooker.step()
+    onlooker.submit("big", 110, 2)
+    for _ in range(60):
+        onlooker.submit("small", 2, 8)
+    while "big" in onlooker.record.backlogged[-1] or len(onlooker.record.backlogged) < 5:
+        onlooker.step()
+    small = onlooker.record.service[-2]["small"]
+    one = 2 * INPUT_TOKEN_SERVICE + 8 * OUTPUT_TOKEN_SERVICE
+    assert MAX_LEAD < small <= MAX_LEAD + MAX_NUM_SEQS * one
+
+
 def test_memory_is_short_in_that_test() -> None:
     onlooker = Onlooker(policy="fair", num_blocks=15, max_model_len=MAX_PROMPT + MAX_OUTPUT)
     play(onlooker, [Arrival(0, name, 10, 12, 12, 1) for name in "abc"])

@@ -153,7 +153,15 @@ def test_who_gets_no_memory_does_not_block_others(name: str) -> None:
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("enable_prefix_caching", [True, False])
 def test_nobody_is_preempted_again_before_it_made_progress(name: str, enable_prefix_caching: bool) -> None:
-    engine = make_engine(policy=name, num_blocks=31, max_model_len=80, enable_prefix_caching=enable_prefix_caching)
+    """Chunks of 2 tokens: a recompute takes long, and those who decode want blocks meanwhile."""
+    engine = make_engine(
+        policy=name,
+        num_blocks=31,
+        max_model_len=80,
+        enable_prefix_caching=enable_prefix_caching,
+        long_prefill_chunk=2,
+        clock=ManualClock(),
+    )
     for index in range(12):
         engine.submit(
             make_submission([index] * 17, f"r{index}", max_tokens=50, tenant_id=f"t{index % 3}", ignore_eos=True)

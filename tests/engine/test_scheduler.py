@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+from concurrent.futures import Future
+
 import pytest
 
-from pelton.core.batch import NULL_BLOCK_ID, KVOpKind, ScheduledBatch
+from pelton.core.batch import NULL_BLOCK_ID, KVOpKind, ScheduledBatch, StepResult
 from pelton.core.model_spec import KVGroupSpec
 from pelton.core.request import FinishReason
 from pelton.engine.engine import Engine
@@ -64,6 +66,48 @@ def test_the_next_step_is_scheduled_while_one_runs() -> None:
     engine.dispatch()
     assert engine.num_in_flight == 2
     assert batches_of(engine)[1].requests[0].token_ids == (-1,)
+
+
+class HeldExecutor:
+    """Steps end when the test says so, each after a second."""
+
+    def __init__(self) -> None:
+        self.held: list[tuple[ScheduledBatch, Future[StepResult]]] = []
+
+    def submit(self, batch: ScheduledBatch) -> Future[StepResult]:
+        self.held.append((batch, Future()))
+        return self.held[-1][1]
+
+    def finish(self) -> None:
+        batch, future = next(entry for entry in self.held if not entry[1].done())
+        sampled = tuple((1,) if scheduled.samples else () for scheduled in batch.requests)
+        future.set_result(StepResult(batch.step_id, sampled, elapsed_s=1.0))
+
+    def close(self) -> None:
+        pass
+
+
+def test_the_next_step_is_made_late_and_has_who_came_meanwhile() -> None:
+    clock, executor = ManualClock(), HeldExecutor()
+    engine = make_engine(clock=clock, executor=executor)
+    engine.submit(make_submission(range(4), "old", max_tokens=30))
+    for _ in range(4):
+        engine.dispatch()
+        clock.time_s += 1.0
+        engine.dispatch()
+        executor.finish()
+        engine.collect()
+    engine.dispatch()
+    assert engine.num_in_flight == 1
+    clock.time_s += 0.5
+    engine.submit(make_submission(range(5), "new"))
+    engine.dispatch()
+    assert engine.num_in_flight == 1
+    assert engine.next_deadline_s == pytest.approx(clock.time_s + 0.25, abs=0.1)
+    clock.time_s += 0.4
+    engine.dispatch()
+    assert engine.num_in_flight == 2
+    assert "new" in shares(executor.held[-1][0])
 
 
 def test_a_long_prefill_chunk_leaves_room_for_others() -> None:
