@@ -18,6 +18,7 @@ from pelton.engine.engine import Engine
 from pelton.engine.policies import POLICIES
 from pelton.engine.policies.by_tenant import ByTenantPolicy
 from pelton.engine.policies.context import PolicyContext
+from pelton.engine.policies.fair import ABOUT_S, SHARED_STEP_TOKENS
 from tests.make import ContextExecutor, ManualClock, make_engine, make_request, make_submission, run, step
 
 ALL = sorted(POLICIES)
@@ -405,3 +406,28 @@ def test_settings_of_tenants_are_read(texts: list[str]) -> None:
 def test_wrong_settings_of_tenants_are_named(text: str, problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
         parse_tenants([text])
+
+
+@pytest.mark.parametrize("name", ["fair", "agent"])
+def test_steps_are_short_while_tenants_share(name: str) -> None:
+    """Who arrives waits for the step that runs: its prompt chunks are small, until the others have gone."""
+    clock = ManualClock()
+    policy = make_policy(name, clock=clock)
+    clock.time_s = 100.0
+    first = make_request(range(4000), tenant_id="a")
+    policy.add(first)
+    admit(policy, first)
+    assert policy.narrow(512) == 512
+    clock.time_s += 5
+    second = make_request(tenant_id="b")
+    policy.add(second)
+    assert policy.narrow(512) == SHARED_STEP_TOKENS
+    assert policy.narrow(16) == 16
+    admit(policy, second)
+    finish(policy, second)
+    clock.time_s += ABOUT_S - 1
+    policy.charge_prefill(first, 128)
+    assert policy.narrow(512) == SHARED_STEP_TOKENS
+    clock.time_s += 2
+    policy.charge_prefill(first, 128)
+    assert policy.narrow(512) == 512

@@ -72,6 +72,10 @@ class SchedulingPolicy(Protocol):
         """Whether `waiting`, the first in order, gets tokens of a step before the next chunk of `running`."""
         ...
 
+    def narrow(self, num_tokens: int) -> int:
+        """Of `num_tokens` that the next step has room for beside its decodes, how many may be computed."""
+        ...
+
     def preempt(self, request: Request) -> None:
         """`request` was running, has given up its KV and waits again. It is not a new arrival."""
         ...

@@ -114,7 +114,8 @@ class Scheduler:
         num_preemptions = self.counters.num_preemptions
         step.chunks = self._continue_decodes(step)
         num_decodes = len(step.scheduled)
-        step.num_budget_tokens = min(self.max_num_batched_tokens, self.budget.num_tokens(num_decodes)) - num_decodes
+        num_tokens = min(self.max_num_batched_tokens, self.budget.num_tokens(num_decodes))
+        step.num_budget_tokens = self.policy.narrow(num_tokens - num_decodes)
         if len(step.chunks) > 1:
             self.policy.order(step.chunks)
         for request in tuple(step.chunks):

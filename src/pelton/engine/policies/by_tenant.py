@@ -191,6 +191,9 @@ class ByTenantPolicy:
     def precedes(self, waiting: Request, running: Request) -> bool:
         return self.request_key(waiting) < self.request_key(running)
 
+    def narrow(self, num_tokens: int) -> int:
+        return num_tokens
+
     def _has_share(self, tenant: Tenant, request: Request) -> bool:
         """Whether the tenant's part of the KV cache has room; if not, the tenant leaves the line until it has.
 
