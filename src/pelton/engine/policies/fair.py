@@ -16,7 +16,6 @@ from pelton.engine.policies.by_tenant import INPUT_TOKEN_SERVICE, ByTenantPolicy
 from pelton.engine.policies.context import PolicyContext
 from pelton.engine.policies.ordered_waiting import Key
 
-
 # Prompt tokens of a step while several tenants are about: who arrives waits for the step that runs, whatever its
 # order after that. Smaller chunks cost prefill a fifth of its rate and more.
 SHARED_STEP_TOKENS = 128
