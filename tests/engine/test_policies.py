@@ -431,3 +431,15 @@ def test_steps_are_short_while_tenants_share(name: str) -> None:
     clock.time_s += 2
     policy.charge_prefill(first, 128)
     assert policy.narrow(512) == 512
+
+
+@pytest.mark.parametrize(("name", "most"), [("fcfs", 512), ("fair", SHARED_STEP_TOKENS), ("agent", SHARED_STEP_TOKENS)])
+def test_the_scheduler_keeps_steps_short_while_tenants_share(name: str, most: int) -> None:
+    engine = make_engine(policy=name, num_blocks=1000, max_model_len=4096, max_num_batched_tokens=512)
+    engine.submit(make_submission([7] * 3000, tenant_id="a"))
+    assert (batch := engine.scheduler.schedule()) is not None
+    assert batch.num_tokens == 512
+    engine.submit(make_submission(range(40), tenant_id="b"))
+    sizes = [batch.num_tokens for _ in range(3) if (batch := engine.scheduler.schedule()) is not None]
+    assert max(sizes) <= most + 1  # a decode rides along
+    assert max(sizes) >= most - 40

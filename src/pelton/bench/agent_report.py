@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pelton.bench.agent_run import AgentRecord, TurnRecord
-from pelton.bench.report import percentile
+from pelton.bench.report import percentile, rounded_percentile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,8 +93,7 @@ def ttft_by_turn_ms(turns: Sequence[TurnRecord]) -> list[tuple[int, float]]:
 
 
 def _rounded(values_s: Sequence[float], percent: float, factor: float) -> float | None:
-    value = percentile(values_s, percent)
-    return None if value is None else round(value * factor, 3)
+    return rounded_percentile(values_s, percent, factor, 3)
 
 
 def _total(counts: Sequence[int | None]) -> int | None:

@@ -83,9 +83,14 @@ def make_report(workload: str, records: Sequence[RequestRecord], elapsed_s: floa
     )
 
 
+def rounded_percentile(values: Sequence[float], percent: float, factor: float, num_digits: int) -> float | None:
+    """A percentile times `factor`, for a report; None where nothing was measured."""
+    value = percentile(values, percent)
+    return None if value is None else round(value * factor, num_digits)
+
+
 def _ms(values_s: Sequence[float], percent: float) -> float | None:
-    value = percentile(values_s, percent)
-    return None if value is None else round(value * 1000, 2)
+    return rounded_percentile(values_s, percent, 1000, 2)
 
 
 def median_report(reports: Sequence[RunReport]) -> RunReport:

@@ -116,18 +116,15 @@ class Scheduler:
         num_decodes = len(step.scheduled)
         num_tokens = min(self.max_num_batched_tokens, self.budget.num_tokens(num_decodes)) - num_decodes
         step.num_budget_tokens = self.policy.narrow(num_tokens)
-        num_spared = num_tokens - step.num_budget_tokens
         if len(step.chunks) > 1:
             self.policy.order(step.chunks)
         for request in tuple(step.chunks):
             if not step.has_refused and len(self.policy) and self.counters.num_preemptions == num_preemptions:
                 num_running = len(self.running)
-                step.num_budget_tokens += num_spared
                 self._admit_waiting(step, request)
                 if len(self.running) > num_running:  # who goes ahead is not slowed by what it has passed
                     step.is_closed = True
                     break
-                step.num_budget_tokens -= num_spared
             self._continue(request, step)
         calm = self.counters.num_preemptions == num_preemptions or not step.scheduled
         if calm and not step.is_closed and len(self.policy):

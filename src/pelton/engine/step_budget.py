@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from pelton.core.batch import ScheduledBatch
+from pelton.engine.least_squares import solve_chosen
 
 # Prompts go on by this many tokens a step, however slow steps are (law 6).
 MIN_CHUNK = 16
@@ -69,13 +70,11 @@ class StepTimes:
     def _fit(self) -> tuple[float, ...]:
         """A negative coefficient is left out and the rest fitted again."""
         kept = [0, 1, 2]
-        while kept:
-            solution = _solve([[self._moments[i][j] for j in kept] for i in kept], [self._products[i] for i in kept])
-            worst = min(range(len(kept)), key=solution.__getitem__)
+        while kept and (solution := solve_chosen(self._moments, self._products, kept)) is not None:
+            worst = min(kept, key=solution.__getitem__)
             if solution[worst] >= 0:
-                found = dict(zip(kept, solution, strict=True))
-                return tuple(found.get(i, 0.0) * _SCALE[i] for i in range(3))
-            del kept[worst]
+                return tuple(value * scale for value, scale in zip(solution, _SCALE, strict=True))
+            kept.remove(worst)
         return (0.0, 0.0, 0.0)
 
 
@@ -119,18 +118,3 @@ def _count_tokens(batch: ScheduledBatch) -> tuple[int, int]:
 def make_budget(tpot_slo_ms: float | None, max_num_tokens: int) -> StepBudget:
     """By time where one is given, else fixed."""
     return FixedBudget(max_num_tokens) if tpot_slo_ms is None else TimeBudget(tpot_slo_ms / 1e3, max_num_tokens)
-
-
-def _solve(matrix: list[list[float]], right: list[float]) -> list[float]:
-    """Gaussian elimination for a small positive definite matrix."""
-    size = len(right)
-    rows = [[*matrix[i], right[i]] for i in range(size)]
-    for i in range(size):
-        for j in range(i + 1, size):
-            factor = rows[j][i] / rows[i][i]
-            rows[j] = [value - factor * pivot for value, pivot in zip(rows[j], rows[i], strict=True)]
-    solution = [0.0] * size
-    for i in reversed(range(size)):
-        known = sum(rows[i][j] * solution[j] for j in range(i + 1, size))
-        solution[i] = (rows[i][size] - known) / rows[i][i]
-    return solution

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pelton.bench.record import RequestRecord
-from pelton.bench.report import percentile
+from pelton.bench.report import rounded_percentile
 from pelton.simulate.server import SimulatedServer
 
 
@@ -63,5 +63,4 @@ def make_replay_report(
 
 
 def _rounded(values: Sequence[float], percent: float) -> float | None:
-    value = percentile(values, percent)
-    return None if value is None else round(value, 4)
+    return rounded_percentile(values, percent, 1, 4)

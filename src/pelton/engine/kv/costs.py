@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 
 from pelton.core.batch import ScheduledBatch
+from pelton.engine.least_squares import Row, solve_chosen
 
 # An observation counts half after so many later ones: speeds follow load and temperature, not the last step.
 HALF_LIFE_OBSERVATIONS = 128
@@ -20,11 +21,8 @@ DEFAULT_TOKEN_S = 1e-3
 DEFAULT_COPY_BYTES_PER_S = 1e9
 _DECAY: float = 0.5 ** (1 / HALF_LIFE_OBSERVATIONS)
 _MAX_OBSERVATIONS = 1.0 / (1.0 - _DECAY)  # what all weights add up to at most
-_RIDGE = 1e-9
 # Coefficients to fit with. Where steps are alike many fit equally well, and the first of them is taken.
 _SUBSETS = ((1,), (0,), (2,), (0, 1), (1, 2), (0, 2), (0, 1, 2))
-
-Row = tuple[float, float, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +87,7 @@ class PrefillFit:
         """The best fit among those with no negative coefficient: of three, all subsets are tried."""
         best, best_loss = (0.0, DEFAULT_TOKEN_S, 0.0), float("inf")
         for chosen in _SUBSETS:
-            found = _solve_subset(self._products, self._targets, chosen)
+            found = solve_chosen(self._products, self._targets, chosen)
             if found is None or min(found) < 0.0:
                 continue
             loss = self._loss(found)
@@ -152,10 +150,6 @@ class KVCosts:
         """Seconds to copy the KV of so many tokens from a tier to the device."""
         return self.copies_from(tier).copy_s(num_tokens * self.bytes_per_token)
 
-    def pays_to_load(self, tier: str, start: int, end: int) -> bool:
-        """Whether loading positions [start, end) is faster than computing them."""
-        return self.load_s(tier, end - start) < self.recompute_s(start, end)
-
     def return_s(self, num_tokens: int) -> float:
         """Seconds until an evicted context is back: the fastest of recompute and the tiers (Continuum's PR)."""
         return min(self.recompute_s(0, num_tokens), *(self.load_s(tier, num_tokens) for tier in self.tiers), math.inf)
@@ -186,11 +180,6 @@ def preserve_waste(pause_s: float, num_tokens: int, bytes_per_token: int) -> flo
     return pause_s * num_tokens * bytes_per_token
 
 
-def discard_waste(recompute_s: float, num_tokens: int, num_other_tokens: int, bytes_per_token: int) -> float:
-    """Compute it again in one step: it, and the running others that wait for that step, hold memory meanwhile."""
-    return recompute_s * (num_tokens + num_other_tokens) * bytes_per_token
-
-
 def chunk_discard_waste(
     recompute_s: float, chunk_recompute_s: float, num_chunks: int, sizes: tuple[int, int], bytes_per_token: int
 ) -> float:
@@ -211,24 +200,3 @@ def swap_waste(copy_s: float, num_batch_tokens: int, bytes_per_token: int) -> fl
 def _num_pairs(start: int, end: int) -> float:
     """Sum of positions in [start, end): what attention of these tokens looks back at."""
     return (end * (end - 1) - start * (start - 1)) / 2
-
-
-def _solve_subset(products: list[list[float]], targets: list[float], chosen: tuple[int, ...]) -> Row | None:
-    """Normal equations over some of the coefficients, the others zero; None where they do not settle it."""
-    size = len(chosen)
-    rows = [[products[i][j] for j in chosen] + [targets[i]] for i in chosen]
-    for k in range(size):
-        rows[k][k] *= 1.0 + _RIDGE
-    for k in range(size):
-        pivot = max(range(k, size), key=lambda r: abs(rows[r][k]))
-        rows[k], rows[pivot] = rows[pivot], rows[k]
-        if rows[k][k] == 0.0:
-            return None
-        for r in range(size):
-            if r != k:
-                factor = rows[r][k] / rows[k][k]
-                rows[r] = [a - factor * b for a, b in zip(rows[r], rows[k], strict=True)]
-    solution = [0.0, 0.0, 0.0]
-    for k, index in enumerate(chosen):
-        solution[index] = rows[k][size] / rows[k][k]
-    return solution[0], solution[1], solution[2]

@@ -9,6 +9,7 @@ from pelton.core.protocols import Clock
 from pelton.core.request import Request
 from pelton.engine.kv.disk import DISK, DiskTier
 from pelton.engine.kv.manager import KVManager
+from pelton.engine.kv.tiers import HOST
 
 # However short the computing would be: a read that is as slow as this is not worth a second thought.
 MIN_WAIT_S = 0.05
@@ -68,7 +69,7 @@ class ReadAhead:
         keys = [key for key in kv.prefixes.visible_keys(hashes[: end // kv.block_size]) if not is_near(key)]
         compute_s = tiers.costs.recompute_s(start, end)
         num_tokens = len(keys) * kv.block_size // len(kv.groups)
-        if tiers.costs.load_s(DISK, num_tokens) + tiers.costs.load_s("host", num_tokens) >= compute_s:
+        if tiers.costs.load_s(DISK, num_tokens) + tiers.costs.load_s(HOST, num_tokens) >= compute_s:
             return None
         return keys, max(MIN_WAIT_S, compute_s)
 

@@ -91,7 +91,7 @@ class ByTenantPolicy:
     # -- what a policy decides ----------------------------------------------------------------------
 
     def request_key(self, request: Request) -> Key:
-        """Order inside a tenant, lower first; fixed while the request waits."""
+        """Order inside a tenant, lower first; fixed while the request waits. Every policy has its own."""
         raise NotImplementedError
 
     def tenant_key(self, tenant: Tenant) -> Key:

@@ -348,11 +348,13 @@ template <Format kFormat>
 void multiply_panels(const PackedMatrix& matrix, PanelRange panels, GroupRange groups, const TiledRows& rows,
                      const LinearResult& result, uint8_t* scratch) {
     // Eight bits come from memory too slowly for the difference to show.
-    if (rows.num_rows == 1 && traits_of(kFormat).bits < 8) {
-        auto* x = reinterpret_cast<float*>(scratch);
-        widen_row(rows, x);
-        for (int panel = panels.first; panel < panels.last; ++panel) multiply_one<kFormat>(matrix, panel, x, result);
-        return;
+    if constexpr (traits_of(kFormat).bits < 8) {
+        if (rows.num_rows == 1) {
+            auto* x = reinterpret_cast<float*>(scratch);
+            widen_row(rows, x);
+            for (int panel = panels.first; panel < panels.last; ++panel) multiply_one<kFormat>(matrix, panel, x, result);
+            return;
+        }
     }
     if (rows.is_few()) {
         configure(std::min(rows.num_rows, kTileHeight), std::max(rows.num_rows - kTileHeight, 1));
