@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from pelton.core.errors import InvalidRequestError
+from pelton.core.grammar import Grammar
 
 MAX_LOGPROBS = 20
 MAX_N = 128
@@ -42,7 +43,7 @@ class SamplingParams:
     logprobs: int | None = None  # None: none; k: the sampled token's and the k most likely
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
-    grammar: str | None = None  # reserved for structured output; refused until it exists
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         _check_range("n", self.n, 1, MAX_N)
