@@ -14,6 +14,7 @@ from pelton.serving.context import ServingContext
 from pelton.serving.openai import requests, responses, tokenization
 from pelton.serving.openai.chat import create_chat_completion
 from pelton.serving.openai.completions import create_completion
+from pelton.serving.tenants.admin_routes import ADMIN_ROUTES
 
 Handler = Callable[[ServingContext, Request], Awaitable[Response]]
 
@@ -26,13 +27,15 @@ class Route:
     summary: str
     answer: type[msgspec.Struct] | None = None  # None: text
     body: type[msgspec.Struct] | None = None
+    query: type[msgspec.Struct] | None = None
     chunk: type[msgspec.Struct] | None = None  # of its stream
     errors: tuple[int, ...] = ()
+    is_admin: bool = False  # needs a key of the scope `admin`, always
     is_open: bool = False  # needs no key
     has_tenant: bool = False  # is answered for the tenant that asks
 
 
-_BODY_ERRORS = (400, 401, 404, 408, 413, 415)
+_BODY_ERRORS = (400, 401, 403, 404, 408, 413, 415)
 _GENERATION_ERRORS = (*_BODY_ERRORS, 429, 500, 503)
 
 ROUTES = (
@@ -64,7 +67,7 @@ ROUTES = (
         handler=status.list_models,
         summary="The served models",
         answer=responses.ModelList,
-        errors=(401,),
+        errors=(401, 403),
     ),
     Route(
         method="GET",
@@ -72,7 +75,7 @@ ROUTES = (
         handler=status.show_model,
         summary="One served model",
         answer=responses.ModelInfo,
-        errors=(401, 404),
+        errors=(401, 403, 404),
     ),
     Route(
         method="POST",
@@ -125,7 +128,7 @@ ROUTES = (
         handler=status.show_version,
         summary="The server's version",
         answer=responses.VersionInfo,
-        errors=(401,),
+        errors=(401, 403),
     ),
     Route(
         method="GET",
@@ -158,6 +161,7 @@ ROUTES = (
         path="/metrics",
         handler=status.show_metrics,
         summary="Metrics for Prometheus",
-        errors=(401,),
+        errors=(401, 403),
     ),
+    *(Route(**row) for row in ADMIN_ROUTES),
 )
