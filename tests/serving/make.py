@@ -24,6 +24,8 @@ from pelton.serving.config import ServerConfig
 from pelton.serving.context import ModelCard
 from pelton.serving.middleware import with_server_send
 from pelton.serving.server import listen
+from pelton.store.config import StoreConfig
+from pelton.store.opener import Store
 from pelton.weights.tensors import GenerationDefaults
 from tests.make import EOS_TOKEN_ID, VOCAB_SIZE, ByteDecoder, make_engine
 
@@ -153,6 +155,7 @@ def running_server(
     chat_template: str | None = TEMPLATE,
     defaults: GenerationDefaults | None = None,
     start_engine: bool = True,
+    store: StoreConfig | None = None,
     **info: Any,
 ) -> Iterator[RunningServer]:
     """A server on a free port, on a thread of its own; `info` as in `EngineInfo`. Greedy by default."""
@@ -166,6 +169,7 @@ def running_server(
         config or ServerConfig(),
         chat_template=chat_template,
         generation_defaults=defaults or GenerationDefaults(temperature=0.0),
+        store=Store(store or StoreConfig(data_dir="/nonexistent")),
     )
     listener = listen("127.0.0.1", 0)
     server = uvicorn.Server(

@@ -22,7 +22,7 @@ class TenantChanges(Struct, kw_only=True, forbid_unknown_fields=True):
 
     is_disabled: bool | UnsetType = UNSET
     weight: Annotated[float, Meta(ge=0.001, le=1000.0)] | UnsetType | None = UNSET
-    max_num_running: Annotated[int, Meta(ge=1, le=2 ** 31 - 1)] | UnsetType | None = UNSET
+    max_num_running: Annotated[int, Meta(ge=1, le=2**31 - 1)] | UnsetType | None = UNSET
     max_num_waiting: Count = UNSET
     max_kv_share: Share = UNSET
     max_pin_share: Annotated[float, Meta(ge=0.0, le=1.0)] | UnsetType | None = UNSET
@@ -57,7 +57,7 @@ class TenantList(Struct, kw_only=True):
 class NewKeyRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     tenant_id: TenantId = "default"
     name: Annotated[str, Meta(max_length=256)] = ""
-    scopes: Annotated[list[Scope], Meta(min_length=1, max_length=8)] = [Scope.INFERENCE]
+    scopes: Annotated[tuple[Scope, ...], Meta(min_length=1, max_length=8)] = (Scope.INFERENCE,)
     expires_in_s: Annotated[float, Meta(gt=0.0, le=MAX_EXPIRY_S)] | None = None
 
 
