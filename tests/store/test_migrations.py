@@ -45,12 +45,12 @@ async def test_servers_that_start_at_once(store_config: StoreConfig) -> None:
         await database.close()
 
 
-async def test_processes_that_start_at_once(store_config: StoreConfig) -> None:
+def test_processes_that_start_at_once(store_config: StoreConfig) -> None:
     code = (
         "import asyncio, sys; from pelton.store.config import StoreConfig; "
         "from pelton.store.database import open_database\n"
-        "async def main():\n d = await open_database(StoreConfig(data_dir=sys.argv[1], database_url=sys.argv[2] or None))"
-        "\n await d.close()\nasyncio.run(main())"
+        "async def main():\n config = StoreConfig(data_dir=sys.argv[1], database_url=sys.argv[2] or None)\n"
+        " await (await open_database(config)).close()\nasyncio.run(main())"
     )
     arguments = [sys.executable, "-c", code, store_config.data_dir or "", store_config.database_url or ""]
     processes = [subprocess.Popen(arguments, stderr=subprocess.PIPE) for _ in range(2)]
