@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,6 +74,8 @@ def test_the_counters_of_a_running_engine(server: RunningServer) -> None:
         lines = response.iter_lines()
         for _ in range(6):
             next(lines)
+    wait_until(lambda: server.client.stats.num_running == 0)
+    time.sleep(0.1)  # a step in flight would take the failure
     server.executor.fail_next = PeltonError("told to")
     assert complete(server, key).status_code == 500
     wait_until(lambda: server.client.num_requests == 0)

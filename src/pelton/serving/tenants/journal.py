@@ -55,6 +55,8 @@ class Journal:
 
     def close(self) -> None:
         """Unlocks it too: from now on it is for whoever folds it."""
+        if self.is_empty:
+            self.path.unlink(missing_ok=True)
         os.close(self._file)
 
 

@@ -89,9 +89,11 @@ class TenantService:
                 await self._polling
         if self._meter is not None:
             self._meter.close()
-            with contextlib.suppress(PeltonError, OSError):  # it is folded at the next start
-                await self._fold(await self._store.database())
             self._meter = None
+            try:
+                await self._fold(await self._store.database())
+            except (PeltonError, OSError) as error:
+                _log.warning("the next start will bring usage into the database", problem=str(error))
         await self._store.close()
 
     async def database(self) -> Database:
