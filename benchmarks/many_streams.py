@@ -17,6 +17,7 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Awaitable, Callable
 
 import psutil
 
@@ -45,8 +46,7 @@ async def main() -> None:
     try:
         port = await _port(server)
         drain = asyncio.create_task(_drain(server))
-        while b" 200 " not in await _ask(port, "GET", "/ready"):
-            await asyncio.sleep(0.1)
+        await _until(lambda: _is_ready(port))
         _show("before", server.pid, await _gauges(port))
         for number in range(1, arguments.rounds + 1):
             await _round(number, server.pid, port, arguments.num_streams)
@@ -54,6 +54,19 @@ async def main() -> None:
         server.terminate()
         await server.wait()
     drain.cancel()
+
+
+async def _until(is_so: Callable[[], Awaitable[bool]]) -> None:
+    while not await is_so():  # noqa: ASYNC110 - another process has no event to wait for
+        await asyncio.sleep(0.1)
+
+
+async def _is_ready(port: int) -> bool:
+    return b" 200 " in await _ask(port, "GET", "/ready")
+
+
+async def _holds(port: int, num_requests: int) -> bool:
+    return sum(await _gauges(port)) == num_requests
 
 
 async def _round(number: int, pid: int, port: int, num_streams: int) -> None:
@@ -65,8 +78,7 @@ async def _round(number: int, pid: int, port: int, num_streams: int) -> None:
         connection = await asyncio.open_connection("127.0.0.1", port)
         connection[1].write(request)
         connections.append(connection)
-    while sum(await _gauges(port)) < num_streams:
-        await asyncio.sleep(0.1)
+    await _until(lambda: _holds(port, num_streams))
     _show(
         f"round {number}: {num_streams} streams after {time.perf_counter() - started_s:.1f} s", pid, await _gauges(port)
     )
@@ -81,8 +93,7 @@ async def _round(number: int, pid: int, port: int, num_streams: int) -> None:
     started_s = time.perf_counter()
     for index, (_, writer) in enumerate(connections):
         writer.transport.abort() if index % 2 else writer.close()
-    while sum(await _gauges(port)):
-        await asyncio.sleep(0.1)
+    await _until(lambda: _holds(port, 0))
     _show(f"round {number}: all gone after {time.perf_counter() - started_s:.1f} s", pid, await _gauges(port))
 
 
@@ -91,7 +102,8 @@ def _show(title: str, pid: int, gauges: tuple[float, float]) -> None:
     api = process.memory_info().rss / 2**20
     children = sum(child.memory_info().rss for child in process.children(recursive=True)) / 2**20
     print(
-        f"{title}\n  running {gauges[0]:.0f}, waiting {gauges[1]:.0f}; API process {api:.0f} MiB, engine {children:.0f} MiB"
+        f"{title}\n  running {gauges[0]:.0f}, waiting {gauges[1]:.0f}; "
+        f"API process {api:.0f} MiB, engine {children:.0f} MiB"
     )
 
 

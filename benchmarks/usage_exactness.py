@@ -37,7 +37,8 @@ def main() -> int:
         num_seen = seen.told[tenant] + seen.delivered[tenant]
         is_exact &= used.num_total >= num_seen
         print(
-            f"{tenant}: usage {used.num_prompt_tokens:,} prompt + {used.num_output_tokens:,} output = {used.num_total:,}; "
+            f"{tenant}: usage {used.num_prompt_tokens:,} prompt + {used.num_output_tokens:,} output"
+            f" = {used.num_total:,}; "
             f"clients know of {num_seen:,}"
         )
     prompt = sum(used.num_prompt_tokens for used in result.usage.values())
