@@ -23,10 +23,12 @@ def main() -> int:
     data_dir, database_url = (*sys.argv[4:], None, None)[:2]
     store = Store(StoreConfig(data_dir=data_dir or "/nonexistent", database_url=database_url or None))
 
+    bounds = {"max_num_seqs": 32, "max_num_batched_tokens": 1024} if data_dir else {}  # for load
+
     def build() -> object:
         if delay_s < 0:
             raise PeltonError("told to fail")
-        return make_engine(executor=ScriptedExecutor(delay_s=delay_s), max_model_len=2048, num_blocks=4096)
+        return make_engine(executor=ScriptedExecutor(delay_s=delay_s), max_model_len=2048, num_blocks=4096, **bounds)
 
     client = EngineClient(ThreadTransport(build), restart=False)  # type: ignore[arg-type]
     model = ModelCard(names=("scripted",), root="scripted", max_model_len=2048, created=1)

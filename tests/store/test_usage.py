@@ -35,6 +35,7 @@ async def test_the_totals_of_a_run_are_the_latest(database: Database) -> None:
     tables = UsageTables(database)
     await tables.fold("a", JournalContent({}, {"run": (1, 2)}))
     await tables.fold("b", JournalContent({}, {"run": (10, 20)}))
+    await tables.fold("c", JournalContent({}, {"run": (4, 9)}))  # of a killed server, in the order of their names
     assert await tables.engine_totals() == (10, 20)
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import delete, func, insert, select
+from sqlalchemy import delete, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -45,9 +45,12 @@ class UsageTables:
         return True
 
     async def _set_totals(self, connection: AsyncConnection, run_id: str, totals: tuple[int, int]) -> None:
-        await connection.execute(delete(engine_runs).where(engine_runs.c.run_id == run_id))
-        values = {"num_prompt_tokens": totals[0], "num_output_tokens": totals[1]}
-        await connection.execute(insert(engine_runs).values(run_id=run_id, updated_s=time.time(), **values))
+        """The counters only grow, and journals of a killed server come in any order."""
+        values = {"updated_s": time.time(), "num_prompt_tokens": totals[0], "num_output_tokens": totals[1]}
+        row = self._insert(engine_runs).values(run_id=run_id, **values)
+        known = engine_runs.c.num_prompt_tokens + engine_runs.c.num_output_tokens
+        is_later = known < row.excluded.num_prompt_tokens + row.excluded.num_output_tokens
+        await connection.execute(row.on_conflict_do_update(index_elements=["run_id"], set_=values, where=is_later))
 
     async def tokens_since(self, hour_s: int) -> dict[str, int]:
         """Prompt and output tokens by tenant."""
