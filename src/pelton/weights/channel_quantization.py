@@ -45,7 +45,7 @@ class ChannelQuantizedFiles:
 
 
 class GroupedFiles(ChannelQuantizedFiles):
-    """The same files with INT8 in place of INT8_CHANNEL: weights as they are, activations that kernels round as they like."""
+    """The same files with INT8 in place of INT8_CHANNEL: the same weights, but finer rounded activations."""
 
     def tensor(self, name: str) -> WeightTensor:
         return in_groups(self._files.tensor(name))

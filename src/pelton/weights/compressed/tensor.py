@@ -1,8 +1,8 @@
 """Compressed matrices as blocks of 32 inputs, without loss.
 
 Q4_0 and Q8_0 are what symmetric weights become where float16 holds all their scales; INT4 and INT8 have
-float32 scales, and INT4 a minimum; INT8_CHANNEL is INT8 whose activations are rounded per token. Only the scales and zero points are read to know which; the codes are
-when the data is asked for.
+float32 scales, and INT4 a minimum; INT8_CHANNEL is INT8 whose activations are rounded per token. Only the scales
+and zero points are read to know which; the codes are when the data is asked for.
 
 Legend: O outputs, I inputs, G groups of scales (I / group_size), n blocks of an output (I / 32).
 """

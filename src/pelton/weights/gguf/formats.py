@@ -1,4 +1,4 @@
-"""Sizes of the tensor formats that Pelton reads. Names and numbers are those of ggml, but for INT4, INT8 and INT8_CHANNEL."""
+"""Sizes of the tensor formats that Pelton reads. Names and numbers are those of ggml, but for INT4, INT8(_CHANNEL)."""
 
 from __future__ import annotations
 
