@@ -1,6 +1,6 @@
 """Mixed requests against servers that are killed with `kill -9` meanwhile: is every token of the engine in the usage?
 
-    benchmarks/usage_exactness.py [--num-requests 10000] [--num-kills 2] [--database-url postgresql://...]
+    benchmarks/usage_exactness.py [--num-requests 10000] [--num-kills 2] [--postgres]
 
 Real server processes, over an engine whose model is a script: the accounting is what is tried. Exits with 1 where a
 token is missing or too many.
@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import sys
 import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from tests.postgres import running_postgres
 from tests.serving.mixed_load import run_with_kills
 
 from pelton.store.config import StoreConfig
@@ -25,10 +27,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--num-requests", type=int, default=10_000)
     parser.add_argument("--num-kills", type=int, default=2)
-    parser.add_argument("--database-url")
+    parser.add_argument("--postgres", action="store_true", help="on a PostgreSQL server of its own")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        config = StoreConfig(data_dir=folder, database_url=arguments.database_url)
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        url = stack.enter_context(running_postgres()).new_database() if arguments.postgres else None
+        config = StoreConfig(data_dir=folder, database_url=url)
         result = asyncio.run(run_with_kills(config, arguments.num_requests, arguments.num_kills))
     seen = result.seen
     print("requests:", ", ".join(f"{count} {kind}" for kind, count in sorted(seen.kinds.items())))
