@@ -19,6 +19,7 @@ VIOLATIONS = {
     "bench": ("bench/run.py", "import pelton.serving.config"),
     "simulate": ("simulate/server.py", "import pelton.weights.config"),
     "no-torch": ("serving/app.py", "import torch"),
+    "database": ("engine/config.py", "import sqlalchemy"),
     "worker-no-torch": ("worker/kv_storage.py", "import torch"),
     "cli-no-torch": ("cli/chat.py", "import torch"),
     "no-web": ("worker/config.py", "import fastapi"),
