@@ -92,6 +92,8 @@ def _parsed(source: str) -> Any:
 
 def _with_path(compiler: GrammarCompiler, schema: Any, original: Any, problem: str) -> GrammarError:
     """`schema` is `original` in other words; the path is that of the latter."""
+    if not isinstance(schema, dict):
+        return GrammarError(problem)
     match = _UNIMPLEMENTED.search(problem)
     if match is not None:
         keys = set(json.loads(match[1]))

@@ -46,11 +46,12 @@ class GrammarVocabulary:
     @classmethod
     def of(cls, decoder: TokenDecoder, vocab_size: int) -> GrammarVocabulary:
         """Slow: goes over the whole vocabulary."""
-        return cls(
-            [decoder.token_bytes(token_id) for token_id in range(vocab_size)],
-            [token_id for token_id in range(vocab_size) if decoder.is_special(token_id)],
-            sorted(decoder.eos_token_ids),
-        )
+        tokens = [decoder.token_bytes(token_id) for token_id in range(vocab_size)]
+        special_ids = [token_id for token_id in range(vocab_size) if decoder.is_special(token_id)]
+        for token_id in special_ids:
+            # One without a name would be allowed everywhere.
+            tokens[token_id] = tokens[token_id] or f"<special-{token_id}>".encode()
+        return cls(tokens, special_ids, sorted(decoder.eos_token_ids))
 
 
 class _WrappedVocabulary:
