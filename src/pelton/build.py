@@ -85,7 +85,7 @@ def build_engine(config: PeltonConfig, decoder: TokenDecoder | None = None) -> E
     files = open_model(path)
     decoder = decoder or load_decoder(path, config.model.tokenizer, files)
     worker, info = build_executor(
-        files, config.model, config.worker, config.engine, eos_token_ids=decoder.eos_token_ids
+        files, config.model, config.worker, config.engine, eos_token_ids=decoder.eos_token_ids, decoder=decoder
     )
     executor: Executor = worker
     if config.engine.step_log is not None:
@@ -93,7 +93,10 @@ def build_engine(config: PeltonConfig, decoder: TokenDecoder | None = None) -> E
 
         executor = StepLogExecutor(worker, Path(config.engine.step_log), info.block_size)
     clock, groups = MonotonicClock(), files.spec.kv_groups
-    return join_engine(config.engine, executor, info, decoder, clock, groups, block_store=worker.block_store)
+    engine = join_engine(config.engine, executor, info, decoder, clock, groups, block_store=worker.block_store)
+    if worker.matchers is not None:
+        engine.grammars.prepare = worker.matchers.prepare
+    return engine
 
 
 def join_engine(

@@ -19,6 +19,7 @@ from pelton.worker.kv_storage import KVStorage
 from pelton.worker.layers.rotary import RotaryTable, rotary_tables
 from pelton.worker.models.registry import Model, compile_model
 from pelton.worker.request_state import RequestState, RequestStates
+from pelton.worker.sampling.grammar import GrammarMasks, GrammarMatchers
 from pelton.worker.sampling.sampler import Sampler
 
 # Rows of logits held at once: 64 x 152k float32 are 39 MB.
@@ -42,6 +43,7 @@ class _Answers:
     sampled_token_ids: list[tuple[int, ...]]
     logprobs: list[tuple[TokenLogprobs, ...] | None]
     prompt_logprobs: list[tuple[TokenLogprobs, ...] | None]
+    complete_ids: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
 
 
@@ -52,13 +54,23 @@ class ModelRunner:
     reported in `StepResult.failed` by the steps that were already in flight.
     """
 
-    def __init__(self, model: Model, kv: KVStorage, sampler: Sampler, *, block_size: int) -> None:
+    def __init__(
+        self,
+        model: Model,
+        kv: KVStorage,
+        sampler: Sampler,
+        *,
+        block_size: int,
+        matchers: GrammarMatchers | None = None,
+    ) -> None:
+        """Without `matchers` requests with a grammar fail."""
         self._kv = kv
         self._sampler = sampler
         self._program = compile_model(model, kv)
         self._rotary_tables = rotary_tables(model.spec)
         self._block_size = block_size
-        self._states = RequestStates(sampler, model.spec.vocab_size)
+        self._states = RequestStates(sampler, model.spec.vocab_size, matchers)
+        self._masks = GrammarMasks(model.spec.vocab_size, matchers.eos_token_ids if matchers is not None else ())
 
     def run_step(self, batch: ScheduledBatch) -> StepResult:
         """KV operations, then one forward pass, then sampling. Raises what the model or the kernels raise."""
@@ -82,6 +94,7 @@ class ModelRunner:
             sampled_token_ids=tuple(answers.sampled_token_ids),
             logprobs=tuple(answers.logprobs),
             prompt_logprobs=tuple(answers.prompt_logprobs),
+            complete_ids=tuple(answers.complete_ids),
             failed=answers.failed or None,
             elapsed_s=time.perf_counter() - start_s,
             kv_copy_s=kv_copy_s,
@@ -111,14 +124,20 @@ class ModelRunner:
         """The next token of each of `rows`, from their logits [S, V]."""
         states = [row.state for row in rows]
         samples = self._sampler.sample(
-            logits, [state.sampling_row for state in states], [len(state.output_token_ids) for state in states]
+            logits,
+            [state.sampling_row for state in states],
+            [len(state.output_token_ids) for state in states],
+            self._masks.fill([state.grammar for state in states]),
         )
         for row, token_id in zip(rows, samples.token_ids, strict=True):
             if token_id >= 0:
                 row.state.add_output(token_id)
                 answers.sampled_token_ids[row.index] = (token_id,)
+                if row.state.grammar is not None and row.state.grammar.is_complete:
+                    answers.complete_ids.append(row.scheduled.request_id)
         for i, problem in samples.problems.items():
-            answers.failed[rows[i].scheduled.request_id] = problem
+            grammar = states[i].grammar
+            answers.failed[rows[i].scheduled.request_id] = (grammar and grammar.problem) or problem
         for i, logprobs in samples.logprobs.items():
             answers.logprobs[rows[i].index] = (logprobs,)
 

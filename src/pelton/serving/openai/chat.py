@@ -19,6 +19,7 @@ from pelton.serving.openai.messages import template_messages
 from pelton.serving.openai.requests import ChatRequest, TokenizeRequest, check_supported
 from pelton.serving.openai.responses import ChatChoice, ChatCompletion, ChatResponseMessage
 from pelton.serving.openai.sampling import chat_sampling
+from pelton.serving.openai.structured_output import constrained
 from pelton.serving.request_body import read_json_body
 from pelton.serving.sse import CollectedAnswer, EventStream
 
@@ -29,7 +30,7 @@ async def create_chat_completion(context: ServingContext, http_request: Request)
     check_supported(request)
     context.check_model(request.model)
     caller = caller_of(http_request, request)
-    sampling = chat_sampling(request, context.defaults)
+    sampling = await constrained(context, request, chat_sampling(request, context.defaults))
     prompt = await context.prepare(chat_prompt, context, request)
     options = _answer_options(context, request, sampling, prompt)
     tool_names = answered_tools(request.messages)

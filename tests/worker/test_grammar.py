@@ -1,0 +1,132 @@
+"""Matchers beside the requests' states, and the masks of a step."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pelton.core.batch import RequestContext, ScheduledBatch, ScheduledRequest
+from pelton.core.grammar import Grammar, GrammarKind
+from pelton.core.sampling_params import SamplingParams
+from pelton.weights.tokenizer.grammar import GrammarError
+from pelton.worker.request_state import RequestState, RequestStates
+from pelton.worker.sampling.grammar import GrammarMasks, GrammarMatchers
+from pelton.worker.sampling.reference import ReferenceSampler
+from tests.make import EOS_TOKEN_ID, VOCAB_SIZE, ByteDecoder
+
+NUMBER = Grammar(kind=GrammarKind.REGEX, source="[0-9]{3}")
+LETTERS = Grammar(kind=GrammarKind.REGEX, source="a+")
+
+
+def states_of(*samplings: SamplingParams, outputs: tuple[int, ...] = ()) -> list[RequestState]:
+    sampler = ReferenceSampler(VOCAB_SIZE, {EOS_TOKEN_ID})
+    states = RequestStates(sampler, VOCAB_SIZE, GrammarMatchers(ByteDecoder(), VOCAB_SIZE))
+    scheduled = tuple(
+        ScheduledRequest(str(i), (1,), 0, ((1,),), sampling, True, context=RequestContext((1,), outputs, 0))
+        for i, sampling in enumerate(samplings)
+    )
+    assert states.update(ScheduledBatch(1, scheduled)) == {}
+    found = [states.get(str(i)) for i in range(len(samplings))]
+    return [state for state in found if state is not None]
+
+
+def fill(states: list[RequestState]) -> list[set[int] | None]:
+    """The allowed tokens of each row."""
+    masks = GrammarMasks(VOCAB_SIZE, {EOS_TOKEN_ID}).fill([state.grammar for state in states])
+    assert masks is not None
+    bits = [None if mask is None else np.unpackbits(mask.view(np.uint8), bitorder="little") for mask in masks]
+    return [None if row is None else set(np.flatnonzero(row).tolist()) for row in bits]
+
+
+def params(grammar: Grammar | None, **settings: object) -> SamplingParams:
+    return SamplingParams(grammar=grammar, **settings)  # type: ignore[arg-type]
+
+
+def test_rows_with_and_without_a_grammar() -> None:
+    states = states_of(params(NUMBER), params(None), params(LETTERS))
+    assert fill(states) == [set(b"0123456789"), None, set(b"a")]
+    for state, token_id in zip(states, b"7xa", strict=True):
+        state.add_output(token_id)
+    assert fill(states) == [set(b"0123456789"), None, {*b"a", EOS_TOKEN_ID}]
+    assert GrammarMasks(VOCAB_SIZE, ()).fill([None, None]) is None
+
+
+def test_the_end_is_told_with_the_last_token_and_what_comes_after_it_changes_nothing() -> None:
+    (state,) = states_of(params(NUMBER))
+    assert state.grammar is not None
+    ends = []
+    for token_id in b"123":
+        fill([state])
+        state.add_output(token_id)
+        ends.append(state.grammar.is_complete)
+    assert ends == [False, False, True]
+    assert fill([state]) == [{EOS_TOKEN_ID}]
+    for token_id in (EOS_TOKEN_ID, 9):  # computed in vain by a step in flight
+        state.add_output(token_id)
+        assert fill([state]) == [{EOS_TOKEN_ID}]
+    assert state.grammar.problem is None
+
+
+def test_a_context_brings_a_request_to_where_it_was() -> None:
+    (state,) = states_of(params(NUMBER), outputs=tuple(b"12"))
+    assert fill([state]) == [set(b"0123456789")]
+    state.add_output(ord("3"))
+    assert state.grammar is not None
+    assert state.grammar.is_complete
+    (lost,) = states_of(params(NUMBER), outputs=tuple(b"1x"))
+    assert fill([lost]) == [set()]
+    assert lost.grammar is not None
+    assert "do not follow" in (lost.grammar.problem or "")
+
+
+def test_ignore_eos_and_min_tokens() -> None:
+    endless, short = states_of(params(LETTERS, ignore_eos=True), params(NUMBER, min_tokens=5))
+    for token_id in b"aaa":
+        assert fill([endless]) == [set(b"a")]
+        endless.add_output(token_id)
+    assert endless.grammar is not None
+    assert not endless.grammar.is_complete
+    for token_id in b"123":
+        fill([short])
+        short.add_output(token_id)
+    # The sampler bans the end until min_tokens, so nothing is left: an error of this request alone.
+    assert short.grammar is not None
+    assert not short.grammar.is_complete
+    assert fill([short]) == [{EOS_TOKEN_ID}]
+
+
+def test_text_before_the_marker_is_free_and_its_mask_is_computed_once() -> None:
+    grammar = Grammar(kind=GrammarKind.REGEX, source="[0-9]{3}", starts_after="</t>")
+    (state,) = states_of(params(grammar))
+    (first,) = fill([state])
+    assert first is not None
+    assert {*b"az<\n"} < first
+    assert EOS_TOKEN_ID not in first
+    assert state.grammar is not None
+    assert state.grammar.free_text is not None
+    computed = state.grammar.free_text.mask
+    for token_id in "é <b> </ </t".encode():
+        state.add_output(token_id)
+        (allowed,) = fill([state])
+        assert allowed is not None
+        is_mid_character = token_id == "é".encode()[0]
+        assert (allowed == first) == (not is_mid_character)
+    assert state.grammar.free_text.mask is computed
+    state.add_output(ord(">"))
+    assert fill([state]) == [set(b"0123456789")]
+
+
+def test_a_grammar_that_does_not_compile_costs_its_own_request() -> None:
+    bad = Grammar(kind=GrammarKind.REGEX, source="((")
+    states = states_of(params(bad), params(NUMBER))
+    assert fill(states) == [set(), set(b"0123456789")]
+    assert states[0].grammar is not None
+    assert "unclosed group" in (states[0].grammar.problem or "")
+    with pytest.raises(GrammarError):
+        GrammarMatchers(ByteDecoder(), VOCAB_SIZE).prepare(bad).result(10)
+
+
+def test_without_a_vocabulary_a_grammar_fails() -> None:
+    states = RequestStates(ReferenceSampler(VOCAB_SIZE, ()), VOCAB_SIZE)
+    request = ScheduledRequest("a", (1,), 0, ((1,),), params(NUMBER), True, context=RequestContext((1,), (), 0))
+    assert "no vocabulary" in states.update(ScheduledBatch(1, (request,)))["a"]
