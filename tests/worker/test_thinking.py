@@ -37,7 +37,7 @@ def written(budget: ThinkingBudget, wanted: list[int]) -> list[int]:
         (OPEN, [1, 42, 43, 4, 5, 6, 7], [1, 42, 43, 4, 5, 6, 7]),  # it ended by itself
         (MARKED, [1, 2, 3, 4, 5], [1, 2, 3, 4, 5]),  # it never began
         (MARKED, [40, 41, 1, 2, 3], [40, 41, 1, 2, 42, 43, 3]),
-        (MARKED, [9, 40, 41, 1, 42, 43, 5, 6], [9, 40, 41, 1, 42, 43, 5, 6]),
+        (MARKED, [9, 40, 41, 1, 42, 5, 6], [9, 40, 41, 1, 42, 43, 5, 6]),  # it had begun to end
         (ThinkingBudget(max_tokens=0, end_token_ids=END, forced_token_ids=END), [1, 2], [42, 43, 1, 2]),
     ],
 )
