@@ -22,7 +22,7 @@ from pelton.serving.reasoning.options import ReasoningOptions
 from pelton.serving.tools.choice import NO_TOOLS, ToolMode, ToolUse
 from pelton.serving.tools.format import ToolDefinition
 from pelton.serving.tools.generic_prompt import with_tools_in_text
-from pelton.serving.tools.lark import calls_grammar, optional_calls_grammar, triggered_grammar, without_schema
+from pelton.serving.tools.lark import calls_grammar, free_grammar, thought_rule, without_schema
 
 Message = dict[str, Any]
 
@@ -121,7 +121,7 @@ def plan_turn(dialect: Dialect, conversation: Conversation, prompt: str, token_i
             frozenset(tool.name for tool in use.tools), starts_only=any(tool.strict for tool in use.tools)
         )
         plan = replace(plan, answer=reads, max_calls=None if use.is_parallel else 1)
-    thinking, reasoning_end, before = None, "", ""
+    thinking, reasoning_end, thought = None, "", ""
     if reasoning is not None:
         markers += reasoning.markers
         is_open, is_over = reasoning.is_open(prompt), reasoning.is_over(prompt)
@@ -131,13 +131,13 @@ def plan_turn(dialect: Dialect, conversation: Conversation, prompt: str, token_i
         elif not is_over:
             plan = replace(plan, reasoning=reads_reasoning, reasoning_end_id=dialect.single_token_id(reasoning.closing))
             reasoning_end = reasoning.closing if is_open else ""
-            before = _reasoning_before(dialect, is_open=is_open)
+            thought = thought_rule(reasoning.opening, reasoning.closing, dialect.spell, is_open=is_open)
         if not is_over:
             thinking = _thinking_budget(dialect, options, is_open=is_open)
     return PreparedTurn(
         token_ids=token_ids,
         plan=plan,
-        grammar=_tools_grammar(dialect, use, before, reasoning_end),
+        grammar=_tools_grammar(dialect, use, thought),
         shown_token_ids=dialect.special_token_ids(tuple(dict.fromkeys(markers))),
         thinking=thinking,
         reports_reasoning=reasoning is not None,
@@ -145,34 +145,19 @@ def plan_turn(dialect: Dialect, conversation: Conversation, prompt: str, token_i
     )
 
 
-def _tools_grammar(dialect: Dialect, use: ToolUse, before: str, reasoning_end: str) -> Grammar | None:
+def _tools_grammar(dialect: Dialect, use: ToolUse, thought: str) -> Grammar | None:
     """What holds calls to their schemas; None where the model is free."""
     if not use.may_call:
         return None
     syntax = dialect.tool_format.syntax(dialect.spell)
     if use.mode is ToolMode.REQUIRED:
-        source = calls_grammar(syntax, use.tools, dialect.spell, is_parallel=use.is_parallel, before=before)
-        return Grammar(kind=GrammarKind.LARK, source=source, starts_after=reasoning_end)
-    tools = [tool if tool.strict else without_schema(tool) for tool in use.tools]
-    is_strict = any(tool.strict for tool in use.tools)
-    if syntax.trigger and (is_strict or not use.is_parallel):
-        source = triggered_grammar(syntax, tools, is_parallel=use.is_parallel)
-        return Grammar(kind=GrammarKind.LARK, source=source, starts_after=syntax.trigger)
-    if is_strict:
-        source = optional_calls_grammar(syntax, tools, is_parallel=use.is_parallel, before=before)
-        return Grammar(kind=GrammarKind.LARK, source=source, starts_after=reasoning_end)
-    return None
-
-
-def _reasoning_before(dialect: Dialect, *, is_open: bool) -> str:
-    """What of reasoning a grammar of the whole answer allows ahead of it: the model may or may not think."""
-    reasoning = dialect.reasoning_format
-    assert reasoning is not None
-    space = r"/\n{0,2}/"
-    if is_open:  # the grammar starts after its end
-        return space
-    closing = dialect.spell(reasoning.closing)
-    return f"({dialect.spell(reasoning.opening)} /(?s:.*)/ {closing} {space})?"
+        source = calls_grammar(syntax, use.tools, dialect.spell, is_parallel=use.is_parallel, thought=thought)
+    elif any(tool.strict for tool in use.tools):
+        tools = [tool if tool.strict else without_schema(tool) for tool in use.tools]
+        source = free_grammar(syntax, tools, dialect.spell, is_parallel=use.is_parallel, thought=thought)
+    else:
+        return None
+    return Grammar(kind=GrammarKind.LARK, source=source)
 
 
 def _thinking_budget(dialect: Dialect, options: ReasoningOptions, *, is_open: bool) -> ThinkingBudget | None:
