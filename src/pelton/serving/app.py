@@ -153,6 +153,8 @@ def _lifespan(context: ServingContext) -> Callable[[Starlette], Any]:
             context.pool.shutdown(wait=False, cancel_futures=True)
             if context.template is not None:
                 context.template.close()
+            if context.grammars is not None:
+                context.grammars.close()
 
     return lifespan
 

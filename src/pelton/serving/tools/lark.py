@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from pelton.core.grammar import Grammar, GrammarKind
 from pelton.serving.tools.format import CallSyntax, SpellMarker, ToolDefinition
 
 # Of one answer that is constrained: a small model does not always find an end.
@@ -67,6 +68,23 @@ def calls_grammar(
     return _grammar(start, syntax, tools, is_parallel=is_parallel, rules=thought)
 
 
+def answer_text(grammar: Grammar) -> str | None:
+    """An answer that follows `grammar`, as an expression; None for kinds that cannot stand within another one."""
+    if grammar.kind is GrammarKind.CHOICE:
+        return f"({' | '.join(map(_json, json.loads(grammar.source)))})"
+    if grammar.kind is GrammarKind.JSON_OBJECT:
+        return f"%json {_json({**_ANY_OBJECT, 'x-guidance': _SPACING})}"
+    if grammar.kind is GrammarKind.JSON_SCHEMA:
+        schema = json.loads(grammar.source)
+        return f"%json {_json({**(schema if isinstance(schema, dict) else {}), 'x-guidance': _SPACING})}"
+    return None
+
+
+def text_grammar(text: str, thought: str) -> str:
+    """An answer that is what the expression `text` says, after a `thought_rule`."""
+    return f"start: {'thought' if thought else ''} answer\nanswer: {text}\n{thought}\n"
+
+
 def free_grammar(
     syntax: CallSyntax, tools: Sequence[ToolDefinition], spell: SpellMarker, *, is_parallel: bool, thought: str = ""
 ) -> str:
@@ -74,7 +92,7 @@ def free_grammar(
     trigger = _trigger(syntax, spell)
     rules = [thought] if thought else []
     if syntax.free:
-        answer = f"{syntax.free} | calls"
+        answer = f"{syntax.free} | {trigger} calls"
     elif not trigger:
         answer = rf"calls | {_FREE_START}"
     elif trigger.startswith("<["):
