@@ -69,15 +69,19 @@ class ByteTokenizer(ByteDecoder):
     def token_text(self, token_id: int) -> str:
         return SPECIAL_TOKENS.get(token_id) or (chr(token_id) if 0 <= token_id < 256 else "")
 
+    def token_id(self, text: str) -> int | None:
+        return _SPECIAL_IDS.get(text)
+
     def token_bytes(self, token_id: int) -> bytes:
         return SPECIAL_TOKENS[token_id].encode() if token_id in SPECIAL_TOKENS else super().token_bytes(token_id)
 
 
 class ScriptedExecutor:
-    """Says `ANSWER` whatever it is asked, or with a temperature a text that the seed decides."""
+    """Says `answer` whatever it is asked, or with a temperature a text that the seed decides."""
 
     def __init__(self, *, delay_s: float = 0.0) -> None:
         self.delay_s = delay_s
+        self.answer = ANSWER
         self.fail_next: Exception | None = None
         self.batches: list[ScheduledBatch] = []
         self._num_outputs: dict[str, int] = {}
@@ -125,7 +129,7 @@ class ScriptedExecutor:
             return max(sampling.logit_bias, key=sampling.logit_bias.__getitem__)
         if not sampling.is_greedy:
             return 97 + (hash((sampling.seed, count)) % 26)
-        data = ANSWER.encode()
+        data = self.answer.encode()
         return data[count] if count < len(data) else EOS_TOKEN_ID
 
 

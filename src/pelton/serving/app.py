@@ -20,6 +20,7 @@ from pelton.core.errors import PeltonError
 from pelton.engine.client import EngineClient
 from pelton.serving.config import ServerConfig
 from pelton.serving.context import NUM_PREPARE_THREADS, ModelCard, ServingContext
+from pelton.serving.dialect import Dialect
 from pelton.serving.errors import HTTPProblemError, error_response
 from pelton.serving.logs import Logger
 from pelton.serving.metrics import ServerMetrics
@@ -65,6 +66,13 @@ def create_app(
         model=model,
         config=config,
         template=_template_renderer(chat_template, tokenizer),
+        dialect=Dialect(
+            tokenizer,
+            chat_template,
+            " ".join((*model.names, model.root)),
+            tool_call_parser=config.tool_call_parser,
+            reasoning_parser=config.reasoning_parser,
+        ),
         defaults=generation_defaults or GenerationDefaults(),
         metrics=metrics,
         timelines=timelines,

@@ -23,6 +23,7 @@ from pelton.core.sampling_params import SamplingParams
 from pelton.engine.client import EngineClient, EngineState
 from pelton.serving.caller import Caller
 from pelton.serving.config import ServerConfig
+from pelton.serving.dialect import Dialect
 from pelton.serving.generation import Generation
 from pelton.serving.grammar.checker import GrammarChecker
 from pelton.serving.metrics import ServerMetrics
@@ -60,6 +61,7 @@ class ServingContext:
     model: ModelCard
     config: ServerConfig
     template: TemplateRenderer | None
+    dialect: Dialect
     defaults: GenerationDefaults
     metrics: ServerMetrics
     timelines: Timelines

@@ -20,7 +20,8 @@ from pelton.worker.layers.rotary import RotaryTable, rotary_tables
 from pelton.worker.models.registry import Model, compile_model
 from pelton.worker.request_state import RequestState, RequestStates
 from pelton.worker.sampling.grammar import GrammarMasks, GrammarMatchers
-from pelton.worker.sampling.sampler import Sampler
+from pelton.worker.sampling.sampler import Sampler, TokenMask
+from pelton.worker.sampling.thinking import only
 
 # Rows of logits held at once: 64 x 152k float32 are 39 MB.
 _MAX_LOGITS_ROWS = 64
@@ -127,7 +128,7 @@ class ModelRunner:
             logits,
             [state.sampling_row for state in states],
             [len(state.output_token_ids) for state in states],
-            self._masks.fill([state.grammar for state in states]),
+            with_forced_tokens(self._masks.fill([state.grammar for state in states]), states, logits.shape[1]),
         )
         for row, token_id in zip(rows, samples.token_ids, strict=True):
             if token_id >= 0:
@@ -156,6 +157,17 @@ class ModelRunner:
                 return
             entries += found
         answers.prompt_logprobs[row.index] = tuple(entries)
+
+
+def with_forced_tokens(
+    masks: list[TokenMask | None] | None, states: Sequence[RequestState], vocab_size: int
+) -> list[TokenMask | None] | None:
+    """`masks`, but for rows whose thinking budget is spent: those are left the one token that ends it."""
+    for i, state in enumerate(states):
+        if state.thinking is not None and (token_id := state.thinking.forced_token_id()) is not None:
+            masks = masks or [None] * len(states)
+            masks[i] = only(token_id, vocab_size)
+    return masks
 
 
 def prepare_forward_batch(
