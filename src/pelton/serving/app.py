@@ -25,6 +25,8 @@ from pelton.serving.logs import Logger
 from pelton.serving.metrics import ServerMetrics
 from pelton.serving.middleware import RequestMiddleware
 from pelton.serving.openai.logprobs import TokenSpelling
+from pelton.serving.openai.responses_api.records import MemoryStore
+from pelton.serving.openai.responses_api.service import ResponseService
 from pelton.serving.routes import ROUTES, Handler
 from pelton.serving.status import PELTON_VERSION
 from pelton.serving.template_error import ChatTemplateError
@@ -64,6 +66,7 @@ def create_app(
         timelines=timelines,
         spelling=TokenSpelling(tokenizer),
         pool=ThreadPoolExecutor(NUM_PREPARE_THREADS, "pelton-prepare"),
+        responses=ResponseService(MemoryStore()),
     )
     routes = [_Route(route.path, _endpoint(context, route.handler), methods=[route.method]) for route in ROUTES]
     routes += [
@@ -142,6 +145,7 @@ def _lifespan(context: ServingContext) -> Callable[[Starlette], Any]:
         try:
             yield
         finally:
+            await context.responses.close()
             context.pool.shutdown(wait=False, cancel_futures=True)
             if context.template is not None:
                 context.template.close()

@@ -26,6 +26,7 @@ from pelton.serving.generation import Generation
 from pelton.serving.metrics import ServerMetrics
 from pelton.serving.openai.logprobs import TokenSpelling
 from pelton.serving.openai.requests import GenerationRequest
+from pelton.serving.openai.responses_api.service import ResponseService
 from pelton.serving.template_process import TemplateRenderer
 from pelton.serving.timelines import Timelines, new_timeline
 from pelton.weights.tensors import GenerationDefaults
@@ -61,6 +62,7 @@ class ServingContext:
     timelines: Timelines
     spelling: TokenSpelling
     pool: ThreadPoolExecutor
+    responses: ResponseService
     num_preparing: int = 0
 
     def check_ready(self) -> EngineInfo:

@@ -9,6 +9,7 @@ import msgspec
 
 from pelton.serving.caller import ID_PATTERN, TENANT_PATTERN
 from pelton.serving.errors import ErrorResponse
+from pelton.serving.query import query_parameters
 from pelton.serving.routes import Route
 
 _PATH_PARAMETER = re.compile(r"\{(\w+)(?::\w+)?\}")
@@ -68,6 +69,8 @@ def _operation(route: Route, *, has_key: bool) -> dict[str, Any]:
         {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
         for name in _PATH_PARAMETER.findall(route.path)
     ]
+    if route.query is not None:
+        parameters += query_parameters(route.query)
     parameters += [
         {"name": name, "in": "header", "description": text, "schema": {"type": "string", "pattern": f"^{pattern}$"}}
         for name, pattern, text in (_HEADERS if route.body is not None and route.chunk is not None else _HEADERS[:1])

@@ -14,6 +14,13 @@ from pelton.serving.context import ServingContext
 from pelton.serving.openai import requests, responses, tokenization
 from pelton.serving.openai.chat import create_chat_completion
 from pelton.serving.openai.completions import create_completion
+from pelton.serving.openai.responses_api import handlers, objects
+from pelton.serving.openai.responses_api.requests import (
+    InputItemsQuery,
+    InputTokensRequest,
+    ResponseRequest,
+    RetrieveQuery,
+)
 
 Handler = Callable[[ServingContext, Request], Awaitable[Response]]
 
@@ -26,6 +33,7 @@ class Route:
     summary: str
     answer: type[msgspec.Struct] | None = None  # None: text
     body: type[msgspec.Struct] | None = None
+    query: type[msgspec.Struct] | None = None
     chunk: type[msgspec.Struct] | None = None  # of its stream
     errors: tuple[int, ...] = ()
     is_open: bool = False  # needs no key
@@ -56,6 +64,66 @@ ROUTES = (
         answer=responses.Completion,
         chunk=responses.Completion,
         errors=_GENERATION_ERRORS,
+        has_tenant=True,
+    ),
+    Route(
+        method="POST",
+        path="/v1/responses",
+        handler=handlers.create_response,
+        summary="Answer items of a conversation, and keep the answer",
+        body=ResponseRequest,
+        answer=objects.ResponseObject,
+        chunk=objects.ResponseEvent,
+        errors=_GENERATION_ERRORS,
+        has_tenant=True,
+    ),
+    Route(
+        method="POST",
+        path="/v1/responses/input_tokens",
+        handler=handlers.count_input_tokens,
+        summary="Count the tokens of a response's input",
+        body=InputTokensRequest,
+        answer=objects.InputTokenCount,
+        errors=(*_BODY_ERRORS, 503),
+        has_tenant=True,
+    ),
+    Route(
+        method="GET",
+        path="/v1/responses/{response_id}",
+        handler=handlers.retrieve_response,
+        summary="A stored response, or the events of one that runs in the background",
+        query=RetrieveQuery,
+        answer=objects.ResponseObject,
+        chunk=objects.ResponseEvent,
+        errors=(400, 401, 404, 503),
+        has_tenant=True,
+    ),
+    Route(
+        method="DELETE",
+        path="/v1/responses/{response_id}",
+        handler=handlers.delete_response,
+        summary="Forget a stored response; one that runs is cancelled",
+        answer=objects.DeletedResponse,
+        errors=(400, 401, 404, 503),
+        has_tenant=True,
+    ),
+    Route(
+        method="POST",
+        path="/v1/responses/{response_id}/cancel",
+        handler=handlers.cancel_response,
+        summary="Cancel a response that runs in the background",
+        answer=objects.ResponseObject,
+        errors=(400, 401, 404, 503),
+        has_tenant=True,
+    ),
+    Route(
+        method="GET",
+        path="/v1/responses/{response_id}/input_items",
+        handler=handlers.list_input_items,
+        summary="The items that were sent with a stored response",
+        query=InputItemsQuery,
+        answer=objects.InputItemList,
+        errors=(400, 401, 404, 503),
         has_tenant=True,
     ),
     Route(
