@@ -1,0 +1,36 @@
+"""Qwen2.5-Coder: taught the Hermes format, it mostly writes the bare object, a fenced block, or `<tools>` tags.
+
+Whatever is not between `<tool_call>` tags counts as a call only where it names a tool that was offered.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from pelton.serving.parsing.answer import ReadAnswer
+from pelton.serving.parsing.reader import Steps, TextReader
+from pelton.serving.parsing.sink import AnswerSink
+from pelton.serving.tools.hermes import CLOSE, OPEN, HermesFormat, read_tagged_calls
+from pelton.serving.tools.json_calls import read_calls
+
+# What may open a call, and what then closes it.
+_CLOSING = {OPEN: CLOSE, "<tools>": "</tools>", "```json\n": "```", "```\n": "```", "\n": ""}
+
+
+class QwenCoderFormat(HermesFormat):
+    name = "qwen_coder"
+
+    def detect(self, template: str, model_name: str) -> bool:
+        return super().detect(template, model_name) and "coder" in model_name.lower()
+
+    def reader(self, tool_names: frozenset[str]) -> ReadAnswer:
+        return partial(_read, tool_names=tool_names)
+
+
+def _read(reader: TextReader, sink: AnswerSink, *, tool_names: frozenset[str]) -> Steps[None]:
+    yield from read_calls(reader, sink, tool_names)
+    openings = tuple(_CLOSING)
+    while (opening := (yield from reader.until(openings, sink.content))) is not None:
+        yield from read_tagged_calls(
+            reader, sink, opening, _CLOSING[opening], tool_names=None if opening == OPEN else tool_names
+        )
