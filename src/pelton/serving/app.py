@@ -25,13 +25,13 @@ from pelton.serving.logs import Logger
 from pelton.serving.metrics import ServerMetrics
 from pelton.serving.middleware import RequestMiddleware
 from pelton.serving.openai.logprobs import TokenSpelling
-from pelton.serving.openai.responses_api.records import MemoryStore
 from pelton.serving.openai.responses_api.service import ResponseService
 from pelton.serving.routes import ROUTES, Handler
 from pelton.serving.status import PELTON_VERSION
 from pelton.serving.template_error import ChatTemplateError
 from pelton.serving.template_process import TemplateRenderer
 from pelton.serving.timelines import Timelines
+from pelton.store.opener import Store
 from pelton.weights.tensors import GenerationDefaults
 from pelton.weights.tokenizer import Tokenizer
 
@@ -46,12 +46,14 @@ def create_app(
     *,
     chat_template: str | None = None,
     generation_defaults: GenerationDefaults | None = None,
+    store: Store | None = None,
 ) -> Starlette:
     """The application. It neither starts nor closes `client`; until that is ready, it answers 503.
 
     `chat_template` is a template's source; without one, chat is refused with a reason.
     """
     metrics = ServerMetrics(model.names[0])
+    store = store or Store()
     timelines = Timelines()
     client.add_listener(metrics.take_update)
     client.add_listener(timelines.take_update)
@@ -66,7 +68,8 @@ def create_app(
         timelines=timelines,
         spelling=TokenSpelling(tokenizer),
         pool=ThreadPoolExecutor(NUM_PREPARE_THREADS, "pelton-prepare"),
-        responses=ResponseService(MemoryStore()),
+        store=store,
+        responses=ResponseService(store, config.response_retention_days * 86400.0),
     )
     routes = [_Route(route.path, _endpoint(context, route.handler), methods=[route.method]) for route in ROUTES]
     routes += [
@@ -147,6 +150,7 @@ def _lifespan(context: ServingContext) -> Callable[[Starlette], Any]:
         finally:
             await context.responses.close()
             context.pool.shutdown(wait=False, cancel_futures=True)
+            await context.store.close()
             if context.template is not None:
                 context.template.close()
 

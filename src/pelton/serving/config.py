@@ -18,12 +18,13 @@ class ServerConfig:
     request_timeout_s: float = setting(600.0, "deadline of a request that brings none; 0: none")
     drain_timeout_s: float = setting(30.0, "on SIGTERM, how long running requests may take to finish")
     max_body_bytes: int = setting(32 * 2**20, "largest request body")
+    response_retention_days: float = setting(30.0, "how long /v1/responses keeps what it stores")
     cors_origins: tuple[str, ...] = setting((), "origins that browsers may call from; default: none")
     log_level: str = setting("info", "debug, info, warning or error", choices=("debug", "info", "warning", "error"))
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port is {self.port}; it must be between 0 and 65535")
-        for name in ("request_timeout_s", "drain_timeout_s"):
+        for name in ("request_timeout_s", "drain_timeout_s", "response_retention_days"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must not be negative")

@@ -84,13 +84,13 @@ class ResponseBuilder:
 
     def start(self) -> list[bytes]:
         self._event("response.created", response=self.response)
-        if self.response.status == "queued":
-            self._event("response.queued", response=self.response)
-            self.response.status = "in_progress"
-        self._event("response.in_progress", response=self.response)
+        self._event(f"response.{self.response.status}", response=self.response)
         return self._take()
 
     def add(self, batch: Batch) -> list[bytes]:
+        if self.response.status == "queued":
+            self.response.status = "in_progress"
+            self._event("response.in_progress", response=self.response)
         for _, outputs in batch:
             for output in outputs:
                 self._add_output(output)

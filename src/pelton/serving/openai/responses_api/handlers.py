@@ -31,6 +31,7 @@ from pelton.serving.openai.responses_api.requests import (
     RetrieveQuery,
 )
 from pelton.serving.openai.responses_api.runs import LogStream
+from pelton.serving.openai.responses_api.service import decode_input
 from pelton.serving.openai.responses_api.truncation import truncated_prompt
 from pelton.serving.openai.sampling import chat_sampling
 from pelton.serving.parsing.answer import AnswerPlan
@@ -185,7 +186,7 @@ async def list_input_items(context: ServingContext, http_request: Request) -> Re
     record = await context.responses.find(tenant_of(http_request), response_id)
     after = None if query.after is UNSET else query.after
     items = listed_items(
-        record.input_items(), response_id, limit=query.limit, after=after, descending=query.order == "desc"
+        decode_input(record), response_id, limit=query.limit, after=after, descending=query.order == "desc"
     )
     return json_response(items)
 

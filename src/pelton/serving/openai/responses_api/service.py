@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import zlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -12,10 +14,14 @@ from pelton.core.errors import InvalidRequestError, PeltonError, RequestCancelle
 from pelton.serving.errors import HTTPProblemError, error_body
 from pelton.serving.generation import Generation
 from pelton.serving.openai.responses_api.builder import ResponseBuilder, response_of_item
-from pelton.serving.openai.responses_api.objects import ResponseError, ResponseObject
-from pelton.serving.openai.responses_api.records import ResponseStore, StoredResponse, now_s
+from pelton.serving.openai.responses_api.objects import RUNNING, ResponseError, ResponseObject
 from pelton.serving.openai.responses_api.requests import InputItem
 from pelton.serving.openai.responses_api.runs import BackgroundRun, EventLog
+from pelton.store.opener import Store
+from pelton.store.stored_response import StoredResponse
+
+if TYPE_CHECKING:
+    from pelton.store.responses import ResponseTable
 
 MAX_CHAIN = 2048  # responses that go on from one another
 # A background response is another server's until it has not been renewed for this long.
@@ -26,33 +32,32 @@ SEPARATOR = b"\n\n"
 
 
 class ResponseService:
-    """Used from one event loop."""
+    """Used from one event loop. The database is opened with the first response that is stored or looked for.
 
-    def __init__(self, store: ResponseStore) -> None:
+    `retention_s`: responses are kept for so long.
+    """
+
+    def __init__(self, store: Store, retention_s: float) -> None:
         self._store = store
+        self._retention_s = retention_s
+        self._opened: ResponseTable | None = None
         self._runs: dict[str, BackgroundRun] = {}
         self._renewing: asyncio.Task[None] | None = None
 
+    async def _table(self) -> ResponseTable:
+        if self._opened is None:
+            database = await self._store.database()
+            from pelton.store.responses import ResponseTable
+
+            self._opened = ResponseTable(database)
+        return self._opened
+
     # -- keeping ------------------------------------------------------------------------------------------
 
-    async def save(
-        self, tenant_id: str, response: ResponseObject, input: Sequence[InputItem], events: list[bytes] | None = None
-    ) -> None:
-        """Raises `PeltonError` where the store cannot be written."""
-        is_running = response.status in ("queued", "in_progress")
-        await self._store.put(
-            StoredResponse(
-                response_id=response.id,
-                tenant_id=tenant_id,
-                created_s=response.created_at,
-                body=msgspec.json.encode(response),
-                input=msgspec.json.encode(input),
-                previous_response_id=response.previous_response_id,
-                is_running=is_running,
-                lease_until_s=now_s() + LEASE_S if is_running else 0.0,
-                events=zlib.compress(b"".join(events), 1) if events is not None else None,
-            )
-        )
+    async def save(self, tenant_id: str, response: ResponseObject, input: Sequence[InputItem]) -> None:
+        """Raises `PeltonError` where the database does not answer."""
+        oldest_s = time.time() - self._retention_s
+        await (await self._table()).insert(_record(tenant_id, response, input), oldest_s=oldest_s)
 
     async def start_run(
         self,
@@ -72,7 +77,9 @@ class ResponseService:
 
         async def finish(response: ResponseObject, events: list[bytes]) -> None:
             try:
-                await self.save(tenant_id, response, input, events if is_streamed else None)
+                await (await self._table()).update(
+                    _record(tenant_id, response, input, events if is_streamed else None)
+                )
             finally:
                 del self._runs[response.id]
 
@@ -85,7 +92,7 @@ class ResponseService:
         while self._runs:
             await asyncio.sleep(RENEW_S)
             try:
-                await self._store.renew(list(self._runs), now_s() + LEASE_S)
+                await (await self._table()).renew(list(self._runs), time.time() + LEASE_S)
             except PeltonError:
                 continue  # the database is away for a moment; the next try may come in time
 
@@ -108,23 +115,23 @@ class ResponseService:
 
     async def find(self, tenant_id: str, response_id: str) -> StoredResponse:
         """Raises `HTTPProblemError` (404). A running one whose server died is failed from now on."""
-        record = await self._store.find(tenant_id, response_id)
+        record = await (await self._table()).find(tenant_id, response_id)
         if record is None:
             raise not_found(response_id)
-        if record.is_running and response_id not in self._runs and record.lease_until_s < now_s():
-            response = record.response()
+        if record.is_running and response_id not in self._runs and record.lease_until_s < time.time():
+            response = decode_response(record)
             body = error_body(RequestCancelledError("the server ended while this response was running"))
             response.status = "failed"
             response.error = ResponseError(code="server_error", message=body.message)
-            await self.save(tenant_id, response, record.input_items())
-            record = await self._store.find(tenant_id, response_id) or record
+            record = _record(tenant_id, response, decode_input(record))
+            await (await self._table()).update(record)
         return record
 
     async def response(self, tenant_id: str, response_id: str) -> ResponseObject:
         run = self._run_of(tenant_id, response_id)
         if run is not None:
             return run.builder.response
-        return (await self.find(tenant_id, response_id)).response()
+        return decode_response(await self.find(tenant_id, response_id))
 
     async def events(self, tenant_id: str, response_id: str) -> EventLog:
         run = self._run_of(tenant_id, response_id)
@@ -145,7 +152,7 @@ class ResponseService:
         if run is not None:
             await run.cancel()
             return run.builder.response
-        response = (await self.find(tenant_id, response_id)).response()
+        response = decode_response(await self.find(tenant_id, response_id))
         if not response.background:
             raise InvalidRequestError(
                 f"{response_id} was not made with background=true; others are cancelled by closing the connection"
@@ -156,7 +163,7 @@ class ResponseService:
         run = self._run_of(tenant_id, response_id)
         if run is not None:
             await run.cancel()
-        if not await self._store.delete(tenant_id, response_id):
+        if not await (await self._table()).delete(tenant_id, response_id):
             raise not_found(response_id)
 
     # -- conversations ------------------------------------------------------------------------------------
@@ -165,7 +172,7 @@ class ResponseService:
         """All items up to and with the response, the oldest first. Raises `InvalidRequestError`."""
         turns: list[list[InputItem]] = []
         while response_id is not None:
-            record = await self._store.find(tenant_id, response_id)
+            record = await (await self._table()).find(tenant_id, response_id)
             if record is None:
                 raise HTTPProblemError(
                     400,
@@ -174,11 +181,11 @@ class ResponseService:
                     param="previous_response_id",
                 )
             response = await self.response(tenant_id, response_id)
-            if response.status in ("queued", "in_progress"):
+            if response.status in RUNNING:
                 raise InvalidRequestError(
                     f"{response_id} is {response.status}; go on from it once it has ended", param="previous_response_id"
                 )
-            turns.append([*record.input_items(), *output_as_input(response)])
+            turns.append([*decode_input(record), *output_as_input(response)])
             if len(turns) > MAX_CHAIN:
                 raise InvalidRequestError(
                     f"more than {MAX_CHAIN} responses go on from one another; begin anew", param="previous_response_id"
@@ -196,8 +203,8 @@ class ResponseService:
                 continue
             response_id = response_of_item(item.id or "")
             if response_id is not None and response_id not in found:
-                record = await self._store.find(tenant_id, response_id)
-                found[response_id] = output_as_input(record.response()) if record is not None else []
+                record = await (await self._table()).find(tenant_id, response_id)
+                found[response_id] = output_as_input(decode_response(record)) if record is not None else []
             match = next((other for other in found.get(response_id or "", ()) if other.id == item.id), None)
             if match is None:
                 raise InvalidRequestError(
@@ -206,6 +213,31 @@ class ResponseService:
                 )
             resolved.append(match)
         return resolved
+
+
+def _record(
+    tenant_id: str, response: ResponseObject, input: Sequence[InputItem], events: list[bytes] | None = None
+) -> StoredResponse:
+    is_running = response.status in RUNNING
+    return StoredResponse(
+        response_id=response.id,
+        tenant_id=tenant_id,
+        created_s=response.created_at,
+        body=msgspec.json.encode(response),
+        input=msgspec.json.encode(input),
+        previous_response_id=response.previous_response_id,
+        is_running=is_running,
+        lease_until_s=time.time() + LEASE_S if is_running else 0.0,
+        events=zlib.compress(b"".join(events), 1) if events is not None else None,
+    )
+
+
+def decode_response(record: StoredResponse) -> ResponseObject:
+    return msgspec.json.decode(record.body, type=ResponseObject)
+
+
+def decode_input(record: StoredResponse) -> list[InputItem]:
+    return msgspec.json.decode(record.input, type=list[InputItem])
 
 
 def output_as_input(response: ResponseObject) -> list[InputItem]:
