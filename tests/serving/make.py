@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -24,6 +25,8 @@ from pelton.serving.config import ServerConfig
 from pelton.serving.context import ModelCard
 from pelton.serving.middleware import with_server_send
 from pelton.serving.server import listen
+from pelton.store.config import StoreConfig
+from pelton.store.opener import Store
 from pelton.weights.tensors import GenerationDefaults
 from tests.make import EOS_TOKEN_ID, VOCAB_SIZE, ByteDecoder, make_engine
 
@@ -153,9 +156,11 @@ def running_server(
     chat_template: str | None = TEMPLATE,
     defaults: GenerationDefaults | None = None,
     start_engine: bool = True,
+    data_dir: Path | None = None,
     **info: Any,
 ) -> Iterator[RunningServer]:
     """A server on a free port, on a thread of its own; `info` as in `EngineInfo`. Greedy by default."""
+    folder = tempfile.TemporaryDirectory()
     executor = ScriptedExecutor(delay_s=delay_s)
     info = {"max_model_len": 2048, "num_blocks": 4096, "max_num_batched_tokens": 512} | info
     client = EngineClient(ThreadTransport(lambda: make_engine(executor=executor, **info)), restart=False)
@@ -166,6 +171,7 @@ def running_server(
         config or ServerConfig(),
         chat_template=chat_template,
         generation_defaults=defaults or GenerationDefaults(temperature=0.0),
+        store=Store(StoreConfig(data_dir=str(data_dir or folder.name))),
     )
     listener = listen("127.0.0.1", 0)
     server = uvicorn.Server(
@@ -188,3 +194,4 @@ def running_server(
     finally:
         server.should_exit = True
         thread.join(30)
+        folder.cleanup()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -18,9 +20,10 @@ from starlette.types import Scope
 
 from pelton.core.errors import PeltonError
 from pelton.engine.client import EngineClient
+from pelton.serving.anthropic.errors import error_answer
 from pelton.serving.config import ServerConfig
 from pelton.serving.context import NUM_PREPARE_THREADS, ModelCard, ServingContext
-from pelton.serving.errors import HTTPProblemError, error_response
+from pelton.serving.errors import HTTPProblemError
 from pelton.serving.logs import Logger
 from pelton.serving.metrics import ServerMetrics
 from pelton.serving.middleware import RequestMiddleware
@@ -69,7 +72,7 @@ def create_app(
         spelling=TokenSpelling(tokenizer),
         pool=ThreadPoolExecutor(NUM_PREPARE_THREADS, "pelton-prepare"),
         store=store,
-        responses=ResponseService(store, config.response_retention_days * 86400.0),
+        responses=_response_service(store, config),
     )
     routes = [_Route(route.path, _endpoint(context, route.handler), methods=[route.method]) for route in ROUTES]
     routes += [
@@ -84,6 +87,11 @@ def create_app(
     )
     app.router.redirect_slashes = False
     return app
+
+
+def _response_service(store: Store, config: ServerConfig) -> ResponseService:
+    place = f"{socket.gethostname()}:{config.host}:{config.port}" if config.port else uuid.uuid4().hex
+    return ResponseService(store, retention_s=config.response_retention_days * 86400.0, server_id=place)
 
 
 class _Route(Route):
@@ -181,7 +189,7 @@ def _handle_typed(context: ServingContext) -> Callable[[Request, Exception], Cor
         assert isinstance(error, PeltonError)
         if request.method == "POST":
             context.metrics.count_rejection(error.code)
-        return error_response(error)
+        return error_answer(request.scope, error)
 
     return handle
 
@@ -196,4 +204,5 @@ async def _handle_http(request: Request, error: Exception) -> Response:
         problem, code = f"there is no {path} here", "not_found"
     else:
         problem, code = str(error.detail), "invalid_request"
-    return error_response(HTTPProblemError(error.status_code, problem, code=code, headers=dict(error.headers or {})))
+    answer = HTTPProblemError(error.status_code, problem, code=code, headers=dict(error.headers or {}))
+    return error_answer(request.scope, answer)

@@ -11,8 +11,9 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pelton.core.errors import PeltonError
+from pelton.serving.anthropic.errors import error_answer
 from pelton.serving.caller import LOG_KEY, REQUEST_ID_KEY
-from pelton.serving.errors import ClientDisconnectedError, HTTPProblemError, error_response
+from pelton.serving.errors import ClientDisconnectedError, HTTPProblemError
 from pelton.serving.logs import Logger
 from pelton.serving.metrics import ServerMetrics
 from pelton.serving.sse import SERVER_SEND
@@ -72,7 +73,7 @@ class RequestMiddleware:
             _log.exception("unhandled error", request_id=request_id, path=scope["path"])
             if status:
                 raise  # the server closes the connection, so that the client sees that the answer is broken
-            await error_response(PeltonError("internal error"))(scope, receive, send_with_headers)
+            await error_answer(scope, PeltonError("internal error"))(scope, receive, send_with_headers)
         finally:
             self._record(scope, request_id, status, time.perf_counter() - started_s)
 
@@ -84,7 +85,7 @@ class RequestMiddleware:
                 code="invalid_api_key",
                 headers={"www-authenticate": "Bearer"},
             )
-            await error_response(error)(scope, receive, send)
+            await error_answer(scope, error)(scope, receive, send)
             return
         await self._app(scope, receive, send)
 

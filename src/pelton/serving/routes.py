@@ -10,7 +10,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from pelton.serving import sessions, status, timelines
+from pelton.serving.anthropic.errors import AnthropicError
+from pelton.serving.anthropic.handlers import count_tokens, create_message
+from pelton.serving.anthropic.objects import Message, MessageEvent, TokenCount
+from pelton.serving.anthropic.requests import CountTokensRequest, MessageRequest
 from pelton.serving.context import ServingContext
+from pelton.serving.errors import ErrorResponse
 from pelton.serving.openai import requests, responses, tokenization
 from pelton.serving.openai.chat import create_chat_completion
 from pelton.serving.openai.completions import create_completion
@@ -36,6 +41,7 @@ class Route:
     query: type[msgspec.Struct] | None = None
     chunk: type[msgspec.Struct] | None = None  # of its stream
     errors: tuple[int, ...] = ()
+    error: type[msgspec.Struct] = ErrorResponse
     is_open: bool = False  # needs no key
     has_tenant: bool = False  # is answered for the tenant that asks
 
@@ -124,6 +130,29 @@ ROUTES = (
         query=InputItemsQuery,
         answer=objects.InputItemList,
         errors=(400, 401, 404, 503),
+        has_tenant=True,
+    ),
+    Route(
+        method="POST",
+        path="/v1/messages",
+        handler=create_message,
+        summary="Answer a conversation, as Anthropic's API does",
+        body=MessageRequest,
+        answer=Message,
+        chunk=MessageEvent,
+        error=AnthropicError,
+        errors=_GENERATION_ERRORS,
+        has_tenant=True,
+    ),
+    Route(
+        method="POST",
+        path="/v1/messages/count_tokens",
+        handler=count_tokens,
+        summary="Count the tokens of a conversation",
+        body=CountTokensRequest,
+        answer=TokenCount,
+        error=AnthropicError,
+        errors=(*_BODY_ERRORS, 503),
         has_tenant=True,
     ),
     Route(

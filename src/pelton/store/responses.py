@@ -21,6 +21,7 @@ responses = Table(
     Column("input", LargeBinary, nullable=False),
     Column("previous_response_id", String(512)),
     Column("is_running", Boolean, nullable=False),
+    Column("server_id", String(300), nullable=False),
     Column("lease_until_s", Double, nullable=False),
     Column("events", LargeBinary),
 )
@@ -55,9 +56,7 @@ class ResponseTable:
 
     async def delete(self, tenant_id: str, response_id: str) -> bool:
         """False: there was none."""
-        statement = delete(responses).where(
-            responses.c.response_id == response_id, responses.c.tenant_id == tenant_id
-        )
+        statement = delete(responses).where(responses.c.response_id == response_id, responses.c.tenant_id == tenant_id)
         async with self._database.begin() as connection:
             return (await connection.execute(statement)).rowcount > 0
 

@@ -16,5 +16,6 @@ class StoredResponse:
     input: bytes
     previous_response_id: str | None = None
     is_running: bool = False
-    lease_until_s: float = 0.0  # the server of a running one has died if this is over
+    server_id: str = ""  # where it runs
+    lease_until_s: float = 0.0  # that server has died if this is over
     events: bytes | None = None  # compressed; of a background response that was made to be streamed

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,8 +51,9 @@ class MessageOptions:
 class MessageBuilder:
     """Also the encoder of its stream (`serving.sse.ChunkEncoder`)."""
 
-    def __init__(self, message: Message, options: MessageOptions) -> None:
+    def __init__(self, message: Message, options: MessageOptions, find_cached_tokens: Callable[[], int]) -> None:
         self.message = message
+        self._find_cached_tokens = find_cached_tokens
         self.is_finished = False
         self._options = options
         self._parser = replace(options.plan, make_call_id=_new_tool_use_id).make_parser()
@@ -64,6 +66,7 @@ class MessageBuilder:
     # -- the stream's encoder -----------------------------------------------------------------------------
 
     def first(self) -> bytes:
+        self.message.usage = self.usage(self._find_cached_tokens(), 0)
         self._event("message_start", message=self.message)
         self._event("ping")
         return self._take()

@@ -10,6 +10,7 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from pelton.core.errors import PeltonError
+from pelton.serving.caller import REQUEST_ID_KEY
 from pelton.serving.errors import error_body, error_headers, error_response, json_response, status_of
 
 PATH = "/v1/messages"
@@ -44,13 +45,11 @@ def is_anthropic(scope: Scope) -> bool:
 def anthropic_error(error: PeltonError, request_id: str | None = None) -> AnthropicError:
     status = status_of(error)
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
-    return AnthropicError(
-        error=AnthropicErrorBody(type=kind, message=error_body(error).message), request_id=request_id
-    )
+    return AnthropicError(error=AnthropicErrorBody(type=kind, message=error_body(error).message), request_id=request_id)
 
 
-def error_answer(scope: Scope, error: PeltonError, request_id: str | None = None) -> Response:
+def error_answer(scope: Scope, error: PeltonError) -> Response:
     """The error in the envelope of the API that was called."""
     if not is_anthropic(scope):
         return error_response(error)
-    return json_response(anthropic_error(error, request_id), status_of(error), error_headers(error))
+    return json_response(anthropic_error(error, scope.get(REQUEST_ID_KEY)), status_of(error), error_headers(error))

@@ -82,10 +82,13 @@ class ToolChoiceParam(Struct, kw_only=True, forbid_unknown_fields=True):
 class ThinkingParam(Struct, kw_only=True, forbid_unknown_fields=True):
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: Annotated[int, Meta(ge=1, le=INT32_MAX)] | None = None
-    display: Annotated[
-        Literal["summarized", "omitted"],
-        Meta(description="`summarized` shows the thinking as it is: nothing here makes summaries."),
-    ] | None = None
+    display: (
+        Annotated[
+            Literal["summarized", "omitted"],
+            Meta(description="`summarized` shows the thinking as it is: nothing here makes summaries."),
+        ]
+        | None
+    ) = None
 
 
 class OutputFormat(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -123,9 +126,7 @@ class CountTokensRequest(Struct, kw_only=True, forbid_unknown_fields=True):
 class MessageRequest(CountTokensRequest, kw_only=True, forbid_unknown_fields=True):
     """POST /v1/messages."""
 
-    max_tokens: Annotated[
-        int, Meta(ge=1, le=INT32_MAX, description="Fewer come where the context holds no more.")
-    ]
+    max_tokens: Annotated[int, Meta(ge=1, le=INT32_MAX, description="Fewer come where the context holds no more.")]
     stream: bool | None = None
     stop_sequences: Annotated[list[StopString], Meta(max_length=MAX_STOP_STRINGS)] | None = None
     temperature: Annotated[float, Meta(ge=0.0, le=100.0)] | None = None

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
 from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
 from pelton.core.errors import InvalidRequestError
 from pelton.core.sampling_params import SamplingParams
+from pelton.serving.built_answer import BuiltAnswer
 from pelton.serving.caller import answered_tools, caller_of, tenant_of
 from pelton.serving.context import ServingContext, new_answer_id, now_unix_s
-from pelton.serving.errors import ClientDisconnectedError, json_response
-from pelton.serving.generation import Generation
+from pelton.serving.errors import json_response
 from pelton.serving.openai.chat import chat_prompt
 from pelton.serving.openai.requests import ChatRequest, check_supported
 from pelton.serving.openai.responses_api.builder import BuildOptions, ResponseBuilder
@@ -37,7 +35,7 @@ from pelton.serving.openai.sampling import chat_sampling
 from pelton.serving.parsing.answer import AnswerPlan
 from pelton.serving.query import read_query
 from pelton.serving.request_body import read_json_body
-from pelton.serving.sse import EventStream, cancel_on_disconnect
+from pelton.serving.sse import EventStream
 
 
 async def create_response(context: ServingContext, http_request: Request) -> Response:
@@ -78,7 +76,7 @@ async def create_response(context: ServingContext, http_request: Request) -> Res
 
     if request.stream:
         return EventStream(generation, builder, before_last=save)
-    return _CollectedResponse(generation, builder, save)
+    return BuiltAnswer(generation, builder, lambda: builder.response, before_last=save)
 
 
 async def _fitting_prompt(
@@ -129,30 +127,6 @@ def _plain(value: Any) -> Any:
     """As JSON, without what was not sent."""
     value = msgspec.to_builtins(value)
     return {name: inner for name, inner in value.items() if inner is not None} if isinstance(value, dict) else value
-
-
-class _CollectedResponse(Response):
-    """Answers with the response once it has ended and is stored."""
-
-    def __init__(self, generation: Generation, builder: ResponseBuilder, save: Callable[[], Awaitable[None]]) -> None:
-        super().__init__(media_type="application/json")
-        self._generation = generation
-        self._builder = builder
-        self._save = save
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        generation, builder = self._generation, self._builder
-        watcher = cancel_on_disconnect(generation, receive)
-        try:
-            while not builder.is_finished and (batch := await generation.read()) is not None:
-                builder.add(batch)
-        finally:
-            watcher.cancel()
-            generation.close()
-        if not builder.is_finished:
-            raise ClientDisconnectedError
-        await self._save()
-        await json_response(builder.response)(scope, receive, send)
 
 
 async def count_input_tokens(context: ServingContext, http_request: Request) -> Response:

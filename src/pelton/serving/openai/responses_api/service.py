@@ -6,6 +6,7 @@ import asyncio
 import time
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -34,11 +35,13 @@ SEPARATOR = b"\n\n"
 class ResponseService:
     """Used from one event loop. The database is opened with the first response that is stored or looked for.
 
-    `retention_s`: responses are kept for so long.
+    `retention_s`: responses are kept for so long. `server_id`: no two servers have the same at a time, but one that
+    is started again has it again, so that it knows at once what ran when it died.
     """
 
-    def __init__(self, store: Store, retention_s: float) -> None:
+    def __init__(self, store: Store, *, retention_s: float, server_id: str) -> None:
         self._store = store
+        self._server_id = server_id
         self._retention_s = retention_s
         self._opened: ResponseTable | None = None
         self._runs: dict[str, BackgroundRun] = {}
@@ -57,7 +60,11 @@ class ResponseService:
     async def save(self, tenant_id: str, response: ResponseObject, input: Sequence[InputItem]) -> None:
         """Raises `PeltonError` where the database does not answer."""
         oldest_s = time.time() - self._retention_s
-        await (await self._table()).insert(_record(tenant_id, response, input), oldest_s=oldest_s)
+        record = _record(tenant_id, response, input)
+        if response.status in RUNNING:
+            lease_until_s = time.time() + LEASE_S
+            record = replace(record, is_running=True, server_id=self._server_id, lease_until_s=lease_until_s)
+        await (await self._table()).insert(record, oldest_s=oldest_s)
 
     async def start_run(
         self,
@@ -77,9 +84,7 @@ class ResponseService:
 
         async def finish(response: ResponseObject, events: list[bytes]) -> None:
             try:
-                await (await self._table()).update(
-                    _record(tenant_id, response, input, events if is_streamed else None)
-                )
+                await (await self._table()).update(_record(tenant_id, response, input, events if is_streamed else None))
             finally:
                 del self._runs[response.id]
 
@@ -118,7 +123,7 @@ class ResponseService:
         record = await (await self._table()).find(tenant_id, response_id)
         if record is None:
             raise not_found(response_id)
-        if record.is_running and response_id not in self._runs and record.lease_until_s < time.time():
+        if record.is_running and response_id not in self._runs and self._is_dead(record):
             response = decode_response(record)
             body = error_body(RequestCancelledError("the server ended while this response was running"))
             response.status = "failed"
@@ -126,6 +131,9 @@ class ResponseService:
             record = _record(tenant_id, response, decode_input(record))
             await (await self._table()).update(record)
         return record
+
+    def _is_dead(self, record: StoredResponse) -> bool:
+        return record.server_id == self._server_id or record.lease_until_s < time.time()
 
     async def response(self, tenant_id: str, response_id: str) -> ResponseObject:
         run = self._run_of(tenant_id, response_id)
@@ -218,7 +226,6 @@ class ResponseService:
 def _record(
     tenant_id: str, response: ResponseObject, input: Sequence[InputItem], events: list[bytes] | None = None
 ) -> StoredResponse:
-    is_running = response.status in RUNNING
     return StoredResponse(
         response_id=response.id,
         tenant_id=tenant_id,
@@ -226,8 +233,6 @@ def _record(
         body=msgspec.json.encode(response),
         input=msgspec.json.encode(input),
         previous_response_id=response.previous_response_id,
-        is_running=is_running,
-        lease_until_s=time.time() + LEASE_S if is_running else 0.0,
         events=zlib.compress(b"".join(events), 1) if events is not None else None,
     )
 

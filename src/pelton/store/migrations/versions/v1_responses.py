@@ -20,6 +20,7 @@ def upgrade() -> None:
         sa.Column("input", sa.LargeBinary, nullable=False),
         sa.Column("previous_response_id", sa.String(512)),
         sa.Column("is_running", sa.Boolean, nullable=False),
+        sa.Column("server_id", sa.String(300), nullable=False),
         sa.Column("lease_until_s", sa.Double, nullable=False),
         sa.Column("events", sa.LargeBinary),
     )
