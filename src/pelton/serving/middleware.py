@@ -11,7 +11,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pelton.core.errors import PeltonError
-from pelton.serving.anthropic.errors import error_answer
+from pelton.serving.anthropic.errors import error_answer, is_anthropic
 from pelton.serving.caller import LOG_KEY, REQUEST_ID_KEY
 from pelton.serving.errors import ClientDisconnectedError, HTTPProblemError
 from pelton.serving.logs import Logger
@@ -60,7 +60,7 @@ class RequestMiddleware:
                 elapsed_ms = round((time.perf_counter() - started_s) * 1000)
                 message["headers"] = [
                     *message.get("headers", ()),
-                    (b"x-request-id", request_id.encode()),
+                    (b"request-id" if is_anthropic(scope) else b"x-request-id", request_id.encode()),
                     (b"openai-processing-ms", str(elapsed_ms).encode()),
                 ]
             await send(message)
@@ -81,7 +81,7 @@ class RequestMiddleware:
         if self._api_key is not None and scope["path"] not in OPEN_PATHS and not self._has_key(headers):
             error = HTTPProblemError(
                 401,
-                "a valid API key is required, as the header 'Authorization: Bearer KEY'",
+                "a valid API key is required, as the header 'Authorization: Bearer KEY' or 'x-api-key: KEY'",
                 code="invalid_api_key",
                 headers={"www-authenticate": "Bearer"},
             )
@@ -92,8 +92,9 @@ class RequestMiddleware:
     def _has_key(self, headers: Headers) -> bool:
         assert self._api_key is not None
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        sent = key.strip().encode("latin-1")
-        return hmac.compare_digest(sent, self._api_key) and scheme.lower() == "bearer"
+        if scheme.lower() != "bearer":
+            key = headers.get("x-api-key", "")  # of Anthropic's clients
+        return hmac.compare_digest(key.strip().encode("latin-1"), self._api_key)
 
     def _record(self, scope: Scope, request_id: str, status: int, elapsed_s: float) -> None:
         route = scope.get("route")

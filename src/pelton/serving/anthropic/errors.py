@@ -32,8 +32,8 @@ class AnthropicErrorBody(msgspec.Struct, kw_only=True):
 
 
 class AnthropicError(msgspec.Struct, kw_only=True):
-    error: AnthropicErrorBody
     type: str = "error"
+    error: AnthropicErrorBody
     request_id: str | None = None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -25,7 +26,8 @@ from pelton.serving.parsing.answer import AnswerPlan
 from pelton.serving.request_body import read_json_body
 from pelton.serving.sse import EventStream
 
-VERSIONS = ("2023-06-01",)
+_VERSION = re.compile(r"\d{4}-\d{2}-\d{2}")
+OLDEST_VERSION = "2023-06-01"
 
 
 async def create_message(context: ServingContext, http_request: Request) -> Response:
@@ -68,10 +70,10 @@ async def count_tokens(context: ServingContext, http_request: Request) -> Respon
 
 
 def _check(context: ServingContext, http_request: Request, request: CountTokensRequest) -> None:
-    version = http_request.headers.get("anthropic-version")
-    if version not in (None, *VERSIONS):
+    version = http_request.headers.get("anthropic-version", OLDEST_VERSION)
+    if not _VERSION.fullmatch(version) or version < OLDEST_VERSION:
         raise InvalidRequestError(
-            f"anthropic-version is {version[:64]!r}; it may be {' or '.join(VERSIONS)}", param="anthropic-version"
+            f"anthropic-version is {version[:64]!r}; it must be {OLDEST_VERSION} or later", param="anthropic-version"
         )
     check_supported(request)
     context.check_model(request.model)

@@ -41,11 +41,11 @@ class MessageUsage(Struct, kw_only=True):
 
 class Message(Struct, kw_only=True):
     id: str
+    type: Literal["message"] = "message"
+    role: Literal["assistant"] = "assistant"
     model: str
     content: list[Content]
     usage: MessageUsage
-    type: Literal["message"] = "message"
-    role: Literal["assistant"] = "assistant"
     stop_reason: StopReason | None = None
     stop_sequence: str | None = None
 

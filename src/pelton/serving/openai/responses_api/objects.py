@@ -80,11 +80,11 @@ class IncompleteDetails(Struct, kw_only=True):
 
 class ResponseObject(Struct, kw_only=True):
     id: str
+    object: Literal["response"] = "response"
     created_at: int
     model: str
     status: Status
     output: list[OutputItem]
-    object: Literal["response"] = "response"
     completed_at: int | None = None
     error: ResponseError | None = None
     incomplete_details: IncompleteDetails | None = None
