@@ -1,8 +1,9 @@
-"""A server over a scripted engine, as a process: `python -m tests.serving.child PORT DELAY_S DRAIN_S`."""
+"""A server over a scripted engine, as a process: `python -m tests.serving.child PORT DELAY_S DRAIN_S [DATA_DIR]`."""
 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from pelton.core.errors import PeltonError
 from pelton.engine.client import EngineClient
@@ -11,6 +12,8 @@ from pelton.serving.app import create_app
 from pelton.serving.config import ServerConfig
 from pelton.serving.context import ModelCard
 from pelton.serving.server import run_server
+from pelton.store.config import StoreConfig
+from pelton.store.opener import Store
 from tests.make import make_engine
 from tests.serving.make import TEMPLATE, ByteTokenizer, ScriptedExecutor
 
@@ -26,7 +29,9 @@ def main() -> int:
 
     client = EngineClient(ThreadTransport(build), restart=False)  # type: ignore[arg-type]
     model = ModelCard(names=("scripted",), root="scripted", max_model_len=2048, created=1)
-    app = create_app(client, ByteTokenizer(), model, config, chat_template=TEMPLATE)  # type: ignore[arg-type]
+    tokenizer: Any = ByteTokenizer()
+    store = Store(StoreConfig(data_dir=sys.argv[4])) if len(sys.argv) > 4 else None
+    app = create_app(client, tokenizer, model, config, chat_template=TEMPLATE, store=store)
     try:
         return run_server(lambda: app, client, config)
     except PeltonError as error:

@@ -75,10 +75,11 @@ class ByteTokenizer(ByteDecoder):
 
 
 class ScriptedExecutor:
-    """Says `ANSWER` whatever it is asked, or with a temperature a text that the seed decides."""
+    """Says `answer` whatever it is asked, or with a temperature a text that the seed decides."""
 
     def __init__(self, *, delay_s: float = 0.0) -> None:
         self.delay_s = delay_s
+        self.answer = ANSWER
         self.fail_next: Exception | None = None
         self.batches: list[ScheduledBatch] = []
         self._num_outputs: dict[str, int] = {}
@@ -126,7 +127,7 @@ class ScriptedExecutor:
             return max(sampling.logit_bias, key=sampling.logit_bias.__getitem__)
         if not sampling.is_greedy:
             return 97 + (hash((sampling.seed, count)) % 26)
-        data = ANSWER.encode()
+        data = self.answer.encode()
         return data[count] if count < len(data) else EOS_TOKEN_ID
 
 

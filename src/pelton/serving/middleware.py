@@ -60,9 +60,11 @@ class RequestMiddleware:
                 elapsed_ms = round((time.perf_counter() - started_s) * 1000)
                 message["headers"] = [
                     *message.get("headers", ()),
-                    (b"request-id" if is_anthropic(scope) else b"x-request-id", request_id.encode()),
+                    (b"x-request-id", request_id.encode()),
                     (b"openai-processing-ms", str(elapsed_ms).encode()),
                 ]
+                if is_anthropic(scope):
+                    message["headers"].append((b"request-id", request_id.encode()))
             await send(message)
 
         try:
