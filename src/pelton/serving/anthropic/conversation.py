@@ -8,6 +8,7 @@ from typing import Any
 
 from pelton.core.errors import InvalidRequestError
 from pelton.serving.anthropic.requests import BLOCK_TYPES, ContentBlock, InnerBlock, MessageParam, TextBlock
+from pelton.serving.openai.requests import check_supported
 
 Message = dict[str, Any]
 
@@ -16,6 +17,9 @@ def chat_messages(system: str | Sequence[TextBlock] | None, messages: Sequence[M
     """Raises `InvalidRequestError` for what is not text or is out of place."""
     conversation = _Conversation()
     if system:
+        for index, block in enumerate(system):
+            if isinstance(block, TextBlock):
+                check_supported(block, f"system[{index}].")
         text = system if isinstance(system, str) else "\n".join(block.text for block in system)
         conversation.messages.append({"role": "system", "content": text})
     for index, message in enumerate(messages):
