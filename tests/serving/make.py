@@ -70,6 +70,9 @@ class ByteTokenizer(ByteDecoder):
     def token_text(self, token_id: int) -> str:
         return SPECIAL_TOKENS.get(token_id) or (chr(token_id) if 0 <= token_id < 256 else "")
 
+    def token_id(self, text: str) -> int | None:
+        return _SPECIAL_IDS.get(text)
+
     def token_bytes(self, token_id: int) -> bytes:
         return SPECIAL_TOKENS[token_id].encode() if token_id in SPECIAL_TOKENS else super().token_bytes(token_id)
 

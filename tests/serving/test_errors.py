@@ -14,6 +14,7 @@ from tests.serving.make import MODEL_NAME, RunningServer, running_server
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 USER: Any = [{"role": "user", "content": "hi"}]
+TOOL: Any = {"type": "function", "function": {"name": "f"}}
 
 
 def check_error(response: httpx2.Response, status: int, code: str | None, param: str | None = None) -> dict[str, Any]:
@@ -120,11 +121,44 @@ def test_common_parameters(http: httpx2.Client, path: str, fields: Any, code: st
         ({"messages": USER, "top_logprobs": 1}, "invalid_value", "top_logprobs"),
         ({"messages": USER, "logprobs": True, "top_logprobs": 21}, "invalid_value", "top_logprobs"),
         ({"messages": USER, "logprobs": 1}, "invalid_type", "logprobs"),
-        ({"messages": USER, "tools": [{"type": "function"}]}, "unsupported_parameter", "tools"),
-        ({"messages": USER, "tool_choice": "auto"}, "unsupported_parameter", "tool_choice"),
+        ({"messages": USER, "functions": [{"name": "f"}]}, "unsupported_parameter", "functions"),
+        ({"messages": USER, "function_call": "auto"}, "unsupported_parameter", "function_call"),
         ({"messages": USER, "modalities": ["text", "audio"]}, "unsupported_parameter", "modalities"),
         ({"messages": USER, "chat_template": "{{ 1 }}"}, "unsupported_parameter", "chat_template"),
         ({"messages": USER, "reasoning_effort": "high"}, "unsupported_parameter", "reasoning_effort"),
+        ({"messages": USER, "thinking_budget": 9}, "unsupported_parameter", "thinking_budget"),
+        ({"messages": USER, "thinking_budget": 9, "max_thinking_tokens": 8}, "invalid_value", "thinking_budget"),
+        ({"messages": USER, "tools": [{"type": "function"}]}, "missing_required_parameter", "tools[0].function"),
+        (
+            {"messages": USER, "tools": [{"type": "custom", "function": {"name": "f"}}]},
+            "invalid_value",
+            "tools[0].type",
+        ),
+        ({"messages": USER, "tools": [{"function": {"name": "a b"}}]}, "invalid_value", "tools[0].function.name"),
+        ({"messages": USER, "tools": [TOOL, TOOL]}, "invalid_value", "tools[1].function.name"),
+        (
+            {"messages": USER, "tools": [{"function": {"name": "f", "parameters": {"type": "array"}}}]},
+            "invalid_value",
+            "tools[0].function.parameters.type",
+        ),
+        (
+            {"messages": USER, "tools": [{"function": {"name": "f", "parameters": {"properties": {"x": 1}}}}]},
+            "invalid_value",
+            "tools[0].function.parameters.properties.x",
+        ),
+        (
+            {"messages": USER, "tools": [{"function": {"name": "f", "parameters": {"required": "x"}}}]},
+            "invalid_value",
+            "tools[0].function.parameters.required",
+        ),
+        ({"messages": USER, "tool_choice": "auto"}, "invalid_value", "tool_choice"),
+        ({"messages": USER, "tools": [TOOL], "tool_choice": "any"}, "invalid_value", "tool_choice"),
+        ({"messages": USER, "tools": [TOOL], "tool_choice": {"type": "function"}}, "invalid_value", "tool_choice"),
+        (
+            {"messages": USER, "tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}},
+            "invalid_value",
+            "tool_choice.function.name",
+        ),
         ({"messages": USER, "prompt": "a"}, "unknown_parameter", "prompt"),
         (
             {"messages": USER, "continue_final_message": True, "add_generation_prompt": True},

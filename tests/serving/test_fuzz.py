@@ -160,5 +160,5 @@ def test_the_document_lists_every_error() -> None:
     assert chat["security"] == [{"ApiKey": []}]
     assert "security" not in document["paths"]["/live"]["get"]
     schemas = document["components"]["schemas"]
-    assert schemas["ChatRequest"]["properties"]["tools"]["enum"] == [None, []]
+    assert schemas["ChatRequest"]["properties"]["functions"]["enum"] == [None, []]
     assert len(schemas["CompletionRequest"]["properties"]["prompt"]["anyOf"]) == 4

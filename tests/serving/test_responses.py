@@ -227,9 +227,9 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"service_tier": "flex"}, "service_tier"),
     ({"stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
     ({"max_output_tokens": 0}, "max_output_tokens"),
-    ({"max_output_tokens": 99999}, "max_tokens"),
+    ({"max_output_tokens": 99999}, "max_output_tokens"),
     ({"temperature": True}, "temperature"),
-    ({"input": "x" * 3000}, "prompt"),
+    ({"input": "x" * 3000}, "input"),
     ({"inputs": "x"}, "inputs"),
 ]
 

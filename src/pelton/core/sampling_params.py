@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from pelton.core.errors import InvalidRequestError
 from pelton.core.grammar import Grammar
+from pelton.core.thinking import ThinkingBudget
 
 MAX_LOGPROBS = 20
 MAX_N = 128
@@ -43,6 +44,8 @@ class SamplingParams:
     logprobs: int | None = None  # None: none; k: the sampled token's and the k most likely
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    shown_token_ids: tuple[int, ...] = ()  # special tokens that are in the text all the same
+    thinking: ThinkingBudget | None = None
     grammar: Grammar | None = None
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from pelton.core.protocols import TokenDecoder
 
@@ -37,6 +37,7 @@ class IncrementalDetokenizer:
         stop: Sequence[str] = (),
         *,
         skip_special_tokens: bool = True,
+        shown_token_ids: Collection[int] = (),
         include_stop_str_in_output: bool = False,
     ) -> None:
         self._texts = texts
@@ -44,6 +45,7 @@ class IncrementalDetokenizer:
         self._utf8 = _UTF8("replace")
         self._stop = stop
         self._skip_special_tokens = skip_special_tokens
+        self._shown_token_ids = shown_token_ids
         self._include_stop = include_stop_str_in_output
         self._held = ""
         self.matched_stop: str | None = None
@@ -65,7 +67,7 @@ class IncrementalDetokenizer:
 
     def _decode(self, token_id: int) -> str:
         decoder = self._texts.decoder
-        if self._skip_special_tokens and decoder.is_special(token_id):
+        if self._skip_special_tokens and decoder.is_special(token_id) and token_id not in self._shown_token_ids:
             return ""
         data = decoder.token_bytes(token_id)
         self._texts.learn(token_id, data)

@@ -34,6 +34,7 @@ class OutputProcessor:
                 self._texts,
                 sampling.stop,
                 skip_special_tokens=sampling.skip_special_tokens,
+                shown_token_ids=sampling.shown_token_ids,
                 include_stop_str_in_output=sampling.include_stop_str_in_output,
             ),
             eos_token_ids.union(sampling.stop_token_ids),

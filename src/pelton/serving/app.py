@@ -23,6 +23,7 @@ from pelton.engine.client import EngineClient
 from pelton.serving.anthropic.errors import error_answer
 from pelton.serving.config import ServerConfig
 from pelton.serving.context import NUM_PREPARE_THREADS, ModelCard, ServingContext
+from pelton.serving.dialect import Dialect
 from pelton.serving.errors import HTTPProblemError
 from pelton.serving.logs import Logger
 from pelton.serving.metrics import ServerMetrics
@@ -66,6 +67,13 @@ def create_app(
         model=model,
         config=config,
         template=_template_renderer(chat_template, tokenizer),
+        dialect=Dialect(
+            tokenizer,
+            chat_template,
+            " ".join((*model.names, model.root)),
+            tool_call_parser=config.tool_call_parser,
+            reasoning_parser=config.reasoning_parser,
+        ),
         defaults=generation_defaults or GenerationDefaults(),
         metrics=metrics,
         timelines=timelines,

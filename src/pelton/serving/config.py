@@ -15,6 +15,9 @@ class ServerConfig:
     api_key: str | None = setting(None, "key that clients must send as a bearer token")
     served_model_name: tuple[str, ...] = setting((), "names clients may use; default: the model's own")
     chat_template: str | None = setting(None, "file with a Jinja chat template, instead of the model's own")
+    tool_call_parser: str | None = setting(None, "how the model writes tool calls; default: as its chat template tells")
+    enable_auto_tool_choice: bool = setting(True, "the model may choose by itself to call tools")
+    reasoning_parser: str | None = setting(None, "how the model marks reasoning; default: as its chat template tells")
     request_timeout_s: float = setting(600.0, "deadline of a request that brings none; 0: none")
     drain_timeout_s: float = setting(30.0, "on SIGTERM, how long running requests may take to finish")
     max_body_bytes: int = setting(32 * 2**20, "largest request body")
@@ -25,6 +28,19 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port is {self.port}; it must be between 0 and 65535")
+        if self.tool_call_parser is not None:
+            from pelton.serving.tools import TOOL_CALL_NAMES
+
+            _check_name("tool_call_parser", self.tool_call_parser, TOOL_CALL_NAMES)
+        if self.reasoning_parser is not None:
+            from pelton.serving.reasoning import REASONING_NAMES
+
+            _check_name("reasoning_parser", self.reasoning_parser, REASONING_NAMES)
         for name in ("request_timeout_s", "drain_timeout_s", "response_retention_days"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must not be negative")
+
+
+def _check_name(setting_name: str, name: str, known: tuple[str, ...]) -> None:
+    if name not in known:
+        raise ConfigError(f"{setting_name} is {name!r}; it must be one of {', '.join(known)}")

@@ -22,6 +22,7 @@ from pelton.core.sampling_params import SamplingParams
 from pelton.engine.client import EngineClient, EngineState
 from pelton.serving.caller import Caller
 from pelton.serving.config import ServerConfig
+from pelton.serving.dialect import Dialect
 from pelton.serving.generation import Generation
 from pelton.serving.metrics import ServerMetrics
 from pelton.serving.openai.logprobs import TokenSpelling
@@ -58,6 +59,7 @@ class ServingContext:
     model: ModelCard
     config: ServerConfig
     template: TemplateRenderer | None
+    dialect: Dialect
     defaults: GenerationDefaults
     metrics: ServerMetrics
     timelines: Timelines

@@ -124,12 +124,16 @@ class _MergedStreams:
 class SequenceResult:
     """Everything one sequence produced."""
 
-    text: str = ""
+    deltas: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     usage: Usage | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join([text for text, _ in self.deltas])
 
 
 @dataclass(slots=True)
@@ -143,7 +147,6 @@ class PromptResult:
 async def collect(generation: Generation, num_sequences: int) -> list[PromptResult] | None:
     """Read to the end; None where the client went away meanwhile. Raises the streams' typed errors."""
     results = [PromptResult([SequenceResult() for _ in range(num_sequences)]) for _ in generation.streams]
-    texts: list[list[list[str]]] = [[[] for _ in range(num_sequences)] for _ in generation.streams]
     while (batch := await generation.read()) is not None:
         for prompt_index, outputs in batch:
             result = results[prompt_index]
@@ -151,16 +154,13 @@ async def collect(generation: Generation, num_sequences: int) -> list[PromptResu
                 if output.prompt_logprobs:
                     result.prompt_logprobs += output.prompt_logprobs
                 _add(result.sequences[output.index], output)
-                texts[prompt_index][output.index].append(output.text)
     if generation.is_cancelled:
         return None
-    for result, prompt_texts in zip(results, texts, strict=True):
-        for sequence, parts in zip(result.sequences, prompt_texts, strict=True):
-            sequence.text = "".join(parts)
     return results
 
 
 def _add(sequence: SequenceResult, output: RequestOutput) -> None:
+    sequence.deltas.append((output.text, output.token_ids))
     sequence.token_ids += output.token_ids
     if output.logprobs:
         sequence.logprobs += output.logprobs

@@ -18,16 +18,25 @@ from pelton.serving.anthropic.requests import CountTokensRequest, MessageRequest
 from pelton.serving.built_answer import BuiltAnswer
 from pelton.serving.caller import answered_tools, caller_of
 from pelton.serving.context import ServingContext, new_answer_id
+from pelton.serving.conversation import PreparedTurn, prepare_turn
 from pelton.serving.errors import json_response
-from pelton.serving.openai.chat import chat_prompt
-from pelton.serving.openai.requests import check_supported
+from pelton.serving.openai.chat import chat_conversation
+from pelton.serving.openai.requests import ChatRequest, check_supported
 from pelton.serving.openai.sampling import chat_sampling
+from pelton.serving.param_names import renamed_params
 from pelton.serving.parsing.answer import AnswerPlan
 from pelton.serving.request_body import read_json_body
 from pelton.serving.sse import EventStream
 
 _VERSION = re.compile(r"\d{4}-\d{2}-\d{2}")
 OLDEST_VERSION = "2023-06-01"
+# A chat's parameters, as they are called here.
+PARAM_NAMES = {
+    "reasoning_effort": "output_config.effort",
+    "thinking_budget": "thinking",
+    "response_format": "output_config.format",
+    "prompt": "messages",
+}
 
 
 async def create_message(context: ServingContext, http_request: Request) -> Response:
@@ -36,12 +45,15 @@ async def create_message(context: ServingContext, http_request: Request) -> Resp
     _check(context, http_request, request)
     chat = chat_request(request)
     caller = caller_of(http_request, chat)
-    prompt = await context.prepare(chat_prompt, context, chat)
-    sampling, is_limited = _within_context(chat_sampling(chat, context.defaults), len(prompt), context.max_model_len)
+    with renamed_params(PARAM_NAMES):
+        turn = await _prepare(context, chat)
+        sampling = turn.apply(chat_sampling(chat, context.defaults))
+    prompt = turn.token_ids
+    sampling, is_limited = _within_context(sampling, len(prompt), context.max_model_len)
     answer_id = new_answer_id("msg").replace("-", "_")
     generation = context.submit(answer_id, [prompt], chat, sampling, caller, answered_tools(chat.messages))
     options = MessageOptions(
-        plan=AnswerPlan(),
+        plan=turn.plan or AnswerPlan(),
         num_prompt_tokens=len(prompt),
         stop_sequences=tuple(request.stop_sequences or ()),
         num_cacheable_tokens=_num_cacheable(context, len(prompt)) if asks_for_cache(request) else 0,
@@ -65,8 +77,17 @@ async def create_message(context: ServingContext, http_request: Request) -> Resp
 async def count_tokens(context: ServingContext, http_request: Request) -> Response:
     request = await read_json_body(http_request, CountTokensRequest, context.config.max_body_bytes)
     _check(context, http_request, request)
-    prompt = await context.prepare(chat_prompt, context, chat_request(request))
-    return json_response(TokenCount(input_tokens=len(prompt)))
+    chat = chat_request(request)
+    with renamed_params(PARAM_NAMES):
+        turn = await _prepare(context, chat)
+    return json_response(TokenCount(input_tokens=len(turn.token_ids)))
+
+
+async def _prepare(context: ServingContext, chat: ChatRequest) -> PreparedTurn:
+    if context.dialect.reasoning_format is None:
+        # What a model that does not think may think at most is nothing that it could exceed.
+        chat.thinking_token_budget = None
+    return await context.prepare(prepare_turn, context, chat_conversation(context, chat))
 
 
 def _check(context: ServingContext, http_request: Request, request: CountTokensRequest) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from msgspec import UNSET
 from starlette.requests import Request
@@ -12,13 +13,18 @@ from pelton.core.errors import InvalidRequestError
 from pelton.core.sampling_params import SamplingParams
 from pelton.serving.caller import answered_tools, caller_of
 from pelton.serving.context import ServingContext, new_answer_id, now_unix_s
+from pelton.serving.conversation import Conversation, PreparedTurn, prepare_turn
 from pelton.serving.generation import PromptResult, SequenceResult
-from pelton.serving.openai.chunks import FINISH_REASONS, AnswerOptions, ChatChunkEncoder, UsageCounter
+from pelton.serving.openai.answers import finish_reason_name, response_message
+from pelton.serving.openai.chunks import AnswerOptions, ChatChunkEncoder, UsageCounter
 from pelton.serving.openai.logprobs import chat_logprobs, prompt_logprobs
 from pelton.serving.openai.messages import template_messages
 from pelton.serving.openai.requests import ChatRequest, TokenizeRequest, check_supported
-from pelton.serving.openai.responses import ChatChoice, ChatCompletion, ChatResponseMessage
+from pelton.serving.openai.responses import ChatChoice, ChatCompletion
 from pelton.serving.openai.sampling import chat_sampling
+from pelton.serving.openai.tools import tool_use
+from pelton.serving.parsing.answer import AnswerPlan, ParsedAnswer
+from pelton.serving.reasoning.options import ReasoningOptions
 from pelton.serving.request_body import read_json_body
 from pelton.serving.sse import CollectedAnswer, EventStream
 
@@ -30,44 +36,62 @@ async def create_chat_completion(context: ServingContext, http_request: Request)
     context.check_model(request.model)
     caller = caller_of(http_request, request)
     sampling = chat_sampling(request, context.defaults)
-    prompt = await context.prepare(chat_prompt, context, request)
-    options = _answer_options(context, request, sampling, prompt)
+    conversation = chat_conversation(context, request)
+    turn = await context.prepare(prepare_turn, context, conversation)
+    sampling = turn.apply(sampling)
+    options = _answer_options(context, request, sampling, turn, is_named_tool=conversation.tool_use.is_named)
     tool_names = answered_tools(request.messages)
-    generation = context.submit(options.answer_id, [prompt], request, sampling, caller, tool_names)
+    generation = context.submit(options.answer_id, [turn.token_ids], request, sampling, caller, tool_names)
     if request.stream:
         return EventStream(generation, ChatChunkEncoder(options))
     return CollectedAnswer(generation, sampling.n, _completion_builder(options, request.prompt_logprobs))
 
 
-def chat_prompt(context: ServingContext, request: ChatRequest | TokenizeRequest) -> list[int]:
-    """Token ids of the conversation. Slow: runs in the pool."""
+def chat_conversation(context: ServingContext, request: ChatRequest | TokenizeRequest) -> Conversation:
     assert request.messages
-    if context.template is None:
-        raise InvalidRequestError(
-            "this model has no chat template; use /v1/completions, or start the server with --chat-template",
-            param="messages",
-            code="no_chat_template",
-        )
     if request.continue_final_message and request.add_generation_prompt:
         raise InvalidRequestError(
             "continue_final_message and add_generation_prompt exclude each other", param="continue_final_message"
         )
-    messages = template_messages(request.messages)
     add_generation_prompt = request.add_generation_prompt
     if add_generation_prompt is None:
         add_generation_prompt = not request.continue_final_message
-    text = context.template.render(
-        messages,
+    conversation = Conversation(
+        messages=template_messages(request.messages),
         add_generation_prompt=add_generation_prompt,
         continue_final_message=request.continue_final_message,
+        add_special_tokens=bool(request.add_special_tokens),
         variables=request.chat_template_kwargs,
     )
-    # The template writes BOS where the model wants one.
-    return context.encode(text, add_special_tokens=bool(request.add_special_tokens), param="messages")
+    if isinstance(request, TokenizeRequest):
+        return replace(conversation, tool_use=tool_use(request.tools, None, is_parallel=True, enable_auto=True))
+    use = tool_use(
+        request.tools,
+        request.tool_choice,
+        is_parallel=request.parallel_tool_calls is not False,
+        enable_auto=context.config.enable_auto_tool_choice,
+    )
+    return replace(conversation, tool_use=use, reasoning=_reasoning_options(request))
+
+
+def _reasoning_options(request: ChatRequest) -> ReasoningOptions:
+    names = ("thinking_token_budget", "thinking_budget", "max_thinking_tokens")
+    sent = {name: value for name in names if (value := getattr(request, name)) is not None}
+    if len(set(sent.values())) > 1:
+        raise InvalidRequestError(f"{' and '.join(sent)} name the same limit: send one", param=next(iter(sent)))
+    budget = next(iter(sent.values()), None)
+    return ReasoningOptions(
+        effort=request.reasoning_effort, budget=budget, is_shown=request.include_reasoning is not False
+    )
 
 
 def _answer_options(
-    context: ServingContext, request: ChatRequest, sampling: SamplingParams, prompt: list[int]
+    context: ServingContext,
+    request: ChatRequest,
+    sampling: SamplingParams,
+    turn: PreparedTurn,
+    *,
+    is_named_tool: bool,
 ) -> AnswerOptions:
     stream_options = request.stream_options
     last = request.messages[-1]
@@ -76,7 +100,7 @@ def _answer_options(
         answer_id=new_answer_id("chatcmpl"),
         created=now_unix_s(),
         model=request.model or context.model.names[0],
-        prompts=[prompt],
+        prompts=[turn.token_ids],
         n=sampling.n,
         spelling=context.spelling,
         logprobs=sampling.logprobs,
@@ -85,6 +109,9 @@ def _answer_options(
         include_usage=stream_options is not None and bool(stream_options.include_usage),
         continuous_usage=stream_options is not None and bool(stream_options.continuous_usage_stats),
         echo_texts=[echo_text] if echo_text is not None else None,
+        plan=turn.plan,
+        reports_reasoning=turn.reports_reasoning,
+        is_named_tool=is_named_tool,
     )
 
 
@@ -93,14 +120,16 @@ def _completion_builder(
 ) -> Callable[[list[PromptResult]], ChatCompletion]:
     def build(results: list[PromptResult]) -> ChatCompletion:
         (result,) = results
-        usage = UsageCounter(options.num_prompt_tokens)
+        usage = UsageCounter(options.num_prompt_tokens, reports_reasoning=options.reports_reasoning)
+        choices = []
         for index, sequence in enumerate(result.sequences):
             usage.add(index, len(sequence.token_ids), sequence.usage)
+            choices.append(_choice(options, index, sequence, usage))
         answer = ChatCompletion(
             id=options.answer_id,
             created=options.created,
             model=options.model,
-            choices=[_choice(options, index, sequence) for index, sequence in enumerate(result.sequences)],
+            choices=choices,
             usage=usage.info(),
         )
         if num_prompt_logprobs is not None:
@@ -112,17 +141,31 @@ def _completion_builder(
     return build
 
 
-def _choice(options: AnswerOptions, index: int, sequence: SequenceResult) -> ChatChoice:
+def _choice(options: AnswerOptions, index: int, sequence: SequenceResult, usage: UsageCounter) -> ChatChoice:
     assert sequence.finish_reason is not None
     echo_text = options.echo_texts[0] if options.echo_texts is not None else ""
     logprobs = None
     if options.logprobs is not None:
         logprobs = chat_logprobs(sequence.logprobs, options.logprobs, options.spelling)
+    answer = _parse(options.plan, sequence, usage)
     return ChatChoice(
         index=index,
-        message=ChatResponseMessage(content=echo_text + sequence.text),
-        finish_reason=FINISH_REASONS[sequence.finish_reason],
+        message=response_message(answer, echo_text),
+        finish_reason=finish_reason_name(
+            sequence.finish_reason, len(answer.tool_calls), is_named=options.is_named_tool
+        ),
         logprobs=logprobs,
         stop_reason=sequence.stop_reason,
         token_ids=sequence.token_ids if options.return_token_ids else UNSET,
     )
+
+
+def _parse(plan: AnswerPlan | None, sequence: SequenceResult, usage: UsageCounter) -> ParsedAnswer:
+    if plan is None:
+        return ParsedAnswer(content=sequence.text)
+    parser, answer = plan.make_parser(), ParsedAnswer()
+    for text, token_ids in sequence.deltas:
+        answer.add(parser.push(text, token_ids))
+    answer.add(parser.finish())
+    usage.num_reasoning_tokens += parser.num_reasoning_tokens
+    return answer

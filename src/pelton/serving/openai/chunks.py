@@ -9,16 +9,19 @@ import msgspec
 
 from pelton.core.output import RequestOutput, TokenLogprobs, Usage
 from pelton.serving.generation import Batch
+from pelton.serving.openai.answers import add_events, finish_reason_name
 from pelton.serving.openai.logprobs import CompletionLogprobsBuilder, TokenSpelling, chat_logprobs
 from pelton.serving.openai.responses import (
     ChatChunkChoice,
     ChatDelta,
     CompletionChoice,
     CompletionLogprobs,
+    CompletionTokensDetails,
     FinishReasonName,
     PromptTokensDetails,
     UsageInfo,
 )
+from pelton.serving.parsing.answer import AnswerParser, AnswerPlan
 from pelton.serving.sse import SSE_DONE, OpenAIStreamErrors
 
 _encode = msgspec.json.Encoder().encode
@@ -28,10 +31,12 @@ FINISH_REASONS: dict[str, FinishReasonName] = {"stop": "stop", "length": "length
 class UsageCounter:
     """Usage of a whole answer. The sequences of a prompt share it, so it is counted once."""
 
-    def __init__(self, num_prompt_tokens: int) -> None:
+    def __init__(self, num_prompt_tokens: int, *, reports_reasoning: bool = False) -> None:
         self.num_prompt_tokens = num_prompt_tokens
         self.num_output_tokens = 0
         self.num_cached_tokens = 0
+        self.num_reasoning_tokens = 0
+        self._reports_reasoning = reports_reasoning
 
     def add(self, index: int, num_output_tokens: int, usage: Usage | None) -> None:
         """Sequence `index` of a prompt made so many tokens; `usage` comes with its end."""
@@ -40,12 +45,15 @@ class UsageCounter:
             self.num_cached_tokens += usage.num_cached_tokens
 
     def info(self) -> UsageInfo:
-        return UsageInfo(
+        info = UsageInfo(
             prompt_tokens=self.num_prompt_tokens,
             completion_tokens=self.num_output_tokens,
             total_tokens=self.num_prompt_tokens + self.num_output_tokens,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=self.num_cached_tokens),
         )
+        if self._reports_reasoning:
+            info.completion_tokens_details = CompletionTokensDetails(reasoning_tokens=self.num_reasoning_tokens)
+        return info
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +73,9 @@ class AnswerOptions:
     continuous_usage: bool = False
     echo_texts: Sequence[str] | None = None  # per prompt: what goes before its output
     drop_output: bool = False  # max_tokens was 0: only the prompt is wanted
+    plan: AnswerPlan | None = None  # how to read an answer that may hold more than text
+    reports_reasoning: bool = False
+    is_named_tool: bool = False
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -76,6 +87,7 @@ class AnswerOptions:
         return (
             self.logprobs is None
             and self.echo_texts is None
+            and self.plan is None
             and not (self.return_token_ids or self.continuous_usage or self.drop_output)
         )
 
@@ -90,7 +102,7 @@ class _Chunks:
         self._head = b"data: " + head[:-1] + b',"choices":['
         self._tail = b'],"usage":null}\n\n' if options.include_usage else b"]}\n\n"
         self._options = options
-        self.usage = UsageCounter(options.num_prompt_tokens)
+        self.usage = UsageCounter(options.num_prompt_tokens, reports_reasoning=options.reports_reasoning)
 
     def chunk(self, choice: msgspec.Struct) -> bytes:
         tail = self._tail
@@ -124,6 +136,9 @@ class ChatChunkEncoder(OpenAIStreamErrors):
         self._chunks = _Chunks(options, "chat.completion.chunk")
         self._frames: dict[int, tuple[bytes, bytes]] = {}
         self._num_open = options.n
+        self._parsers: list[AnswerParser] = []
+        if options.plan is not None:
+            self._parsers = [options.plan.make_parser() for _ in range(options.n)]
 
     def first(self) -> bytes:
         options = self._options
@@ -158,21 +173,37 @@ class ChatChunkEncoder(OpenAIStreamErrors):
         options = self._options
         self._chunks.usage.add(output.index, len(output.token_ids), output.usage)
         choice = ChatChunkChoice(index=output.index, delta=ChatDelta())
-        if output.text:
+        has_text = bool(output.text)
+        num_calls = 0
+        if self._parsers:
+            parser = self._parsers[output.index]
+            has_text = self._parse(parser, output, choice.delta)
+            num_calls = parser.num_calls
+        elif has_text:
             choice.delta.content = output.text
         if options.logprobs is not None and output.logprobs:
             choice.logprobs = chat_logprobs(output.logprobs, options.logprobs, options.spelling)
         if options.return_token_ids:
             choice.token_ids = list(output.token_ids)
         if output.finish_reason is not None:
-            choice.finish_reason = FINISH_REASONS[output.finish_reason]
+            choice.finish_reason = finish_reason_name(output.finish_reason, num_calls, is_named=options.is_named_tool)
             if output.stop_reason is not None:
                 choice.stop_reason = output.stop_reason
             self._num_open -= 1
             self.is_finished = self._num_open == 0
-        elif not output.text and choice.logprobs is None and not (options.return_token_ids and output.token_ids):
+        elif not has_text and choice.logprobs is None and not (options.return_token_ids and output.token_ids):
             return b""
         return self._chunks.chunk(choice)
+
+    def _parse(self, parser: AnswerParser, output: RequestOutput, delta: ChatDelta) -> bool:
+        """Put what came into `delta`; whether there was anything."""
+        num_reasoning_tokens = parser.num_reasoning_tokens
+        events = parser.push(output.text, output.token_ids)
+        if output.finish_reason is not None:
+            events += parser.finish()
+        self._chunks.usage.num_reasoning_tokens += parser.num_reasoning_tokens - num_reasoning_tokens
+        add_events(delta, events)
+        return bool(events)
 
 
 @dataclass(slots=True)

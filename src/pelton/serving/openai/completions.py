@@ -122,7 +122,7 @@ def _completion_builder(
         for prompt_index, result in enumerate(results):
             for index, sequence in enumerate(result.sequences):
                 if options.drop_output:
-                    sequence.text, sequence.token_ids, sequence.logprobs = "", [], []
+                    sequence.deltas, sequence.token_ids, sequence.logprobs = [], [], []
                 usage.add(index, len(sequence.token_ids), sequence.usage)
                 choices.append(_choice(options, prompt_index, index, result, num_prompt_logprobs))
         return Completion(

@@ -23,10 +23,9 @@ def _template_message(message: ChatMessage, path: str) -> dict[str, Any]:
     if content is None and not (message.role == "assistant" and message.tool_calls):
         raise InvalidRequestError(f"{path}.content is null; a message of {message.role!r} needs text", param=path)
     result: dict[str, Any] = {"role": role, "content": content or ""}
-    for name in ("name", "tool_call_id", "reasoning_content"):
-        value = getattr(message, name)
-        if value is not None:
-            result[name] = value
+    reasoning = message.reasoning_content if message.reasoning_content is not None else message.reasoning
+    found = {"name": message.name, "tool_call_id": message.tool_call_id, "reasoning_content": reasoning}
+    result.update((name, value) for name, value in found.items() if value is not None)
     if message.tool_calls:
         result["tool_calls"] = [
             {

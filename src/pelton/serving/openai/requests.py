@@ -14,6 +14,9 @@ from msgspec import Meta, Struct
 
 from pelton.core.errors import InvalidRequestError
 from pelton.core.sampling_params import MAX_LOGPROBS, MAX_N, MAX_SEED, MAX_STOP_STRINGS
+from pelton.serving.openai.tools import ModeName, Tool, ToolChoice
+from pelton.serving.reasoning.options import Effort
+from pelton.serving.tools.choice import MAX_TOOLS
 
 MAX_TIMEOUT_S = 24 * 3600.0
 # A body may be large; lists that a loop in Python goes over, or that go to the engine, may not.
@@ -157,6 +160,7 @@ class ChatMessage(Struct, kw_only=True, forbid_unknown_fields=True):
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
+    reasoning: Annotated[str, Meta(description="Another name of reasoning_content.")] | None = None
     refusal: Annotated[Any, neutral()] = None
     annotations: Annotated[Any, neutral([])] = None
     audio: Annotated[Any, neutral()] = None
@@ -164,6 +168,9 @@ class ChatMessage(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 Messages = Annotated[list[ChatMessage], Meta(min_length=1)]
+Tools = Annotated[list[Tool], Meta(max_length=MAX_TOOLS)]
+TemplateVariables = Annotated[dict[str, Any], Meta(description="Variables of the chat template.")]
+ThinkingTokens = Annotated[Count, Meta(description="Most tokens of reasoning, before the answer is made to begin.")]
 
 
 class ChatRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
@@ -178,21 +185,23 @@ class ChatRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     add_special_tokens: bool = False
-    chat_template_kwargs: Annotated[dict[str, Any], Meta(description="Variables of the chat template.")] | None = None
+    chat_template_kwargs: TemplateVariables | None = None
+    tools: Tools | None = None
+    tool_choice: ModeName | ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Effort | None = None
+    include_reasoning: Annotated[bool, Meta(description="False: reasoning is not sent, but counted.")] | None = None
+    thinking_token_budget: ThinkingTokens | None = None
+    thinking_budget: ThinkingTokens | None = None
+    max_thinking_tokens: ThinkingTokens | None = None
 
-    tools: Annotated[Any, neutral([])] = None
-    tool_choice: Annotated[Any, neutral("none")] = None
-    parallel_tool_calls: Annotated[Any, neutral(True, False)] = None
     functions: Annotated[Any, neutral([])] = None
     function_call: Annotated[Any, neutral("none")] = None
     modalities: Annotated[Any, neutral(["text"])] = None
     audio: Annotated[Any, neutral()] = None
     prediction: Annotated[Any, neutral()] = None
-    reasoning_effort: Annotated[Any, neutral()] = None
     verbosity: Annotated[Any, neutral("medium")] = None
     web_search_options: Annotated[Any, neutral()] = None
-    include_reasoning: Annotated[Any, neutral(True)] = None
-    thinking_token_budget: Annotated[Any, neutral()] = None
     chat_template: Annotated[Any, neutral()] = None
     documents: Annotated[Any, neutral([])] = None
     mm_processor_kwargs: Annotated[Any, neutral()] = None
@@ -210,7 +219,7 @@ class TokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     return_token_strs: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     chat_template: Annotated[Any, neutral()] = None
-    tools: Annotated[Any, neutral([])] = None
+    tools: Tools | None = None
 
 
 class DetokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -235,8 +244,8 @@ def _neutral_values(struct: type[Struct]) -> tuple[tuple[str, list[Any]], ...]:
 _REASONS = {
     "suffix": "fill-in-the-middle is not supported: the model continues a prompt, it does not join two ends",
     "chat_template": "the server renders its own template only; a template is code",
-    "tools": "tool calling is not supported yet",
-    "tool_choice": "tool calling is not supported yet",
+    "functions": "functions are deprecated and not supported; send tools",
+    "function_call": "function_call is deprecated and not supported; send tool_choice",
 }
 
 

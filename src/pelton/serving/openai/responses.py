@@ -6,11 +6,15 @@ from typing import Literal
 
 from msgspec import UNSET, Struct, UnsetType
 
-FinishReasonName = Literal["stop", "length"]
+FinishReasonName = Literal["stop", "length", "tool_calls"]
 
 
 class PromptTokensDetails(Struct, kw_only=True):
     cached_tokens: int = 0
+
+
+class CompletionTokensDetails(Struct, kw_only=True):
+    reasoning_tokens: int = 0
 
 
 class UsageInfo(Struct, kw_only=True):
@@ -18,6 +22,7 @@ class UsageInfo(Struct, kw_only=True):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET  # of a model that reasons
 
 
 class TopLogprob(Struct, kw_only=True):
@@ -56,10 +61,26 @@ class PromptLogprob(Struct, kw_only=True):
 PromptLogprobs = list[dict[str, PromptLogprob] | None]
 
 
+class CalledFunction(Struct, kw_only=True):
+    name: str
+    arguments: str
+
+
+class ResponseToolCall(Struct, kw_only=True):
+    id: str
+    function: CalledFunction
+    type: Literal["function"] = "function"
+
+
 class ChatResponseMessage(Struct, kw_only=True):
-    content: str
+    """`reasoning` and `reasoning_content` are one thing: clients look for the one or the other."""
+
+    content: str | None
     role: Literal["assistant"] = "assistant"
     refusal: None = None
+    tool_calls: list[ResponseToolCall] | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
 
 
 class ChatChoice(Struct, kw_only=True):
@@ -82,9 +103,26 @@ class ChatCompletion(Struct, kw_only=True):
     prompt_token_ids: list[int] | UnsetType = UNSET
 
 
+class FunctionDelta(Struct, kw_only=True):
+    arguments: str
+    name: str | UnsetType = UNSET
+
+
+class ToolCallDelta(Struct, kw_only=True):
+    """`id`, `type` and the name come with the first delta of a call, and only there."""
+
+    index: int
+    function: FunctionDelta
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
+
+
 class ChatDelta(Struct, kw_only=True):
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
 
 
 class ChatChunkChoice(Struct, kw_only=True):

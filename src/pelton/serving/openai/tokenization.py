@@ -7,8 +7,9 @@ from starlette.responses import Response
 
 from pelton.core.errors import InvalidRequestError
 from pelton.serving.context import ServingContext
+from pelton.serving.conversation import render
 from pelton.serving.errors import json_response
-from pelton.serving.openai.chat import chat_prompt
+from pelton.serving.openai.chat import chat_conversation
 from pelton.serving.openai.requests import DetokenizeRequest, TokenizeRequest, check_supported
 from pelton.serving.openai.responses import DetokenizeResponse, TokenizeResponse
 from pelton.serving.request_body import read_json_body
@@ -21,12 +22,19 @@ async def tokenize(context: ServingContext, http_request: Request) -> Response:
     if (request.prompt is None) == (request.messages is None):
         raise InvalidRequestError("send either prompt or messages", param="prompt")
     if request.messages is not None:
-        token_ids = await context.prepare(chat_prompt, context, request)
+        token_ids = await context.prepare(_chat_token_ids, context, request)
     else:
         token_ids = await context.prepare(_prompt_token_ids, context, request)
     texts = [context.tokenizer.token_text(token_id) for token_id in token_ids] if request.return_token_strs else None
     return json_response(
         TokenizeResponse(count=len(token_ids), max_model_len=context.max_model_len, tokens=token_ids, token_strs=texts)
+    )
+
+
+def _chat_token_ids(context: ServingContext, request: TokenizeRequest) -> list[int]:
+    conversation = chat_conversation(context, request)
+    return context.encode(
+        render(context, conversation), add_special_tokens=conversation.add_special_tokens, param=conversation.param
     )
 
 

@@ -50,6 +50,7 @@ class AnswerParser:
 
     def __init__(self, plan: AnswerPlan) -> None:
         self.num_reasoning_tokens = 0
+        self._num_waiting = 0  # tokens that have not led to an event yet
         self._plan = plan
         self._reader = TextReader()
         self._sink = AnswerSink(plan.make_call_id, plan.max_calls)
@@ -62,13 +63,16 @@ class AnswerParser:
 
     def push(self, text: str, token_ids: Sequence[int] = ()) -> list[AnswerEvent]:
         """Events of a delta; `token_ids` are those that it is made of, for the count of reasoning tokens."""
-        was_reasoning = self._sink.is_reasoning
+        was_reasoning, num_before = self._sink.is_reasoning, self._sink.num_reasonings
         if text:
             self._reader.push(text)
             next(self._steps, None)
-        if token_ids and (was_reasoning or self._sink.is_reasoning):
+        events = self._take()
+        if was_reasoning or self._sink.num_reasonings > num_before:
             self._count(token_ids)
-        return self._take()
+        else:  # perhaps of a marker that begins reasoning
+            self._num_waiting = 0 if events else self._num_waiting + len(token_ids)
+        return events
 
     def finish(self) -> list[AnswerEvent]:
         """Events of what was held back."""
@@ -85,6 +89,8 @@ class AnswerParser:
         return events
 
     def _count(self, token_ids: Sequence[int]) -> None:
+        self.num_reasoning_tokens += self._num_waiting
+        self._num_waiting = 0
         end_id = self._plan.reasoning_end_id
         if end_id is not None and end_id in token_ids:
             self.num_reasoning_tokens += list(token_ids).index(end_id) + 1

@@ -28,6 +28,7 @@ class AnswerSink:
     def __init__(self, make_call_id: Callable[[], str] = new_call_id, max_calls: int | None = None) -> None:
         self.num_calls = 0
         self.is_reasoning = False
+        self.num_reasonings = 0  # times that it has begun
         self._make_call_id = make_call_id
         self._max_calls = max_calls
         self._events: list[AnswerEvent] = []
@@ -55,6 +56,7 @@ class AnswerSink:
     def start_reasoning(self) -> None:
         self._flush_space()
         self.is_reasoning = True
+        self.num_reasonings += 1
         self._trims_start = True
 
     def reasoning(self, text: str) -> None:

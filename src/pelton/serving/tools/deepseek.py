@@ -26,7 +26,7 @@ class DeepSeekFormat(CommonCallIds):
     def detect(self, template: str, model_name: str) -> bool:
         return CALLS_BEGIN in template and "```json" in template
 
-    def reader(self, tool_names: frozenset[str]) -> ReadAnswer:
+    def reader(self, tool_names: frozenset[str], *, starts_only: bool = False) -> ReadAnswer:
         return _read
 
     def syntax(self, spell: SpellMarker) -> CallSyntax:

@@ -55,8 +55,11 @@ class ToolCallFormat(Protocol):
         """Whether a model with this chat template writes calls this way."""
         ...
 
-    def reader(self, tool_names: frozenset[str]) -> ReadAnswer:
-        """Reads the answer to a request that offers `tool_names`."""
+    def reader(self, tool_names: frozenset[str], *, starts_only: bool = False) -> ReadAnswer:
+        """Reads the answer to a request that offers `tool_names`.
+
+        With `starts_only` a format without a trigger looks for calls at the start alone, where they can be enforced.
+        """
         ...
 
     def syntax(self, spell: SpellMarker) -> CallSyntax:

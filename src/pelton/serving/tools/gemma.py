@@ -33,7 +33,7 @@ class FunctionGemmaFormat(CommonCallIds):
     def detect(self, template: str, model_name: str) -> bool:
         return self.opening in template
 
-    def reader(self, tool_names: frozenset[str]) -> ReadAnswer:
+    def reader(self, tool_names: frozenset[str], *, starts_only: bool = False) -> ReadAnswer:
         return partial(_read, markers=self.markers)
 
     def syntax(self, spell: SpellMarker) -> CallSyntax:

@@ -26,7 +26,7 @@ class HarmonyFormat(CommonCallIds):
     def detect(self, template: str, model_name: str) -> bool:
         return CHANNEL in template and MESSAGE in template
 
-    def reader(self, tool_names: frozenset[str]) -> ReadAnswer:
+    def reader(self, tool_names: frozenset[str], *, starts_only: bool = False) -> ReadAnswer:
         return read_harmony
 
     def syntax(self, spell: SpellMarker) -> CallSyntax:

@@ -22,7 +22,7 @@ class HermesFormat(CommonCallIds):
     def detect(self, template: str, model_name: str) -> bool:
         return OPEN in template
 
-    def reader(self, tool_names: frozenset[str]) -> ReadAnswer:
+    def reader(self, tool_names: frozenset[str], *, starts_only: bool = False) -> ReadAnswer:
         return read_hermes
 
     def syntax(self, spell: SpellMarker) -> CallSyntax:

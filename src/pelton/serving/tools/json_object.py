@@ -25,15 +25,17 @@ class JsonFormat(CommonCallIds):
     def detect(self, template: str, model_name: str) -> bool:
         return True
 
-    def reader(self, tool_names: frozenset[str]) -> ReadAnswer:
-        return partial(_read, tool_names=tool_names)
+    def reader(self, tool_names: frozenset[str], *, starts_only: bool = False) -> ReadAnswer:
+        return partial(_read, tool_names=tool_names, starts_only=starts_only)
 
     def syntax(self, spell: SpellMarker) -> CallSyntax:
         bracket, end = lark_string("["), lark_string("]")
         return CallSyntax(call=call_json, opening=bracket, separator=lark_string(", "), closing=end)
 
 
-def _read(reader: TextReader, sink: AnswerSink, *, tool_names: frozenset[str]) -> Steps[None]:
+def _read(reader: TextReader, sink: AnswerSink, *, tool_names: frozenset[str], starts_only: bool) -> Steps[None]:
     yield from read_calls(reader, sink, tool_names)
+    if starts_only:
+        return
     while (fence := (yield from reader.until(tuple(_FENCES), sink.content))) is not None:
         yield from read_tagged_calls(reader, sink, fence, _FENCES[fence], tool_names=tool_names)

@@ -54,9 +54,11 @@ def triggered_grammar(syntax: CallSyntax, tools: Sequence[ToolDefinition], *, is
     return _grammar("calls", syntax, tools, is_parallel=is_parallel)
 
 
-def optional_calls_grammar(syntax: CallSyntax, tools: Sequence[ToolDefinition], *, is_parallel: bool) -> str:
+def optional_calls_grammar(
+    syntax: CallSyntax, tools: Sequence[ToolDefinition], *, is_parallel: bool, before: str = ""
+) -> str:
     """For a syntax without a trigger: calls, or a text that does not begin like one."""
-    return _grammar(r"calls | /(?s:[^\[{<\s].*)?/", syntax, tools, is_parallel=is_parallel)
+    return _grammar(rf"{before} (calls | /(?s:[^\[{{<\s].*)?/)", syntax, tools, is_parallel=is_parallel)
 
 
 def _grammar(start: str, syntax: CallSyntax, tools: Sequence[ToolDefinition], *, is_parallel: bool) -> str:

@@ -24,7 +24,7 @@ class Llama3Format(CommonCallIds):
     def detect(self, template: str, model_name: str) -> bool:
         return "<|start_header_id|>" in template and '"parameters": ' in template
 
-    def reader(self, tool_names: frozenset[str]) -> ReadAnswer:
+    def reader(self, tool_names: frozenset[str], *, starts_only: bool = False) -> ReadAnswer:
         return partial(_read, tool_names=tool_names)
 
     def syntax(self, spell: SpellMarker) -> CallSyntax:

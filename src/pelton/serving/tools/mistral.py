@@ -1,4 +1,4 @@
-"""Mistral: `[TOOL_CALLS][{"name": ..., "arguments": {...}}, ...]`, or since 2025 `[TOOL_CALLS]name[ARGS]{...}` per call.
+"""Mistral: `[TOOL_CALLS][{"name": ..., "arguments": {...}}]`; since 2025 `[TOOL_CALLS]name[ARGS]{...}` for each call.
 
 https://github.com/mistralai/mistral-common
 """
@@ -29,7 +29,7 @@ class MistralFormat:
     def detect(self, template: str, model_name: str) -> bool:
         return TOOL_CALLS in template and ARGS not in template
 
-    def reader(self, tool_names: frozenset[str]) -> ReadAnswer:
+    def reader(self, tool_names: frozenset[str], *, starts_only: bool = False) -> ReadAnswer:
         return _read
 
     def syntax(self, spell: SpellMarker) -> CallSyntax:

@@ -33,7 +33,7 @@ class PythonicFormat(CommonCallIds):
     def detect(self, template: str, model_name: str) -> bool:
         return START in template or "func_name1(params_name1=" in template
 
-    def reader(self, tool_names: frozenset[str]) -> ReadAnswer:
+    def reader(self, tool_names: frozenset[str], *, starts_only: bool = False) -> ReadAnswer:
         return partial(_read, tool_names=tool_names)
 
     def syntax(self, spell: SpellMarker) -> CallSyntax:

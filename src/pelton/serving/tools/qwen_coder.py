@@ -10,8 +10,10 @@ from functools import partial
 from pelton.serving.parsing.answer import ReadAnswer
 from pelton.serving.parsing.reader import Steps, TextReader
 from pelton.serving.parsing.sink import AnswerSink
+from pelton.serving.tools.format import CallSyntax, SpellMarker
 from pelton.serving.tools.hermes import CLOSE, OPEN, HermesFormat, read_tagged_calls
 from pelton.serving.tools.json_calls import read_calls
+from pelton.serving.tools.lark import call_json, lark_string
 
 # What may open a call, and what then closes it.
 _CLOSING = {OPEN: CLOSE, "<tools>": "</tools>", "```json\n": "```", "```\n": "```", "\n": ""}
@@ -23,12 +25,18 @@ class QwenCoderFormat(HermesFormat):
     def detect(self, template: str, model_name: str) -> bool:
         return super().detect(template, model_name) and "coder" in model_name.lower()
 
-    def reader(self, tool_names: frozenset[str]) -> ReadAnswer:
-        return partial(_read, tool_names=tool_names)
+    def reader(self, tool_names: frozenset[str], *, starts_only: bool = False) -> ReadAnswer:
+        return partial(_read, tool_names=tool_names, starts_only=starts_only)
+
+    def syntax(self, spell: SpellMarker) -> CallSyntax:
+        """The bare objects that it writes of its own accord, a line each."""
+        return CallSyntax(call=call_json, separator=lark_string("\n"))
 
 
-def _read(reader: TextReader, sink: AnswerSink, *, tool_names: frozenset[str]) -> Steps[None]:
+def _read(reader: TextReader, sink: AnswerSink, *, tool_names: frozenset[str], starts_only: bool) -> Steps[None]:
     yield from read_calls(reader, sink, tool_names)
+    if starts_only:
+        return
     openings = tuple(_CLOSING)
     while (opening := (yield from reader.until(openings, sink.content))) is not None:
         yield from read_tagged_calls(

@@ -14,8 +14,9 @@ from pelton.core.sampling_params import SamplingParams
 from pelton.serving.built_answer import BuiltAnswer
 from pelton.serving.caller import answered_tools, caller_of, tenant_of
 from pelton.serving.context import ServingContext, new_answer_id, now_unix_s
+from pelton.serving.conversation import PreparedTurn, prepare_turn
 from pelton.serving.errors import json_response
-from pelton.serving.openai.chat import chat_prompt
+from pelton.serving.openai.chat import chat_conversation
 from pelton.serving.openai.requests import ChatRequest, check_supported
 from pelton.serving.openai.responses_api.builder import BuildOptions, ResponseBuilder
 from pelton.serving.openai.responses_api.chat import chat_request
@@ -30,12 +31,24 @@ from pelton.serving.openai.responses_api.requests import (
 )
 from pelton.serving.openai.responses_api.runs import LogStream
 from pelton.serving.openai.responses_api.service import decode_input
-from pelton.serving.openai.responses_api.truncation import truncated_prompt
+from pelton.serving.openai.responses_api.truncation import prepare_truncated
 from pelton.serving.openai.sampling import chat_sampling
+from pelton.serving.param_names import renamed_params
 from pelton.serving.parsing.answer import AnswerPlan
 from pelton.serving.query import read_query
 from pelton.serving.request_body import read_json_body
 from pelton.serving.sse import EventStream
+
+# A chat's parameters, as they are called here.
+PARAM_NAMES = {
+    "messages": "input",
+    "prompt": "input",
+    "max_tokens": "max_output_tokens",
+    "max_completion_tokens": "max_output_tokens",
+    "reasoning_effort": "reasoning.effort",
+    "response_format.json_schema": "text.format",
+    "response_format": "text.format",
+}
 
 
 async def create_response(context: ServingContext, http_request: Request) -> Response:
@@ -51,14 +64,19 @@ async def create_response(context: ServingContext, http_request: Request) -> Res
     earlier = await context.responses.conversation(tenant_id, request.previous_response_id)
     chat = chat_request(request, earlier, own)
     caller = caller_of(http_request, chat)
-    sampling = chat_sampling(chat, context.defaults)
-    prompt = await _fitting_prompt(context, request, chat, sampling.max_tokens or 1)
+    with renamed_params(PARAM_NAMES):
+        sampling = chat_sampling(chat, context.defaults)
+        turn = await _prepare(context, request, chat, sampling.max_tokens or 1)
+        sampling = turn.apply(sampling)
     response = _new_response(context, request, sampling)
-    generation = context.submit(response.id, [prompt], chat, sampling, caller, answered_tools(chat.messages))
+    with renamed_params(PARAM_NAMES):
+        generation = context.submit(
+            response.id, [turn.token_ids], chat, sampling, caller, answered_tools(chat.messages)
+        )
     builder = ResponseBuilder(
         response,
         BuildOptions(
-            plan=AnswerPlan(),
+            plan=turn.plan or AnswerPlan(),
             spelling=context.spelling,
             logprobs=sampling.logprobs,
             seals_reasoning="reasoning.encrypted_content" in (request.include or ()),
@@ -79,12 +97,13 @@ async def create_response(context: ServingContext, http_request: Request) -> Res
     return BuiltAnswer(generation, builder, lambda: builder.response, before_last=save)
 
 
-async def _fitting_prompt(
+async def _prepare(
     context: ServingContext, request: InputTokensRequest, chat: ChatRequest, num_reserved_tokens: int
-) -> list[int]:
+) -> PreparedTurn:
+    conversation = chat_conversation(context, chat)
     if request.truncation == "auto":
-        return await context.prepare(truncated_prompt, context, chat, num_reserved_tokens)
-    return await context.prepare(chat_prompt, context, chat)
+        return await context.prepare(prepare_truncated, context, conversation, num_reserved_tokens)
+    return await context.prepare(prepare_turn, context, conversation)
 
 
 def _new_response(context: ServingContext, request: ResponseRequest, sampling: SamplingParams) -> ResponseObject:
@@ -136,8 +155,10 @@ async def count_input_tokens(context: ServingContext, http_request: Request) -> 
     tenant_id = tenant_of(http_request)
     own = await context.responses.resolve(tenant_id, input_items(request.input))
     earlier = await context.responses.conversation(tenant_id, request.previous_response_id)
-    prompt = await _fitting_prompt(context, request, chat_request(request, earlier, own), 1)
-    return json_response(InputTokenCount(input_tokens=len(prompt)))
+    chat = chat_request(request, earlier, own)
+    with renamed_params(PARAM_NAMES):
+        turn = await _prepare(context, request, chat, 1)
+    return json_response(InputTokenCount(input_tokens=len(turn.token_ids)))
 
 
 async def retrieve_response(context: ServingContext, http_request: Request) -> Response:

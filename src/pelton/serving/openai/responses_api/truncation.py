@@ -2,53 +2,45 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pelton.core.errors import ContextLengthExceededError
 from pelton.serving.context import ServingContext
-from pelton.serving.openai.chat import chat_prompt
-from pelton.serving.openai.requests import ChatMessage, ChatRequest
+from pelton.serving.conversation import Conversation, PreparedTurn, prepare_turn
 
 
-def truncated_prompt(context: ServingContext, chat: ChatRequest, num_reserved_tokens: int) -> list[int]:
-    """Token ids of as much of the conversation as leaves room for the answer; shortens `chat.messages`.
+def prepare_truncated(context: ServingContext, conversation: Conversation, num_reserved_tokens: int) -> PreparedTurn:
+    """As much of the conversation as leaves room for the answer. Slow: runs in the pool.
 
-    Slow: runs in the pool. Raises `ContextLengthExceededError` where not even the last message fits.
+    Raises `ContextLengthExceededError` where not even the last message fits.
     """
     most = context.max_model_len - num_reserved_tokens
-    messages = list(chat.messages)
-    first = next((index for index, message in enumerate(messages) if message.role not in _KEPT), 0)
-    starts = [first, *_cuts(messages, first)]
-    low, high = 0, len(starts) - 1  # the first cut that fits is within
-    best: tuple[list[ChatMessage], list[int]] | None = None
+    messages = conversation.messages
+    first = next((index for index, message in enumerate(messages) if message["role"] != "system"), 0)
+    # No result of a call without the call.
+    starts = [first, *(index for index in range(first + 1, len(messages)) if messages[index]["role"] != "tool")]
+    best = _try_prepare(context, conversation, most)  # most fit whole
+    low, high = 1, len(starts) - 1 if best is None else 0
     while low <= high:
-        middle = (low + high) // 2 if best is not None or low else 0  # most conversations fit whole
+        middle = (low + high) // 2
         kept = messages[:first] + messages[starts[middle] :]
-        prompt = _try_prompt(context, chat, kept, most)
-        if prompt is None:
+        turn = _try_prepare(context, replace(conversation, messages=kept), most)
+        if turn is None:
             low = middle + 1
         else:
-            best, high = (kept, prompt), middle - 1
+            best, high = turn, middle - 1
     if best is None:
         raise ContextLengthExceededError(
             f"even the last message alone leaves no room for {num_reserved_tokens} tokens in a context of "
             f"{context.max_model_len}",
-            param="input",
+            param=conversation.param,
         )
-    chat.messages, prompt = best
-    return prompt
+    return best
 
 
-_KEPT = ("system", "developer")
-
-
-def _cuts(messages: list[ChatMessage], first: int) -> list[int]:
-    """Where a conversation may begin: no result of a call without the call."""
-    return [index for index in range(first + 1, len(messages)) if messages[index].role != "tool"]
-
-
-def _try_prompt(context: ServingContext, chat: ChatRequest, messages: list[ChatMessage], most: int) -> list[int] | None:
-    chat.messages = messages
+def _try_prepare(context: ServingContext, conversation: Conversation, most: int) -> PreparedTurn | None:
     try:
-        prompt = chat_prompt(context, chat)
+        turn = prepare_turn(context, conversation)
     except ContextLengthExceededError:
         return None
-    return prompt if len(prompt) <= most else None
+    return turn if len(turn.token_ids) <= most else None
