@@ -19,7 +19,8 @@ from pelton.worker.kv_storage import KVStorage
 from pelton.worker.layers.rotary import RotaryTable, rotary_tables
 from pelton.worker.models.registry import Model, compile_model
 from pelton.worker.request_state import RequestState, RequestStates
-from pelton.worker.sampling.sampler import Sampler
+from pelton.worker.sampling.sampler import Sampler, TokenMask
+from pelton.worker.sampling.thinking import only
 
 # Rows of logits held at once: 64 x 152k float32 are 39 MB.
 _MAX_LOGITS_ROWS = 64
@@ -111,7 +112,10 @@ class ModelRunner:
         """The next token of each of `rows`, from their logits [S, V]."""
         states = [row.state for row in rows]
         samples = self._sampler.sample(
-            logits, [state.sampling_row for state in states], [len(state.output_token_ids) for state in states]
+            logits,
+            [state.sampling_row for state in states],
+            [len(state.output_token_ids) for state in states],
+            thinking_masks(states, logits.shape[1]),
         )
         for row, token_id in zip(rows, samples.token_ids, strict=True):
             if token_id >= 0:
@@ -137,6 +141,16 @@ class ModelRunner:
                 return
             entries += found
         answers.prompt_logprobs[row.index] = tuple(entries)
+
+
+def thinking_masks(states: Sequence[RequestState], vocab_size: int) -> list[TokenMask | None] | None:
+    """Of the rows whose thinking budget is spent: the token that ends it; None where there is no such row."""
+    masks: list[TokenMask | None] | None = None
+    for i, state in enumerate(states):
+        if state.thinking is not None and (token_id := state.thinking.forced_token_id()) is not None:
+            masks = masks or [None] * len(states)
+            masks[i] = only(token_id, vocab_size)
+    return masks
 
 
 def prepare_forward_batch(

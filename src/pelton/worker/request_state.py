@@ -14,12 +14,13 @@ import numpy.typing as npt
 from pelton.core.batch import PENDING_TOKEN_ID, RequestContext, ScheduledBatch, ScheduledRequest
 from pelton.core.sampling_params import SamplingParams
 from pelton.worker.sampling.sampler import Sampler, SamplingRow
+from pelton.worker.sampling.thinking import ThinkingLimit
 
 
 class RequestState:
     """One request: its tokens so far, and what its sampling needs."""
 
-    __slots__ = ("_tables", "output_token_ids", "prompt_token_ids", "sampling", "sampling_row")
+    __slots__ = ("_tables", "output_token_ids", "prompt_token_ids", "sampling", "sampling_row", "thinking")
 
     def __init__(self, context: RequestContext, sampling: SamplingParams, sampler: Sampler) -> None:
         self.prompt_token_ids = context.prompt_token_ids
@@ -28,11 +29,16 @@ class RequestState:
         self.sampling_row: SamplingRow = sampler.make_row(sampling, context.seed)
         self.sampling_row.add_prompt(self.prompt_token_ids)
         self.sampling_row.add_output(self.output_token_ids)
+        self.thinking = None if sampling.thinking is None else ThinkingLimit(sampling.thinking)
+        if self.thinking is not None:
+            self.thinking.add_output(self.output_token_ids)
         self._tables: dict[int, tuple[tuple[int, ...], npt.NDArray[np.int64]]] = {}
 
     def add_output(self, token_id: int) -> None:
         self.output_token_ids.append(token_id)
         self.sampling_row.add_output((token_id,))
+        if self.thinking is not None:
+            self.thinking.add_output((token_id,))
 
     def known_token_ids(self, scheduled: ScheduledRequest) -> tuple[int, ...]:
         """The step's tokens, with what was sampled here in place of `PENDING_TOKEN_ID`.

@@ -20,6 +20,7 @@ class ThinkingLimit:
         self._num_thought = 0
         self._num_forced = 0
         self._tail: tuple[int, ...] = ()
+        self._max_tail = max(map(len, (budget.start_token_ids, budget.end_token_ids, budget.forced_token_ids)))
 
     def add_output(self, token_ids: Iterable[int]) -> None:
         for token_id in token_ids:
@@ -36,14 +37,25 @@ class ThinkingLimit:
     def _add(self, token_id: int) -> None:
         budget = self._budget
         is_forced = self.forced_token_id() == token_id
-        marker = budget.end_token_ids if self._is_open else budget.start_token_ids
-        self._tail = (*self._tail, token_id)[-len(marker) :]
+        self._tail = (*self._tail, token_id)[-self._max_tail :]
         if self._is_open:
             self._num_thought += 1
             self._num_forced += is_forced
-            self._is_over = self._tail == marker or self._num_forced == len(budget.forced_token_ids)
-        elif self._tail == marker:
+            if self._num_thought == budget.max_tokens:  # it may have begun to end by itself
+                self._num_forced = _overlap(self._tail, budget.forced_token_ids)
+            is_forced_out = self._num_forced == len(budget.forced_token_ids)
+            self._is_over = is_forced_out or _ends_with(self._tail, budget.end_token_ids)
+        elif _ends_with(self._tail, budget.start_token_ids):
             self._is_open, self._tail = True, ()
+
+
+def _ends_with(tail: tuple[int, ...], marker: tuple[int, ...]) -> bool:
+    return tail[-len(marker) :] == marker
+
+
+def _overlap(tail: tuple[int, ...], forced: tuple[int, ...]) -> int:
+    """How many of `forced` the end of `tail` has already."""
+    return max((size for size in range(1, len(forced)) if tail[-size:] == forced[:size]), default=0)
 
 
 def only(token_id: int, vocab_size: int) -> TokenMask:
