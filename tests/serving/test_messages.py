@@ -91,6 +91,7 @@ def test_the_bytes_of_a_stream(http: httpx2.Client) -> None:
 
 CALL = {"type": "tool_use", "id": "t1", "name": "f", "input": {"a": 1}}
 RESULT = {"type": "tool_result", "tool_use_id": "t1", "content": "1"}
+SHOWN = '<tool_call>{"a": 1}</tool_call>'
 USER, ASSISTANT, TOOL = "<|start|>user\n", "<|start|>assistant\n", "<|start|>tool\n"
 CONVERSATIONS: list[tuple[str, dict[str, Any], str]] = [
     ("text", {"messages": HI}, f"{USER}hi<|end|>{ASSISTANT}"),
@@ -113,13 +114,13 @@ CONVERSATIONS: list[tuple[str, dict[str, Any], str]] = [
                 {"type": "thinking", "thinking": "hm", "signature": "s"}, {"type": "text", "text": "so"}, CALL]},
             {"role": "user", "content": [RESULT, {"type": "text", "text": "and?"}]},
         ]},
-        f"{USER}hi<|end|>{ASSISTANT}so<|end|>{TOOL}1<|end|>{USER}and?<|end|>{ASSISTANT}",
+        f"{USER}hi<|end|>{ASSISTANT}so{SHOWN}<|end|>{TOOL}1<|end|>{USER}and?<|end|>{ASSISTANT}",
     ),
     (
         "a failed call",
         {"messages": [*HI, {"role": "assistant", "content": [CALL]}, {"role": "user", "content": [
             {**RESULT, "is_error": True, "content": [{"type": "text", "text": "no"}]}]}]},
-        f"{USER}hi<|end|>{ASSISTANT}<|end|>{TOOL}Error: no<|end|>{ASSISTANT}",
+        f"{USER}hi<|end|>{ASSISTANT}{SHOWN}<|end|>{TOOL}Error: no<|end|>{ASSISTANT}",
     ),
     (
         "a beginning of the answer",
@@ -130,14 +131,13 @@ CONVERSATIONS: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("body", "text"), [row[1:] for row in CONVERSATIONS], ids=[row[0] for row in CONVERSATIONS])
-def test_messages_become_a_conversation(
-    server: RunningServer, client: anthropic.Anthropic, body: dict[str, Any], text: str
-) -> None:
+def test_messages_become_a_conversation(tool_server: RunningServer, body: dict[str, Any], text: str) -> None:
+    client = client_of(tool_server)
     message = create(client, **body, max_tokens=1)
-    assert prompt_of(server, message.id) == text
+    assert prompt_of(tool_server, message.id) == text
     usage = message.usage
     counted = client.messages.count_tokens(model=MODEL_NAME, **body)
-    assert counted.input_tokens == len(server.executor._prompts[message.id])
+    assert counted.input_tokens == len(tool_server.executor._prompts[message.id])
     assert counted.input_tokens == (
         usage.input_tokens + usage.cache_read_input_tokens + usage.cache_creation_input_tokens
     )

@@ -125,18 +125,18 @@ CONVERSATIONS: list[tuple[str, Any, str]] = [
         [CALL, {**CALL, "call_id": "c2"},
          {"type": "function_call_output", "call_id": "c2", "output": "two"},
          {"type": "function_call_output", "call_id": "c1", "output": [{"type": "input_text", "text": "one"}]}],
-        "<|start|>assistant\n<|end|><|start|>tool\ntwo<|end|><|start|>tool\none<|end|>",
+        '<|start|>assistant\n<tool_call>{"a": 1}</tool_call><tool_call>{"a": 1}</tool_call><|end|>'
+        "<|start|>tool\ntwo<|end|><|start|>tool\none<|end|>",
     ),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("input", "text"), [row[1:] for row in CONVERSATIONS], ids=[row[0] for row in CONVERSATIONS])
-def test_items_become_a_conversation(
-    server: RunningServer, openai_client: openai.OpenAI, input: Any, text: str
-) -> None:
-    response = create(openai_client, input, max_output_tokens=1)
-    assert prompt_of(server, response.id) == text + "<|start|>assistant\n"
-    tokens = openai_client.responses.input_tokens.count(model=MODEL_NAME, input=input)
+def test_items_become_a_conversation(tool_server: RunningServer, input: Any, text: str) -> None:
+    client = client_of(tool_server)
+    response = create(client, input, max_output_tokens=1)
+    assert prompt_of(tool_server, response.id) == text + "<|start|>assistant\n"
+    tokens = client.responses.input_tokens.count(model=MODEL_NAME, input=input)
     assert tokens.input_tokens == response.usage.input_tokens
 
 
@@ -284,6 +284,7 @@ def test_an_engine_that_fails_is_told_in_band() -> None:
         assert failed.type == "response.failed"
         assert (failed.response.status, failed.response.error.code) == ("failed", "engine_step_failed")
         assert failed.sequence_number == error.sequence_number + 1
+        wait_until(lambda: server.client.stats.num_running == 0, "it still runs")
         server.executor.fail_next = RuntimeError("broken kernel")
         with pytest.raises(openai.InternalServerError):
             create(client)
