@@ -1,9 +1,8 @@
-"""A server over a scripted engine, as a process: `python -m tests.serving.child PORT DELAY_S DRAIN_S [DATA_DIR]`."""
+"""A server over a scripted engine, as a process: `python -m tests.serving.child PORT DELAY_S DRAIN_S [DATA_DIR [URL]]`."""
 
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 from pelton.core.errors import PeltonError
 from pelton.engine.client import EngineClient
@@ -21,6 +20,8 @@ from tests.serving.make import TEMPLATE, ByteTokenizer, ScriptedExecutor
 def main() -> int:
     port, delay_s, drain_s = int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
     config = ServerConfig(port=port, drain_timeout_s=drain_s)
+    data_dir, database_url = (*sys.argv[4:], None, None)[:2]
+    store = Store(StoreConfig(data_dir=data_dir or "/nonexistent", database_url=database_url or None))
 
     def build() -> object:
         if delay_s < 0:
@@ -29,9 +30,7 @@ def main() -> int:
 
     client = EngineClient(ThreadTransport(build), restart=False)  # type: ignore[arg-type]
     model = ModelCard(names=("scripted",), root="scripted", max_model_len=2048, created=1)
-    tokenizer: Any = ByteTokenizer()
-    store = Store(StoreConfig(data_dir=sys.argv[4])) if len(sys.argv) > 4 else None
-    app = create_app(client, tokenizer, model, config, chat_template=TEMPLATE, store=store)
+    app = create_app(client, ByteTokenizer(), model, config, chat_template=TEMPLATE, store=store)  # type: ignore[arg-type]
     try:
         return run_server(lambda: app, client, config)
     except PeltonError as error:

@@ -170,7 +170,7 @@ def running_server(
     chat_template: str | None = TEMPLATE,
     defaults: GenerationDefaults | None = None,
     start_engine: bool = True,
-    data_dir: Path | None = None,
+    store: StoreConfig | None = None,
     **info: Any,
 ) -> Iterator[RunningServer]:
     """A server on a free port, on a thread of its own; `info` as in `EngineInfo`. Greedy by default."""
@@ -185,7 +185,7 @@ def running_server(
         config or ServerConfig(),
         chat_template=chat_template,
         generation_defaults=defaults or GenerationDefaults(temperature=0.0),
-        store=Store(StoreConfig(data_dir=str(data_dir or folder.name))),
+        store=Store(store or StoreConfig(data_dir=folder.name)),
     )
     listener = listen("127.0.0.1", 0)
     server = uvicorn.Server(

@@ -15,6 +15,7 @@ import httpx2
 import openai
 import pytest
 
+from pelton.store.config import StoreConfig
 from tests.serving.make import ANSWER, MODEL_NAME, RunningServer, running_server
 from tests.serving.test_responses import EVENTS, create
 from tests.serving.test_sessions import client_of
@@ -101,11 +102,11 @@ def test_an_engine_that_fails_is_told() -> None:
 
 
 def test_what_is_stored_survives_a_restart(tmp_path: Path) -> None:
-    with running_server(data_dir=tmp_path) as server:
+    with running_server(store=StoreConfig(data_dir=str(tmp_path))) as server:
         client = client_of(server)
         first = create(client, "one")
         streamed: list[Any] = list(create(client, "two", background=True, stream=True))
-    with running_server(data_dir=tmp_path) as server:
+    with running_server(store=StoreConfig(data_dir=str(tmp_path))) as server:
         client = client_of(server)
         assert client.responses.retrieve(first.id) == first
         assert list(client.responses.retrieve(streamed[0].response.id, stream=True)) == streamed

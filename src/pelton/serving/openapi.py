@@ -15,6 +15,7 @@ _PATH_PARAMETER = re.compile(r"\{(\w+)(?::\w+)?\}")
 _ERROR_TEXTS = {
     400: "The request is not valid",
     401: "The API key is missing or wrong",
+    403: "The API key does not allow this",
     404: "There is none of that name",
     408: "The deadline passed",
     413: "The body is too large",
@@ -50,8 +51,7 @@ def build_openapi(routes: tuple[Route, ...], version: str, *, has_key: bool) -> 
     _, schemas = msgspec.json.schema_components(structs.values(), ref_template="#/components/schemas/{name}")
     schemas["CompletionRequest"]["properties"]["prompt"] = _PROMPT
     components: dict[str, Any] = {"schemas": schemas}
-    if has_key:
-        components["securitySchemes"] = {"ApiKey": {"type": "http", "scheme": "bearer"}}
+    components["securitySchemes"] = {"ApiKey": {"type": "http", "scheme": "bearer"}}
     paths: dict[str, Any] = {}
     for route in routes:
         path = _PATH_PARAMETER.sub(r"{\1}", route.path)
@@ -95,13 +95,13 @@ def _operation(route: Route, *, has_key: bool) -> dict[str, Any]:
         content["text/event-stream"] = {"schema": event}
     operation["responses"] = {"200": {"description": "Success", "content": content}}
     for status in route.errors:
-        if status == 401 and not has_key:
+        if status in (401, 403) and not (has_key or route.is_admin):
             continue
         operation["responses"][str(status)] = {
             "description": _ERROR_TEXTS[status],
             "content": {"application/json": _schema(route.error)},
         }
-    if has_key and not route.is_open:
+    if (has_key or route.is_admin) and not route.is_open:
         operation["security"] = [{"ApiKey": []}]
     return operation
 

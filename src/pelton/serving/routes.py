@@ -26,6 +26,7 @@ from pelton.serving.openai.responses_api.requests import (
     ResponseRequest,
     RetrieveQuery,
 )
+from pelton.serving.tenants.admin_routes import ADMIN_ROUTES
 
 Handler = Callable[[ServingContext, Request], Awaitable[Response]]
 
@@ -42,11 +43,12 @@ class Route:
     chunk: type[msgspec.Struct] | None = None  # of its stream
     errors: tuple[int, ...] = ()
     error: type[msgspec.Struct] = ErrorResponse
+    is_admin: bool = False  # needs a key of the scope `admin`, always
     is_open: bool = False  # needs no key
     has_tenant: bool = False  # is answered for the tenant that asks
 
 
-_BODY_ERRORS = (400, 401, 404, 408, 413, 415)
+_BODY_ERRORS = (400, 401, 403, 404, 408, 413, 415)
 _GENERATION_ERRORS = (*_BODY_ERRORS, 429, 500, 503)
 
 ROUTES = (
@@ -161,7 +163,7 @@ ROUTES = (
         handler=status.list_models,
         summary="The served models",
         answer=responses.ModelList,
-        errors=(401,),
+        errors=(401, 403),
     ),
     Route(
         method="GET",
@@ -169,7 +171,7 @@ ROUTES = (
         handler=status.show_model,
         summary="One served model",
         answer=responses.ModelInfo,
-        errors=(401, 404),
+        errors=(401, 403, 404),
     ),
     Route(
         method="POST",
@@ -222,7 +224,7 @@ ROUTES = (
         handler=status.show_version,
         summary="The server's version",
         answer=responses.VersionInfo,
-        errors=(401,),
+        errors=(401, 403),
     ),
     Route(
         method="GET",
@@ -255,6 +257,7 @@ ROUTES = (
         path="/metrics",
         handler=status.show_metrics,
         summary="Metrics for Prometheus",
-        errors=(401,),
+        errors=(401, 403),
     ),
+    *(Route(**row) for row in ADMIN_ROUTES),
 )
