@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pelton.serving.parsing.answer import AnswerPlan, ParsedAnswer, parse_answer
 from pelton.serving.tools import TOOL_CALL_FORMATS, detect_tool_call_format, tool_call_format
 from pelton.serving.tools.format import ToolDefinition
-from pelton.serving.tools.lark import calls_grammar, lark_string, optional_calls_grammar, triggered_grammar
+from pelton.serving.tools.lark import calls_grammar, free_grammar, lark_string, thought_rule
 
 WEATHER = ToolDefinition(
     name="get_weather",
@@ -265,17 +265,37 @@ def test_reads_what_it_enforces(name: str, is_parallel: bool) -> None:
 
 
 @pytest.mark.parametrize("name", TOOL_CALL_FORMATS)
-def test_grammars_of_strict_tools(name: str) -> None:
-    """Calls after the trigger, or for a format without one beside any text that is no call."""
-    syntax = tool_call_format(name).syntax(lark_string)
+def test_strict_tools_leave_the_rest_free(name: str) -> None:
+    """Any text, and text before calls where a trigger tells them; but no call that does not fit its schema."""
+    row = tool_call_format(name)
+    syntax = row.syntax(lark_string)
+    grammar = free_grammar(syntax, TOOLS, lark_string, is_parallel=True)
+    head = "<|channel|>final<|message|>" if name == "harmony" else ""
+    assert accepts(grammar, f"{head}Just a text.\n\n1 < 2 {{x}}")
+    forced = calls_grammar(syntax, TOOLS, lark_string, is_parallel=True)
+    calls = next(text for seed in range(99) if (text := sample(forced, seed)))
+    assert accepts(grammar, calls)
     if syntax.trigger:
-        grammar = triggered_grammar(syntax, TOOLS, is_parallel=True)
-        assert not llguidance.LLMatcher.validate_grammar(llguidance.grammar_from("lark", grammar))
-        assert not accepts(grammar, "free text")
-    else:
-        grammar = optional_calls_grammar(syntax, TOOLS, is_parallel=True)
-        assert accepts(grammar, "Just a text. {x}")
-        assert not accepts(grammar, '{"name": "get_weather", "parameters": {"town": 1}}')
+        assert accepts(grammar, f"Let me see.\n{calls}")
+        assert not accepts(grammar, f"Let me see. {syntax.trigger} no call")
+    renamed = calls.replace("get_weather", "get_leather").replace("math.add", "path.add")
+    assert not accepts(grammar, renamed)
+
+
+@pytest.mark.parametrize("name", TOOL_CALL_FORMATS)
+@pytest.mark.parametrize("is_open", [True, False])
+def test_reasoning_goes_ahead_of_calls(name: str, is_open: bool) -> None:
+    if name == "harmony":
+        pytest.skip("has reasoning of its own")
+    row = tool_call_format(name)
+    thought = thought_rule("<think>", "</think>", lark_string, is_open=is_open)
+    grammar = calls_grammar(row.syntax(lark_string), TOOLS, lark_string, is_parallel=True, thought=thought)
+    plain = calls_grammar(row.syntax(lark_string), TOOLS, lark_string, is_parallel=True)
+    calls = next(text for seed in range(99) if (text := sample(plain, seed)))
+    opening = "" if is_open else "<think>"
+    assert accepts(grammar, f"{opening}\nHm, a < b.\n</think>\n\n{calls}")
+    assert accepts(grammar, calls) != is_open
+    assert not accepts(grammar, f"{opening}Hm.</think>\nNo calls.")
 
 
 TEMPLATES = {

@@ -8,7 +8,7 @@ import pytest
 from pelton.core.batch import RequestContext
 from pelton.core.sampling_params import SamplingParams
 from pelton.core.thinking import ThinkingBudget
-from pelton.worker.model_runner import thinking_masks
+from pelton.worker.model_runner import with_forced_tokens
 from pelton.worker.request_state import RequestState
 from pelton.worker.sampling.reference import ReferenceSampler
 from pelton.worker.sampling.thinking import ThinkingLimit
@@ -63,8 +63,8 @@ def test_the_forced_token_is_sampled_whatever_the_logits_say() -> None:
     ]
     logits = np.zeros((2, VOCAB_SIZE), dtype=np.float32)
     logits[:, 7] = 9.0
-    masks = thinking_masks(states, VOCAB_SIZE)
+    masks = with_forced_tokens(None, states, VOCAB_SIZE)
     samples = sampler.sample(logits, [state.sampling_row for state in states], [3, 2], masks)
     assert samples.token_ids == [10, 7]
     assert samples.logprobs[0].token_id == 10
-    assert thinking_masks(states[1:], VOCAB_SIZE) is None
+    assert with_forced_tokens(None, states[1:], VOCAB_SIZE) is None

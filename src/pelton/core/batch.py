@@ -97,6 +97,7 @@ class StepResult:
     logprobs: tuple[tuple[TokenLogprobs, ...] | None, ...] = ()
     prompt_logprobs: tuple[tuple[TokenLogprobs, ...] | None, ...] = ()
     num_accepted: tuple[int, ...] = ()
+    complete_ids: tuple[str, ...] = ()  # requests whose grammar lets nothing follow what was just sampled
     # request_id -> what went wrong with that request alone (for example NaN logits)
     failed: dict[str, str] | None = None
     elapsed_s: float = 0.0

@@ -7,7 +7,7 @@ request, and their own chunks and objects of the events that `PreparedTurn.plan`
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,7 +22,14 @@ from pelton.serving.reasoning.options import ReasoningOptions
 from pelton.serving.tools.choice import NO_TOOLS, ToolMode, ToolUse
 from pelton.serving.tools.format import ToolDefinition
 from pelton.serving.tools.generic_prompt import with_tools_in_text
-from pelton.serving.tools.lark import calls_grammar, optional_calls_grammar, triggered_grammar, without_schema
+from pelton.serving.tools.lark import (
+    answer_text,
+    calls_grammar,
+    free_grammar,
+    text_grammar,
+    thought_rule,
+    without_schema,
+)
 
 Message = dict[str, Any]
 
@@ -51,21 +58,41 @@ class PreparedTurn:
     shown_token_ids: tuple[int, ...] = ()
     thinking: ThinkingBudget | None = None
     reports_reasoning: bool = False
-    # Where reasoning ends that an answer begins with for certain: a grammar of the answer starts after it.
-    reasoning_end: str = ""
+    tool_use: ToolUse = NO_TOOLS
+    reasoning_end: str = ""  # what ends reasoning that is still to come, where it is plain text
+    # The grammar of an answer that is calls or what a Lark expression says, after reasoning where there is some.
+    grammar_of: Callable[[str], Grammar] | None = None
 
-    def apply(self, sampling: SamplingParams) -> SamplingParams:
-        """Raises `InvalidRequestError` where the tools' grammar meets one that the request brought."""
-        if self.grammar is not None and sampling.grammar is not None:
+
+async def constrain_turn(context: ServingContext, turn: PreparedTurn, sampling: SamplingParams) -> SamplingParams:
+    """`sampling` with what the turn asks for beside it. Raises `InvalidRequestError` where a tool's schema does not
+    compile, or where a format of the answer leaves no room for calls."""
+    grammar = turn.grammar
+    asked = sampling.grammar
+    if asked is not None and turn.grammar_of is not None:
+        text = answer_text(asked)
+        if text is None and turn.tool_use.may_call:
             raise InvalidRequestError(
-                "the choice of tools leaves no room for another format: send tool_choice 'auto' without strict "
-                "tools, or leave response_format out",
-                param="tool_choice",
+                f"a format of kind {asked.kind} does not go together with tools; JSON and choices do", param="tools"
             )
-        grammar = self.grammar or sampling.grammar
-        if grammar is not None and grammar is not self.grammar and self.reasoning_end and not grammar.starts_after:
-            grammar = replace(grammar, starts_after=self.reasoning_end)
-        return replace(sampling, grammar=grammar, shown_token_ids=self.shown_token_ids, thinking=self.thinking)
+        if text is None:
+            grammar = replace(asked, starts_after=turn.reasoning_end)
+        elif turn.tool_use.mode is not ToolMode.REQUIRED:  # calls alone have no text to be of a format
+            grammar = turn.grammar_of(text)
+    if grammar is not None:
+        grammar = await _checked(context, turn, grammar)
+    return replace(sampling, grammar=grammar or asked, shown_token_ids=turn.shown_token_ids, thinking=turn.thinking)
+
+
+async def _checked(context: ServingContext, turn: PreparedTurn, grammar: Grammar) -> Grammar:
+    """Raises `InvalidRequestError` with the place in the tool whose schema cannot be enforced."""
+    try:
+        return await context.check_grammar(grammar, "tools")
+    except InvalidRequestError:
+        for index, tool in enumerate(turn.tool_use.tools):
+            schema = Grammar(kind=GrammarKind.JSON_SCHEMA, source=json.dumps(tool.parameters))
+            await context.check_grammar(schema, f"tools[{index}].function.parameters")
+        raise
 
 
 def prepare_turn(context: ServingContext, conversation: Conversation) -> PreparedTurn:
@@ -121,7 +148,7 @@ def plan_turn(dialect: Dialect, conversation: Conversation, prompt: str, token_i
             frozenset(tool.name for tool in use.tools), starts_only=any(tool.strict for tool in use.tools)
         )
         plan = replace(plan, answer=reads, max_calls=None if use.is_parallel else 1)
-    thinking, reasoning_end, before = None, "", ""
+    thinking, thought = None, ""
     if reasoning is not None:
         markers += reasoning.markers
         is_open, is_over = reasoning.is_open(prompt), reasoning.is_over(prompt)
@@ -130,49 +157,51 @@ def plan_turn(dialect: Dialect, conversation: Conversation, prompt: str, token_i
             plan = replace(plan, answer=reads_reasoning)
         elif not is_over:
             plan = replace(plan, reasoning=reads_reasoning, reasoning_end_id=dialect.single_token_id(reasoning.closing))
-            reasoning_end = reasoning.closing if is_open else ""
-            before = _reasoning_before(dialect, is_open=is_open)
+            thought = thought_rule(reasoning.opening, reasoning.closing, dialect.spell, is_open=is_open)
         if not is_over:
             thinking = _thinking_budget(dialect, options, is_open=is_open)
     return PreparedTurn(
         token_ids=token_ids,
         plan=plan,
-        grammar=_tools_grammar(dialect, use, before, reasoning_end),
+        grammar=_tools_grammar(dialect, use, thought),
         shown_token_ids=dialect.special_token_ids(tuple(dict.fromkeys(markers))),
         thinking=thinking,
         reports_reasoning=reasoning is not None,
-        reasoning_end=reasoning_end,
+        tool_use=use,
+        reasoning_end=reasoning.closing if thought and reasoning is not None else "",
+        grammar_of=_answer_grammar(dialect, use, thought),
     )
 
 
-def _tools_grammar(dialect: Dialect, use: ToolUse, before: str, reasoning_end: str) -> Grammar | None:
+def _tools_grammar(dialect: Dialect, use: ToolUse, thought: str) -> Grammar | None:
     """What holds calls to their schemas; None where the model is free."""
     if not use.may_call:
         return None
     syntax = dialect.tool_format.syntax(dialect.spell)
     if use.mode is ToolMode.REQUIRED:
-        source = calls_grammar(syntax, use.tools, dialect.spell, is_parallel=use.is_parallel, before=before)
-        return Grammar(kind=GrammarKind.LARK, source=source, starts_after=reasoning_end)
-    tools = [tool if tool.strict else without_schema(tool) for tool in use.tools]
-    is_strict = any(tool.strict for tool in use.tools)
-    if syntax.trigger and (is_strict or not use.is_parallel):
-        source = triggered_grammar(syntax, tools, is_parallel=use.is_parallel)
-        return Grammar(kind=GrammarKind.LARK, source=source, starts_after=syntax.trigger)
-    if is_strict:
-        source = optional_calls_grammar(syntax, tools, is_parallel=use.is_parallel, before=before)
-        return Grammar(kind=GrammarKind.LARK, source=source, starts_after=reasoning_end)
-    return None
+        source = calls_grammar(syntax, use.tools, dialect.spell, is_parallel=use.is_parallel, thought=thought)
+    elif any(tool.strict for tool in use.tools):
+        tools = [tool if tool.strict else without_schema(tool) for tool in use.tools]
+        source = free_grammar(syntax, tools, dialect.spell, is_parallel=use.is_parallel, thought=thought)
+    else:
+        return None
+    return Grammar(kind=GrammarKind.LARK, source=source)
 
 
-def _reasoning_before(dialect: Dialect, *, is_open: bool) -> str:
-    """What of reasoning a grammar of the whole answer allows ahead of it: the model may or may not think."""
-    reasoning = dialect.reasoning_format
-    assert reasoning is not None
-    space = r"/\n{0,2}/"
-    if is_open:  # the grammar starts after its end
-        return space
-    closing = dialect.spell(reasoning.closing)
-    return f"({dialect.spell(reasoning.opening)} /(?s:.*)/ {closing} {space})?"
+def _answer_grammar(dialect: Dialect, use: ToolUse, thought: str) -> Callable[[str], Grammar] | None:
+    """For an answer whose text has a format of its own; None where nothing but that text can come."""
+    if not use.may_call and not thought:
+        return None
+
+    def grammar_of(text: str) -> Grammar:
+        if not use.may_call:
+            return Grammar(kind=GrammarKind.LARK, source=text_grammar(text, thought))
+        syntax = replace(dialect.tool_format.syntax(dialect.spell), free=text)
+        tools = [tool if tool.strict else without_schema(tool) for tool in use.tools]
+        source = free_grammar(syntax, tools, dialect.spell, is_parallel=use.is_parallel, thought=thought)
+        return Grammar(kind=GrammarKind.LARK, source=source)
+
+    return grammar_of
 
 
 def _thinking_budget(dialect: Dialect, options: ReasoningOptions, *, is_open: bool) -> ThinkingBudget | None:

@@ -14,11 +14,13 @@ import numpy as np
 
 from pelton.core.batch import NULL_BLOCK_ID, ScheduledBatch, ScheduledRequest, StepResult
 from pelton.core.output import TokenLogprobs
+from pelton.core.protocols import TokenDecoder
 from pelton.worker.forward_batch import Floats, ForwardBatch, GroupBatch
 from pelton.worker.kv_storage import KVStorage
 from pelton.worker.layers.rotary import RotaryTable, rotary_tables
 from pelton.worker.models.registry import Model, compile_model
 from pelton.worker.request_state import RequestState, RequestStates
+from pelton.worker.sampling.grammar import GrammarMasks, GrammarMatchers
 from pelton.worker.sampling.sampler import Sampler, TokenMask
 from pelton.worker.sampling.thinking import only
 
@@ -43,6 +45,7 @@ class _Answers:
     sampled_token_ids: list[tuple[int, ...]]
     logprobs: list[tuple[TokenLogprobs, ...] | None]
     prompt_logprobs: list[tuple[TokenLogprobs, ...] | None]
+    complete_ids: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
 
 
@@ -53,13 +56,19 @@ class ModelRunner:
     reported in `StepResult.failed` by the steps that were already in flight.
     """
 
-    def __init__(self, model: Model, kv: KVStorage, sampler: Sampler, *, block_size: int) -> None:
+    def __init__(
+        self, model: Model, kv: KVStorage, sampler: Sampler, *, block_size: int, decoder: TokenDecoder | None = None
+    ) -> None:
+        """`decoder`: the model's, without which requests with a grammar fail."""
         self._kv = kv
         self._sampler = sampler
         self._program = compile_model(model, kv)
         self._rotary_tables = rotary_tables(model.spec)
         self._block_size = block_size
-        self._states = RequestStates(sampler, model.spec.vocab_size)
+        vocab_size = model.spec.vocab_size
+        matchers = GrammarMatchers(decoder, vocab_size) if decoder is not None else None
+        self._states = RequestStates(sampler, vocab_size, matchers)
+        self._masks = GrammarMasks(vocab_size, sorted(decoder.eos_token_ids) if decoder is not None else ())
 
     def run_step(self, batch: ScheduledBatch) -> StepResult:
         """KV operations, then one forward pass, then sampling. Raises what the model or the kernels raise."""
@@ -83,6 +92,7 @@ class ModelRunner:
             sampled_token_ids=tuple(answers.sampled_token_ids),
             logprobs=tuple(answers.logprobs),
             prompt_logprobs=tuple(answers.prompt_logprobs),
+            complete_ids=tuple(answers.complete_ids),
             failed=answers.failed or None,
             elapsed_s=time.perf_counter() - start_s,
             kv_copy_s=kv_copy_s,
@@ -115,14 +125,17 @@ class ModelRunner:
             logits,
             [state.sampling_row for state in states],
             [len(state.output_token_ids) for state in states],
-            thinking_masks(states, logits.shape[1]),
+            with_forced_tokens(self._masks.fill([state.grammar for state in states]), states, logits.shape[1]),
         )
         for row, token_id in zip(rows, samples.token_ids, strict=True):
             if token_id >= 0:
                 row.state.add_output(token_id)
                 answers.sampled_token_ids[row.index] = (token_id,)
+                if row.state.grammar is not None and row.state.grammar.is_complete:
+                    answers.complete_ids.append(row.scheduled.request_id)
         for i, problem in samples.problems.items():
-            answers.failed[rows[i].scheduled.request_id] = problem
+            grammar = states[i].grammar
+            answers.failed[rows[i].scheduled.request_id] = (grammar and grammar.problem) or problem
         for i, logprobs in samples.logprobs.items():
             answers.logprobs[rows[i].index] = (logprobs,)
 
@@ -143,9 +156,10 @@ class ModelRunner:
         answers.prompt_logprobs[row.index] = tuple(entries)
 
 
-def thinking_masks(states: Sequence[RequestState], vocab_size: int) -> list[TokenMask | None] | None:
-    """Of the rows whose thinking budget is spent: the token that ends it; None where there is no such row."""
-    masks: list[TokenMask | None] | None = None
+def with_forced_tokens(
+    masks: list[TokenMask | None] | None, states: Sequence[RequestState], vocab_size: int
+) -> list[TokenMask | None] | None:
+    """`masks`, but for rows whose thinking budget is spent: those are left the one token that ends it."""
     for i, state in enumerate(states):
         if state.thinking is not None and (token_id := state.thinking.forced_token_id()) is not None:
             masks = masks or [None] * len(states)

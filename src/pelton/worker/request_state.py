@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from pelton.core.batch import PENDING_TOKEN_ID, RequestContext, ScheduledBatch, ScheduledRequest
 from pelton.core.sampling_params import SamplingParams
+from pelton.worker.sampling.grammar import GrammarMatchers, RequestGrammar
 from pelton.worker.sampling.sampler import Sampler, SamplingRow
 from pelton.worker.sampling.thinking import ThinkingLimit
 
@@ -20,12 +21,23 @@ from pelton.worker.sampling.thinking import ThinkingLimit
 class RequestState:
     """One request: its tokens so far, and what its sampling needs."""
 
-    __slots__ = ("_tables", "output_token_ids", "prompt_token_ids", "sampling", "sampling_row", "thinking")
+    __slots__ = (
+        "_tables",
+        "grammar",
+        "output_token_ids",
+        "prompt_token_ids",
+        "sampling",
+        "sampling_row",
+        "thinking",
+    )
 
-    def __init__(self, context: RequestContext, sampling: SamplingParams, sampler: Sampler) -> None:
+    def __init__(
+        self, context: RequestContext, sampling: SamplingParams, sampler: Sampler, grammar: RequestGrammar | None = None
+    ) -> None:
         self.prompt_token_ids = context.prompt_token_ids
         self.output_token_ids = list(context.output_token_ids)
         self.sampling = sampling
+        self.grammar = grammar
         self.sampling_row: SamplingRow = sampler.make_row(sampling, context.seed)
         self.sampling_row.add_prompt(self.prompt_token_ids)
         self.sampling_row.add_output(self.output_token_ids)
@@ -39,6 +51,8 @@ class RequestState:
         self.sampling_row.add_output((token_id,))
         if self.thinking is not None:
             self.thinking.add_output((token_id,))
+        if self.grammar is not None:
+            self.grammar.add_output(token_id)
 
     def known_token_ids(self, scheduled: ScheduledRequest) -> tuple[int, ...]:
         """The step's tokens, with what was sampled here in place of `PENDING_TOKEN_ID`.
@@ -67,8 +81,10 @@ class RequestState:
 class RequestStates:
     """The states by request id, kept in step with the batches."""
 
-    def __init__(self, sampler: Sampler, vocab_size: int) -> None:
+    def __init__(self, sampler: Sampler, vocab_size: int, matchers: GrammarMatchers | None = None) -> None:
+        """`matchers`: None where no request may have a grammar."""
         self._sampler = sampler
+        self._matchers = matchers
         self._vocab_size = vocab_size
         self._states: dict[str, RequestState] = {}
 
@@ -106,5 +122,10 @@ class RequestStates:
         for token_ids in (context.prompt_token_ids, context.output_token_ids):
             if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self._vocab_size:
                 return f"a token id is outside the model's vocabulary of {self._vocab_size}"
-        self._states[scheduled.request_id] = RequestState(context, scheduled.sampling, self._sampler)
+        sampling, grammar = scheduled.sampling, None
+        if sampling.grammar is not None:
+            if self._matchers is None:
+                return "the worker has no vocabulary to apply a grammar with"
+            grammar = RequestGrammar(self._matchers.start(sampling.grammar), sampling, context.output_token_ids)
+        self._states[scheduled.request_id] = RequestState(context, sampling, self._sampler, grammar)
         return None

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
-
 from pelton.core.errors import InvalidRequestError
 from pelton.serving.anthropic.conversation import chat_messages
 from pelton.serving.anthropic.requests import (
@@ -16,6 +14,7 @@ from pelton.serving.anthropic.requests import (
     ToolChoiceParam,
     ToolParam,
 )
+from pelton.serving.openai.as_chat import as_chat
 from pelton.serving.openai.requests import ChatRequest, check_supported
 
 
@@ -45,10 +44,7 @@ def chat_request(request: CountTokensRequest) -> ChatRequest:
             body["stop"] = request.stop_sequences
         if request.metadata is not None and request.metadata.user_id is not None:
             body["user"] = request.metadata.user_id
-    try:
-        return msgspec.convert(body, ChatRequest)
-    except msgspec.ValidationError as error:
-        raise InvalidRequestError(f"the request is not usable as a chat: {error}") from None
+    return as_chat(body)
 
 
 def _add_tools(body: dict[str, Any], request: CountTokensRequest) -> None:

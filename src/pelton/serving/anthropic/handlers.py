@@ -18,11 +18,12 @@ from pelton.serving.anthropic.requests import CountTokensRequest, MessageRequest
 from pelton.serving.built_answer import BuiltAnswer
 from pelton.serving.caller import answered_tools, caller_of
 from pelton.serving.context import ServingContext, new_answer_id
-from pelton.serving.conversation import PreparedTurn, prepare_turn
+from pelton.serving.conversation import PreparedTurn, constrain_turn, prepare_turn
 from pelton.serving.errors import json_response
 from pelton.serving.openai.chat import chat_conversation
 from pelton.serving.openai.requests import ChatRequest, check_supported
 from pelton.serving.openai.sampling import chat_sampling
+from pelton.serving.openai.structured_output import constrained
 from pelton.serving.param_names import renamed_params
 from pelton.serving.parsing.answer import AnswerPlan
 from pelton.serving.request_body import read_json_body
@@ -47,7 +48,8 @@ async def create_message(context: ServingContext, http_request: Request) -> Resp
     caller = caller_of(http_request, chat)
     with renamed_params(PARAM_NAMES):
         turn = await _prepare(context, chat)
-        sampling = turn.apply(chat_sampling(chat, context.defaults))
+        sampling = await constrained(context, chat, chat_sampling(chat, context.defaults))
+        sampling = await constrain_turn(context, turn, sampling)
     prompt = turn.token_ids
     sampling, is_limited = _within_context(sampling, len(prompt), context.max_model_len)
     answer_id = new_answer_id("msg").replace("-", "_")

@@ -13,7 +13,7 @@ from pelton.core.errors import InvalidRequestError
 from pelton.core.sampling_params import SamplingParams
 from pelton.serving.caller import answered_tools, caller_of
 from pelton.serving.context import ServingContext, new_answer_id, now_unix_s
-from pelton.serving.conversation import Conversation, PreparedTurn, prepare_turn
+from pelton.serving.conversation import Conversation, PreparedTurn, constrain_turn, prepare_turn
 from pelton.serving.generation import PromptResult, SequenceResult
 from pelton.serving.openai.answers import finish_reason_name, response_message
 from pelton.serving.openai.chunks import AnswerOptions, ChatChunkEncoder, UsageCounter
@@ -22,6 +22,7 @@ from pelton.serving.openai.messages import template_messages
 from pelton.serving.openai.requests import ChatRequest, TokenizeRequest, check_supported
 from pelton.serving.openai.responses import ChatChoice, ChatCompletion
 from pelton.serving.openai.sampling import chat_sampling
+from pelton.serving.openai.structured_output import constrained
 from pelton.serving.openai.tools import tool_use
 from pelton.serving.parsing.answer import AnswerPlan, ParsedAnswer
 from pelton.serving.reasoning.options import ReasoningOptions
@@ -35,10 +36,10 @@ async def create_chat_completion(context: ServingContext, http_request: Request)
     check_supported(request)
     context.check_model(request.model)
     caller = caller_of(http_request, request)
-    sampling = chat_sampling(request, context.defaults)
     conversation = chat_conversation(context, request)
+    sampling = await constrained(context, request, chat_sampling(request, context.defaults))
     turn = await context.prepare(prepare_turn, context, conversation)
-    sampling = turn.apply(sampling)
+    sampling = await constrain_turn(context, turn, sampling)
     options = _answer_options(context, request, sampling, turn, is_named_tool=conversation.tool_use.is_named)
     tool_names = answered_tools(request.messages)
     generation = context.submit(options.answer_id, [turn.token_ids], request, sampling, caller, tool_names)

@@ -28,8 +28,8 @@ SpellMarker = Callable[[str], str]
 class CallSyntax:
     """How calls are written, as Lark expressions: `before` `trigger` `opening` `call` (`separator` `call`)* `closing`.
 
-    `trigger` is plain text, "" where calls begin without one: from it on an answer can be held to the rest. A format
-    that writes one call per answer has no `separator`.
+    `trigger` is a marker's text, "" where calls begin without one. A format that writes one call per answer has no
+    `separator`. `free` is an answer without calls, where it is not just any text that does not begin like calls.
     """
 
     call: Callable[[ToolDefinition], str]
@@ -38,6 +38,7 @@ class CallSyntax:
     separator: str | None = None
     opening: str = ""
     closing: str = ""
+    free: str = ""
 
 
 class ToolCallFormat(Protocol):

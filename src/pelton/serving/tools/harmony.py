@@ -31,13 +31,14 @@ class HarmonyFormat(CommonCallIds):
 
     def syntax(self, spell: SpellMarker) -> CallSyntax:
         analysis = f"{spell(CHANNEL)} {lark_string('analysis')} {spell(MESSAGE)} /(?s:.*)/ {spell(END)}"
-        before = f"({analysis} {spell(START)} {lark_string('assistant')})? {spell(CHANNEL)} {lark_string('commentary')}"
+        before = f"({analysis} {spell(START)} {lark_string('assistant')})?"
+        final = f"{spell(CHANNEL)} {lark_string('final')} {spell(MESSAGE)} /(?s:.*)/"
 
         def call(tool: ToolDefinition) -> str:
-            head = f"{lark_string(tool.name + ' ')} {spell(CONSTRAIN)} {lark_string('json')} {spell(MESSAGE)}"
-            return f"{head} {arguments_json(tool)}"
+            head = f"{spell(CHANNEL)} {lark_string(f'commentary to=functions.{tool.name} ')} {spell(CONSTRAIN)}"
+            return f"{head} {lark_string('json')} {spell(MESSAGE)} {arguments_json(tool)}"
 
-        return CallSyntax(call=call, before=before, trigger=" to=functions.")
+        return CallSyntax(call=call, before=before, free=final)
 
 
 def read_harmony(reader: TextReader, sink: AnswerSink) -> Steps[None]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
-
 from pelton.core.errors import InvalidRequestError
+from pelton.serving.openai.as_chat import as_chat
 from pelton.serving.openai.requests import ChatRequest
 from pelton.serving.openai.responses_api.conversation import Conversation, chat_tools
 from pelton.serving.openai.responses_api.requests import (
@@ -47,10 +46,7 @@ def chat_request(request: InputTokensRequest, earlier: Sequence[InputItem], own:
             body["previous_response_id"] = request.previous_response_id
         if request.top_logprobs or LOGPROBS in (request.include or ()):
             body |= {"logprobs": True, "top_logprobs": request.top_logprobs or 0}
-    try:
-        return msgspec.convert(body, ChatRequest)
-    except msgspec.ValidationError as error:
-        raise InvalidRequestError(f"the request is not usable as a chat: {error}") from None
+    return as_chat(body)
 
 
 def _add_tools(body: dict[str, Any], request: InputTokensRequest) -> None:

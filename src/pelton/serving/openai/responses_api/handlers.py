@@ -14,7 +14,7 @@ from pelton.core.sampling_params import SamplingParams
 from pelton.serving.built_answer import BuiltAnswer
 from pelton.serving.caller import answered_tools, caller_of, tenant_of
 from pelton.serving.context import ServingContext, new_answer_id, now_unix_s
-from pelton.serving.conversation import PreparedTurn, prepare_turn
+from pelton.serving.conversation import PreparedTurn, constrain_turn, prepare_turn
 from pelton.serving.errors import json_response
 from pelton.serving.openai.chat import chat_conversation
 from pelton.serving.openai.requests import ChatRequest, check_supported
@@ -33,6 +33,7 @@ from pelton.serving.openai.responses_api.runs import LogStream
 from pelton.serving.openai.responses_api.service import decode_input
 from pelton.serving.openai.responses_api.truncation import prepare_truncated
 from pelton.serving.openai.sampling import chat_sampling
+from pelton.serving.openai.structured_output import constrained
 from pelton.serving.param_names import renamed_params
 from pelton.serving.parsing.answer import AnswerPlan
 from pelton.serving.query import read_query
@@ -65,9 +66,9 @@ async def create_response(context: ServingContext, http_request: Request) -> Res
     chat = chat_request(request, earlier, own)
     caller = caller_of(http_request, chat)
     with renamed_params(PARAM_NAMES):
-        sampling = chat_sampling(chat, context.defaults)
+        sampling = await constrained(context, chat, chat_sampling(chat, context.defaults))
         turn = await _prepare(context, request, chat, sampling.max_tokens or 1)
-        sampling = turn.apply(sampling)
+        sampling = await constrain_turn(context, turn, sampling)
     response = _new_response(context, request, sampling)
     with renamed_params(PARAM_NAMES):
         generation = context.submit(
