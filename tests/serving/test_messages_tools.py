@@ -92,7 +92,6 @@ def test_a_loop_of_calls(tool_server: RunningServer) -> None:
         ({"type": "any"}, True),
         ({"type": "tool", "name": "get_time"}, True),
         ({"type": "none"}, False),
-        ({"type": "auto", "disable_parallel_tool_use": True}, True),
     ],
 )
 def test_the_choice_of_tools(tool_server: RunningServer, choice: dict[str, Any], is_constrained: bool) -> None:
@@ -100,6 +99,11 @@ def test_the_choice_of_tools(tool_server: RunningServer, choice: dict[str, Any],
     sampling = tool_server.executor.batches[-1].requests[0].sampling
     assert (sampling.grammar is not None) == is_constrained
     assert (message.content[0].type == "text") == (choice["type"] == "none")
+
+
+def test_one_call_at_a_time(tool_server: RunningServer) -> None:
+    choice = {"type": "auto", "disable_parallel_tool_use": True}
+    assert shapes(ask(tool_server, "\n".join(CALLS.values()), tool_choice=choice)) == CALLED[:1]
 
 
 def test_thinking(tool_server: RunningServer) -> None:

@@ -63,6 +63,7 @@ class ResponseBuilder:
         self._frame = (b"", b"")  # around the sequence number of a delta of the open item
         self._logprobs: list[TokenLogprob] = []  # of the open message
         self._new_logprobs: list[TokenLogprobs] = []  # of tokens whose text is held back
+        self._last_status: ItemStatus = "completed"  # of an item that ends now
         self._finish_reason: FinishReason | None = None
         self._usage: Usage | None = None
 
@@ -133,13 +134,15 @@ class ResponseBuilder:
             self._add_event(event)
         if output.finish_reason is None:
             return
+        if output.finish_reason is FinishReason.LENGTH:
+            self._last_status = "incomplete"
         for event in self._parser.finish():
             self._add_event(event)
         self.is_finished = True
         self._finish_reason = output.finish_reason
         if not self.response.output:
             self._open_message()
-        self._close("incomplete" if output.finish_reason is FinishReason.LENGTH else "completed")
+        self._close(self._last_status)
         if output.usage is not None:
             self._set_usage(output.usage)
 
@@ -159,7 +162,7 @@ class ResponseBuilder:
         elif isinstance(event, ArgumentsDelta):
             self._delta(event.text)
         else:
-            self._close("completed")
+            self._close(self._last_status)
 
     def _open_message(self) -> None:
         self._close("completed")
