@@ -44,8 +44,8 @@ class Case:
         return next((function["parameters"] for function in found), None)
 
 
-def load_cases(archive: Path, category: str, count: int) -> list[Case]:
-    """The first `count` of a category."""
+def load_cases(archive: Path, category: str, start: int, count: int) -> list[Case]:
+    """`count` of a category, from number `start` on."""
     name = f"BFCL_v4_{CATEGORIES[category]}.json"
     with zipfile.ZipFile(archive) as file:
         questions = [json.loads(line) for line in file.read(f"{_FOLDER}/{name}").splitlines()]
@@ -59,7 +59,7 @@ def load_cases(archive: Path, category: str, count: int) -> list[Case]:
             [{"type": "function", "function": _function(function)} for function in question["function"]],
             expected[question["id"]],
         )
-        for question in questions[:count]
+        for question in questions[start : start + count]
     ]
 
 
@@ -220,10 +220,19 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
             return await run_case(asker, case, check=args.check)
 
     report: dict[str, Any] = {"model": args.model, "label": args.label, "categories": {}}
+    if args.output is not None and args.output.exists():
+        report = json.loads(args.output.read_text(encoding="utf-8"))
     for category in args.categories.split(","):
         start_s = time.perf_counter()
-        results = await asyncio.gather(*map(one, load_cases(args.data, category, args.count)))
-        report["categories"][category] = summary(results, time.perf_counter() - start_s)
+        cases = load_cases(args.data, category, args.start, args.count)
+        results = await asyncio.gather(*map(one, cases))
+        elapsed_s = time.perf_counter() - start_s
+        before = report["categories"].get(category)
+        if before is not None:
+            new_ids = {case.case_id for case in cases}
+            results = [result for result in before["results"] if result["id"] not in new_ids] + results
+            elapsed_s += before["elapsed_s"]
+        report["categories"][category] = summary(results, elapsed_s)
         print_summary(category, report["categories"][category])
     return report
 
@@ -268,11 +277,12 @@ def main() -> None:
     parser.add_argument("--model", default="m")
     parser.add_argument("--label", default="pelton")
     parser.add_argument("--categories", default=",".join(CATEGORIES))
+    parser.add_argument("--start", type=int, default=0, help="number of the first case of each category")
     parser.add_argument("--count", type=int, default=70, help="cases of each category")
     parser.add_argument("--concurrency", type=int, default=8)
     parser.add_argument("--max-tokens", type=int, default=384)
     parser.add_argument("--check", action="store_true", help="stream each case too, and compare")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, help="cases that it holds already stay")
     args = parser.parse_args()
     report = asyncio.run(run(args))
     if args.output is not None:
