@@ -118,7 +118,10 @@ def make_agent(client: openai.AsyncOpenAI, called: list[tuple[str, Any]]) -> age
     return agents.Agent(
         name="helper",
         model=agents.OpenAIResponsesModel(model="m", openai_client=client),
-        model_settings=agents.ModelSettings(temperature=0.0, max_tokens=200),
+        model_settings=agents.ModelSettings(
+            temperature=0.0, max_tokens=200, tool_choice="required", parallel_tool_calls=False
+        ),
+        reset_tool_choice=False,
         tools=[get_temperature, to_fahrenheit, send_message],
         tool_use_behavior=agents.StopAtTools(stop_at_tool_names=["send_message"]),
     )

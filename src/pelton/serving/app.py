@@ -103,7 +103,12 @@ def create_app(
 
 def _response_service(store: Store, config: ServerConfig) -> ResponseService:
     place = f"{socket.gethostname()}:{config.host}:{config.port}" if config.port else uuid.uuid4().hex
-    return ResponseService(store, retention_s=config.response_retention_days * 86400.0, server_id=place)
+    return ResponseService(
+        store,
+        retention_s=config.response_retention_days * 86400.0,
+        max_per_tenant=config.max_stored_responses,
+        server_id=place,
+    )
 
 
 class _Route(Route):

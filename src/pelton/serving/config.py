@@ -23,6 +23,7 @@ class ServerConfig:
     drain_timeout_s: float = setting(30.0, "on SIGTERM, how long running requests may take to finish")
     max_body_bytes: int = setting(32 * 2**20, "largest request body")
     response_retention_days: float = setting(30.0, "how long /v1/responses keeps what it stores")
+    max_stored_responses: int = setting(100_000, "how many responses are kept of a tenant, the latest")
     cors_origins: tuple[str, ...] = setting(
         (), "origins that browsers may call from; default: none", alias="--allowed-origins"
     )
@@ -45,7 +46,7 @@ class ServerConfig:
             _check_name("reasoning_parser", self.reasoning_parser, REASONING_NAMES)
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             raise ConfigError("ssl_certfile and ssl_keyfile go together")
-        for name in ("max_header_bytes", "header_timeout_s", "max_body_bytes"):
+        for name in ("max_header_bytes", "header_timeout_s", "max_body_bytes", "max_stored_responses"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be positive")
         for name in ("request_timeout_s", "drain_timeout_s", "response_retention_days"):

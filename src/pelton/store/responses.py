@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from sqlalchemy import Boolean, Column, Double, LargeBinary, String, Table, delete, insert, select, update
+from sqlalchemy import Boolean, Column, Double, Index, LargeBinary, String, Table, delete, insert, select, update
 
 from pelton.store.database import Database
 from pelton.store.stored_response import StoredResponse
@@ -24,6 +24,7 @@ responses = Table(
     Column("server_id", String(300), nullable=False),
     Column("lease_until_s", Double, nullable=False),
     Column("events", LargeBinary),
+    Index("ix_responses_tenant_id_created_s", "tenant_id", "created_s"),
 )
 
 
@@ -38,6 +39,15 @@ class ResponseTable:
         async with self._database.begin() as connection:
             await connection.execute(insert(responses).values(asdict(record)))
             await connection.execute(delete(responses).where(responses.c.created_s < oldest_s))
+
+    async def prune(self, tenant_id: str, max_responses: int) -> None:
+        """Keep the latest `max_responses` of a tenant, and those that were made in the same second as the last."""
+        own = responses.c.tenant_id == tenant_id
+        newest = select(responses.c.created_s).where(own).order_by(responses.c.created_s.desc())
+        async with self._database.begin() as connection:
+            last = (await connection.execute(newest.offset(max_responses - 1).limit(1))).scalar_one_or_none()
+            if last is not None:
+                await connection.execute(delete(responses).where(own, responses.c.created_s < last))
 
     async def update(self, record: StoredResponse) -> None:
         """Does nothing for one that was deleted meanwhile."""

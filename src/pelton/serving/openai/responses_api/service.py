@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from pelton.core.errors import InvalidRequestError, PeltonError, RequestCancelledError
+from pelton.core.errors import ContextLengthExceededError, InvalidRequestError, PeltonError, RequestCancelledError
 from pelton.serving.errors import HTTPProblemError, error_body
 from pelton.serving.generation import Generation
 from pelton.serving.openai.responses_api.builder import ResponseBuilder, response_of_item
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from pelton.store.responses import ResponseTable
 
 MAX_CHAIN = 2048  # responses that go on from one another
+MAX_CONVERSATION_BYTES = 64 << 20
+PRUNE_EVERY = 64  # stored responses of a tenant
 # A background response is another server's until it has not been renewed for this long.
 LEASE_S = 15.0
 RENEW_S = 4.0
@@ -35,14 +38,16 @@ SEPARATOR = b"\n\n"
 class ResponseService:
     """Used from one event loop. The database is opened with the first response that is stored or looked for.
 
-    `retention_s`: responses are kept for so long. `server_id`: no two servers have the same at a time, but one that
+    Responses are kept for `retention_s`, and the latest `max_per_tenant` of a tenant. `server_id`: no two servers have the same at a time, but one that
     is started again has it again, so that it knows at once what ran when it died.
     """
 
-    def __init__(self, store: Store, *, retention_s: float, server_id: str) -> None:
+    def __init__(self, store: Store, *, retention_s: float, max_per_tenant: int, server_id: str) -> None:
         self._store = store
         self._server_id = server_id
         self._retention_s = retention_s
+        self._max_per_tenant = max_per_tenant
+        self._num_saved: Counter[str] = Counter()
         self._opened: ResponseTable | None = None
         self._runs: dict[str, BackgroundRun] = {}
         self._renewing: asyncio.Task[None] | None = None
@@ -64,7 +69,11 @@ class ResponseService:
         if response.status in RUNNING:
             lease_until_s = time.time() + LEASE_S
             record = replace(record, is_running=True, server_id=self._server_id, lease_until_s=lease_until_s)
-        await (await self._table()).insert(record, oldest_s=oldest_s)
+        table = await self._table()
+        await table.insert(record, oldest_s=oldest_s)
+        self._num_saved[tenant_id] += 1
+        if self._num_saved[tenant_id] % PRUNE_EVERY == 0:
+            await table.prune(tenant_id, self._max_per_tenant)
 
     async def start_run(
         self,
@@ -179,6 +188,7 @@ class ResponseService:
     async def conversation(self, tenant_id: str, response_id: str | None) -> list[InputItem]:
         """All items up to and with the response, the oldest first. Raises `InvalidRequestError`."""
         turns: list[list[InputItem]] = []
+        previous_id, num_bytes = response_id, 0
         while response_id is not None:
             record = await (await self._table()).find(tenant_id, response_id)
             if record is None:
@@ -192,6 +202,12 @@ class ResponseService:
             if response.status in RUNNING:
                 raise InvalidRequestError(
                     f"{response_id} is {response.status}; go on from it once it has ended", param="previous_response_id"
+                )
+            num_bytes += len(record.body) + len(record.input)
+            if num_bytes > MAX_CONVERSATION_BYTES:
+                raise ContextLengthExceededError(
+                    f"the conversation up to {previous_id} is larger than {MAX_CONVERSATION_BYTES} bytes",
+                    param="previous_response_id",
                 )
             turns.append([*decode_input(record), *output_as_input(response)])
             if len(turns) > MAX_CHAIN:

@@ -6,7 +6,10 @@ from dataclasses import replace
 
 from pelton.core.errors import ContextLengthExceededError
 from pelton.serving.context import ServingContext
-from pelton.serving.conversation import Conversation, PreparedTurn, prepare_turn
+from pelton.serving.conversation import Conversation, Message, PreparedTurn, prepare_turn
+
+# What has more than this is too long, without a look at its tokens: they are hardly ever this long.
+MAX_CHARS_PER_TOKEN = 32
 
 
 def prepare_truncated(context: ServingContext, conversation: Conversation, num_reserved_tokens: int) -> PreparedTurn:
@@ -19,8 +22,10 @@ def prepare_truncated(context: ServingContext, conversation: Conversation, num_r
     first = next((index for index, message in enumerate(messages) if message["role"] != "system"), 0)
     # No result of a call without the call.
     starts = [first, *(index for index in range(first + 1, len(messages)) if messages[index]["role"] != "tool")]
-    best = _try_prepare(context, conversation, most)  # most fit whole
-    low, high = 1, len(starts) - 1 if best is None else 0
+    best, low = None, _first_small_enough(messages, starts, most * MAX_CHARS_PER_TOKEN)
+    if low == 0:
+        best, low = _try_prepare(context, conversation, most), 1  # most fit whole
+    high = len(starts) - 1 if best is None else 0
     while low <= high:
         middle = (low + high) // 2
         kept = messages[:first] + messages[starts[middle] :]
@@ -36,6 +41,17 @@ def prepare_truncated(context: ServingContext, conversation: Conversation, num_r
             param=conversation.param,
         )
     return best
+
+
+def _first_small_enough(messages: list[Message], starts: list[int], max_chars: int) -> int:
+    """Which start is the first that is worth rendering; the last one always is."""
+    num_chars, end = 0, len(messages)
+    for index in range(len(starts) - 1, -1, -1):
+        num_chars += sum(len(message["content"]) for message in messages[starts[index] : end])
+        end = starts[index]
+        if num_chars > max_chars:
+            return min(index + 1, len(starts) - 1)
+    return 0
 
 
 def _try_prepare(context: ServingContext, conversation: Conversation, most: int) -> PreparedTurn | None:

@@ -25,3 +25,4 @@ def upgrade() -> None:
         sa.Column("events", sa.LargeBinary),
     )
     op.create_index("ix_responses_created_s", "responses", ["created_s"])
+    op.create_index("ix_responses_tenant_id_created_s", "responses", ["tenant_id", "created_s"])
