@@ -38,8 +38,8 @@ SEPARATOR = b"\n\n"
 class ResponseService:
     """Used from one event loop. The database is opened with the first response that is stored or looked for.
 
-    Responses are kept for `retention_s`, and the latest `max_per_tenant` of a tenant. `server_id`: no two servers have the same at a time, but one that
-    is started again has it again, so that it knows at once what ran when it died.
+    Responses are kept for `retention_s`, and of a tenant the latest `max_per_tenant`. `server_id`: no two servers have
+    the same at a time, but one that is started again has it again, so that it knows at once what ran when it died.
     """
 
     def __init__(self, store: Store, *, retention_s: float, max_per_tenant: int, server_id: str) -> None:
