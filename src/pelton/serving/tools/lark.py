@@ -106,7 +106,7 @@ def free_grammar(
 
 
 # Text that does not begin as calls do that have no trigger.
-_FREE_START = r"/(?s:[^\[{<\s].*)?/"
+_FREE_START = r"/(?s:[^\[{<`\s].*)?/"
 
 
 def _trigger(syntax: CallSyntax, spell: SpellMarker) -> str:
