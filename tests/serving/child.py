@@ -1,4 +1,4 @@
-"""A server over a scripted engine, as a process: `python -m tests.serving.child PORT DELAY_S DRAIN_S [DATA_DIR [URL]]`."""
+"""A server over a scripted engine, a process: `python -m tests.serving.child PORT DELAY_S DRAIN_S [DATA_DIR [URL]]`."""
 
 from __future__ import annotations
 

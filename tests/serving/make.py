@@ -24,7 +24,7 @@ from pelton.serving.app import create_app
 from pelton.serving.config import ServerConfig
 from pelton.serving.context import ModelCard
 from pelton.serving.middleware import with_server_send
-from pelton.serving.server import listen
+from pelton.serving.server import listen, uvicorn_config
 from pelton.store.config import StoreConfig
 from pelton.store.opener import Store
 from pelton.weights.tensors import GenerationDefaults
@@ -188,9 +188,7 @@ def running_server(
         store=Store(store or StoreConfig(data_dir=folder.name)),
     )
     listener = listen("127.0.0.1", 0)
-    server = uvicorn.Server(
-        uvicorn.Config(with_server_send(app), log_config=None, access_log=False, timeout_graceful_shutdown=1)
-    )
+    server = uvicorn.Server(uvicorn_config(with_server_send(app), config or ServerConfig()))
     started: Future[asyncio.AbstractEventLoop] = Future()
 
     async def main() -> None:

@@ -82,7 +82,7 @@ class AccessControl:
         return identity
 
     def _match(self, key: str) -> Identity | None:
-        sent = key.encode("utf-8", "surrogateescape")
+        sent = key.encode("latin-1")  # as the bytes came
         found = None
         for static, identity in self._static:
             if hmac.compare_digest(sent, static):

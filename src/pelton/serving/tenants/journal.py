@@ -55,6 +55,8 @@ class Journal:
 
     def close(self) -> None:
         """Unlocks it too: from now on it is for whoever folds it."""
+        if self.is_empty:
+            self.path.unlink(missing_ok=True)
         os.close(self._file)
 
 
@@ -74,6 +76,8 @@ def read_journal(path: Path) -> JournalContent:
 
 
 def _is_whole(line: bytes) -> bool:
+    if len(line) < 10:
+        return False
     try:
         return int(line[:8], 16) == zlib.crc32(line[9:-1])
     except ValueError:
