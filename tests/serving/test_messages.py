@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import anthropic
 import httpx2
+import openai
 import pytest
 
 from pelton.serving.config import ServerConfig
+from tests.serving.keys import key_server, new_key, store_at, tables
 from tests.serving.make import ANSWER, MODEL_NAME, RunningServer, running_server
 from tests.serving.test_responses import prompt_of
 from tests.serving.test_streaming import raw_request, wait_until
@@ -122,6 +125,7 @@ CONVERSATIONS: list[tuple[str, dict[str, Any], str]] = [
             {**RESULT, "is_error": True, "content": [{"type": "text", "text": "no"}]}]}]},
         f"{USER}hi<|end|>{ASSISTANT}{SHOWN}<|end|>{TOOL}Error: no<|end|>{ASSISTANT}",
     ),
+    ("nothing said", {"messages": [{"role": "user", "content": []}]}, f"{USER}<|end|>{ASSISTANT}"),
     (
         "a beginning of the answer",
         {"messages": [*HI, {"role": "assistant", "content": "It is"}]},
@@ -239,6 +243,27 @@ def test_every_error_has_the_envelope() -> None:
             create(client)
         assert (unavailable.value.status_code, unavailable.value.response.headers["retry-after"]) == (503, "2")
         assert unavailable.value.body["error"]["type"] == "overloaded_error"  # type: ignore[index]
+
+
+async def test_a_revoked_key_ends_its_streams(tmp_path: Path) -> None:
+    store = store_at(tmp_path)
+    key_id, key = await new_key(store)
+    with key_server(store, delay_s=0.05) as server:
+        server.executor.answer = "x" * 1500
+        stream = create(client_of(server, api_key=key), max_tokens=1500, stream=True)
+        responses = openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0).responses
+        other: Any = responses.create(model=MODEL_NAME, input="a", max_output_tokens=1500, stream=True)
+        next(iter(stream))
+        next(iter(other))
+        async with tables(store) as access:
+            await access.revoke_key(key_id)
+        with pytest.raises(anthropic.APIStatusError) as ended:
+            list(stream)
+        assert ended.value.body["error"]["type"] == "authentication_error"  # type: ignore[index]
+        assert [event.type for event in other][-2:] == ["error", "response.failed"]
+        with pytest.raises(anthropic.AuthenticationError):
+            create(client_of(server, api_key=key))
+        assert server.client.num_requests == 0
 
 
 def test_a_tenant_over_its_bound() -> None:

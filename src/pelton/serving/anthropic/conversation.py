@@ -43,9 +43,8 @@ class _Conversation:
             raise InvalidRequestError(
                 f"{path} follows a tool_use and has no tool_result for {min(self.open_calls)!r}", param=path
             )
-        if message.role == "assistant":
-            # An empty turn is none, but a turn is what a continuation goes on from.
-            self._open("assistant")
+        if message.role == "assistant" or not blocks:
+            self._open(message.role)  # also a turn without a word is one
         for index, block in enumerate(blocks):
             where = f"{path}.content[{index}]"
             if block.type not in BLOCK_TYPES:

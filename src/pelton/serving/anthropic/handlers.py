@@ -16,7 +16,7 @@ from pelton.serving.anthropic.chat import asks_for_cache, chat_request
 from pelton.serving.anthropic.objects import Message, MessageUsage, TokenCount
 from pelton.serving.anthropic.requests import CountTokensRequest, MessageRequest
 from pelton.serving.built_answer import BuiltAnswer
-from pelton.serving.caller import answered_tools, caller_of
+from pelton.serving.caller import answered_tools, caller_of, tenant_of
 from pelton.serving.context import ServingContext, new_answer_id
 from pelton.serving.conversation import PreparedTurn, constrain_turn, prepare_turn
 from pelton.serving.errors import json_response
@@ -98,6 +98,7 @@ def _check(context: ServingContext, http_request: Request, request: CountTokensR
         raise InvalidRequestError(
             f"anthropic-version is {version[:64]!r}; it must be {OLDEST_VERSION} or later", param="anthropic-version"
         )
+    tenant_of(http_request)
     check_supported(request)
     context.check_model(request.model)
 
