@@ -67,7 +67,8 @@ async def test_calls_that_must_come_follow_their_schema(
 async def test_a_strict_tool_is_held_to_its_schema_where_the_model_chooses(client: openai.AsyncOpenAI) -> None:
     strict: Any = {"type": "function", "function": {**FORECAST["function"], "strict": True}}
     options: Any = {"tools": [strict], "temperature": 0, "max_tokens": 160}
-    answer = await client.chat.completions.create(model="m", messages=USER, **options)
+    plain: Any = [{"role": "user", "content": "Get the forecast for Oslo for 3 days."}]
+    answer = await client.chat.completions.create(model="m", messages=plain, **options)
     (call,) = answer.choices[0].message.tool_calls
     jsonschema.validate(json.loads(call.function.arguments), SCHEMA)
     hello: Any = [{"role": "user", "content": "Who are you? Answer in one sentence."}]
@@ -80,7 +81,7 @@ async def test_a_format_of_the_answer_goes_together_with_tools(client: openai.As
     schema = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 20}}, "required": ["name"]}
     wanted: Any = {"type": "json_schema", "json_schema": {"name": "who", "schema": schema}}
     hello: Any = [{"role": "user", "content": "Who are you?"}]
-    options: Any = {"tools": [FORECAST], "temperature": 0, "max_tokens": 60, "response_format": wanted}
+    options: Any = {"tools": [FORECAST], "temperature": 0, "max_tokens": 160, "response_format": wanted}
     answer = await client.chat.completions.create(model="m", messages=hello, **options)
     message = answer.choices[0].message
     if message.tool_calls is None:
