@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from pelton.serving.logs import configure_logs
-from tests.serving.make import RunningServer, running_server
+from tests.serving.make import HERMES_TEMPLATE, RunningServer, running_server
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,6 +27,13 @@ def server() -> Iterator[RunningServer]:
 def slow_server() -> Iterator[RunningServer]:
     """A step takes 20 ms: time to look at a request while it runs."""
     with running_server(delay_s=0.02) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def tool_server() -> Iterator[RunningServer]:
+    """Its template knows tools and reasoning; tests say what the model says."""
+    with running_server(chat_template=HERMES_TEMPLATE) as server:
         yield server
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -37,6 +38,16 @@ _ANY_SPECIAL = "|".join(map(re.escape, _SPECIAL_IDS))
 TEMPLATE = (
     "{% for message in messages %}<|start|>{{ message.role }}\n{{ message.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+# Shows what it is given: prompts are read back from the executor.
+HERMES_TEMPLATE = (
+    "{% if tools %}<tools>{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}</tools>{% endif %}"
+    "{% for message in messages %}<|start|>{{ message.role }}\n{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}<tool_call>{{ call.function.arguments | tojson }}</tool_call>"
+    "{% endfor %}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
 
 
@@ -163,6 +174,7 @@ def running_server(
     **info: Any,
 ) -> Iterator[RunningServer]:
     """A server on a free port, on a thread of its own; `info` as in `EngineInfo`. Greedy by default."""
+    folder = tempfile.TemporaryDirectory()
     executor = ScriptedExecutor(delay_s=delay_s)
     info = {"max_model_len": 2048, "num_blocks": 4096, "max_num_batched_tokens": 512} | info
     client = EngineClient(ThreadTransport(lambda: make_engine(executor=executor, **info)), restart=False)
@@ -173,7 +185,7 @@ def running_server(
         config or ServerConfig(),
         chat_template=chat_template,
         generation_defaults=defaults or GenerationDefaults(temperature=0.0),
-        store=Store(store or StoreConfig(data_dir="/nonexistent")),
+        store=Store(store or StoreConfig(data_dir=folder.name)),
     )
     listener = listen("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn_config(with_server_send(app), config or ServerConfig()))
@@ -194,3 +206,4 @@ def running_server(
     finally:
         server.should_exit = True
         thread.join(30)
+        folder.cleanup()

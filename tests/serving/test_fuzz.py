@@ -30,7 +30,7 @@ from pelton.serving.routes import ROUTES
 from tests.serving.make import RunningServer
 
 NUM_EXAMPLES = int(os.environ.get("PELTON_NUM_EXAMPLES", "10"))
-PATHS = ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"]
+PATHS = ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize", "/v1/responses", "/v1/messages"]
 quick = settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
@@ -49,7 +49,9 @@ names = st.sampled_from(
 def check(response: httpx2.Response) -> None:
     assert response.status_code in (200, 400, 404, 408, 413, 415, 429), response.text
     if response.status_code != 200:
-        assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+        is_anthropic = response.request.url.path.startswith("/v1/messages")
+        names = {"message", "type"} if is_anthropic else {"message", "type", "param", "code"}
+        assert set(response.json()["error"]) == names
 
 
 @quick
@@ -61,7 +63,10 @@ def test_any_bytes(http: httpx2.Client, path: str, content: bytes) -> None:
 @quick
 @given(path=st.sampled_from(PATHS), fields=st.dictionaries(names, values, max_size=4))
 def test_any_fields(http: httpx2.Client, path: str, fields: dict[str, Any]) -> None:
-    prompt: dict[str, Any] = {"messages": [{"role": "user", "content": "a"}]} if "chat" in path else {"prompt": "a"}
+    messages = [{"role": "user", "content": "a"}]
+    prompt: dict[str, Any] = {"messages": messages} if "chat" in path or "messages" in path else {"prompt": "a"}
+    if path.endswith("responses"):
+        prompt = {"input": messages}
     # Python writes NaN, Infinity and lone surrogates: the server has to refuse them.
     content = json.dumps(prompt | {"max_tokens": 2} | fields)
     response = http.post(path, content=content, headers={"content-type": "application/json"})
@@ -145,6 +150,7 @@ def _shorten(body: dict[str, Any]) -> None:
     for name, limit, most in (
         ("max_tokens", 16, 2000),
         ("max_completion_tokens", 16, 2000),
+        ("max_output_tokens", 16, 2000),
         ("n", 4, MAX_N),
         ("best_of", 4, MAX_N),
     ):

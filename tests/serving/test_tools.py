@@ -13,7 +13,7 @@ import pytest
 from pelton.core.errors import ConfigError
 from pelton.core.sampling_params import SamplingParams
 from pelton.serving.config import ServerConfig
-from tests.serving.make import TEMPLATE, RunningServer, running_server
+from tests.serving.make import HERMES_TEMPLATE, TEMPLATE, RunningServer, running_server
 
 TOOLS: Any = [
     {
@@ -26,15 +26,6 @@ TOOLS: Any = [
     }
     for name in ("get_weather", "get_time")
 ]
-# Shows what it is given: prompts are read back from the executor.
-HERMES_TEMPLATE = (
-    "{% if tools %}<tools>{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}</tools>{% endif %}"
-    "{% for message in messages %}<|start|>{{ message.role }}\n{{ message.content }}"
-    "{% for call in message.tool_calls or [] %}<tool_call>{{ call.function.arguments | tojson }}</tool_call>"
-    "{% endfor %}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|start|>assistant\n"
-    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
-)
 USER: Any = [{"role": "user", "content": "What is the weather in Oslo?"}]
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -18,14 +20,16 @@ from starlette.types import Scope
 
 from pelton.core.errors import PeltonError
 from pelton.engine.client import EngineClient
+from pelton.serving.anthropic.errors import error_answer
 from pelton.serving.config import ServerConfig
 from pelton.serving.context import NUM_PREPARE_THREADS, ModelCard, ServingContext
 from pelton.serving.dialect import Dialect
-from pelton.serving.errors import HTTPProblemError, error_response
+from pelton.serving.errors import HTTPProblemError
 from pelton.serving.logs import Logger
 from pelton.serving.metrics import ServerMetrics
 from pelton.serving.middleware import RequestMiddleware
 from pelton.serving.openai.logprobs import TokenSpelling
+from pelton.serving.openai.responses_api.service import ResponseService
 from pelton.serving.routes import ROUTES, Handler
 from pelton.serving.status import PELTON_VERSION
 from pelton.serving.template_error import ChatTemplateError
@@ -79,6 +83,7 @@ def create_app(
         spelling=TokenSpelling(tokenizer),
         pool=ThreadPoolExecutor(NUM_PREPARE_THREADS, "pelton-prepare"),
         store=store,
+        responses=_response_service(store, config),
         tenants=tenants,
     )
     routes = [_Route(route.path, _endpoint(context, route.handler), methods=[route.method]) for route in ROUTES]
@@ -94,6 +99,16 @@ def create_app(
     )
     app.router.redirect_slashes = False
     return app
+
+
+def _response_service(store: Store, config: ServerConfig) -> ResponseService:
+    place = f"{socket.gethostname()}:{config.host}:{config.port}" if config.port else uuid.uuid4().hex
+    return ResponseService(
+        store,
+        retention_s=config.response_retention_days * 86400.0,
+        max_per_tenant=config.max_stored_responses,
+        server_id=place,
+    )
 
 
 class _Route(Route):
@@ -159,6 +174,7 @@ def _lifespan(context: ServingContext) -> Callable[[Starlette], Any]:
         try:
             yield
         finally:
+            await context.responses.close()
             context.pool.shutdown(wait=False, cancel_futures=True)
             await context.tenants.close()
             if context.template is not None:
@@ -193,7 +209,7 @@ def _handle_typed(context: ServingContext) -> Callable[[Request, Exception], Cor
         assert isinstance(error, PeltonError)
         if request.method == "POST":
             context.metrics.count_rejection(error.code)
-        return error_response(error)
+        return error_answer(request.scope, error)
 
     return handle
 
@@ -208,4 +224,5 @@ async def _handle_http(request: Request, error: Exception) -> Response:
         problem, code = f"there is no {path} here", "not_found"
     else:
         problem, code = str(error.detail), "invalid_request"
-    return error_response(HTTPProblemError(error.status_code, problem, code=code, headers=dict(error.headers or {})))
+    answer = HTTPProblemError(error.status_code, problem, code=code, headers=dict(error.headers or {}))
+    return error_answer(request.scope, answer)

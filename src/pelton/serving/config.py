@@ -22,6 +22,8 @@ class ServerConfig:
     request_timeout_s: float = setting(600.0, "deadline of a request that brings none; 0: none")
     drain_timeout_s: float = setting(30.0, "on SIGTERM, how long running requests may take to finish")
     max_body_bytes: int = setting(32 * 2**20, "largest request body")
+    response_retention_days: float = setting(30.0, "how long /v1/responses keeps what it stores")
+    max_stored_responses: int = setting(100_000, "how many responses are kept of a tenant, the latest")
     cors_origins: tuple[str, ...] = setting(
         (), "origins that browsers may call from; default: none", alias="--allowed-origins"
     )
@@ -34,11 +36,6 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port is {self.port}; it must be between 0 and 65535")
-        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
-            raise ConfigError("ssl_certfile and ssl_keyfile go together")
-        for name in ("max_header_bytes", "header_timeout_s", "max_body_bytes"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be positive")
         if self.tool_call_parser is not None:
             from pelton.serving.tools import TOOL_CALL_NAMES
 
@@ -47,7 +44,12 @@ class ServerConfig:
             from pelton.serving.reasoning import REASONING_NAMES
 
             _check_name("reasoning_parser", self.reasoning_parser, REASONING_NAMES)
-        for name in ("request_timeout_s", "drain_timeout_s"):
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise ConfigError("ssl_certfile and ssl_keyfile go together")
+        for name in ("max_header_bytes", "header_timeout_s", "max_body_bytes", "max_stored_responses"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be positive")
+        for name in ("request_timeout_s", "drain_timeout_s", "response_retention_days"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must not be negative")
 

@@ -29,6 +29,7 @@ from pelton.serving.grammar.checker import GrammarChecker
 from pelton.serving.metrics import ServerMetrics
 from pelton.serving.openai.logprobs import TokenSpelling
 from pelton.serving.openai.requests import GenerationRequest
+from pelton.serving.openai.responses_api.service import ResponseService
 from pelton.serving.template_process import TemplateRenderer
 from pelton.serving.tenants.service import TenantService
 from pelton.serving.timelines import Timelines, new_timeline
@@ -67,6 +68,7 @@ class ServingContext:
     timelines: Timelines
     spelling: TokenSpelling
     pool: ThreadPoolExecutor
+    responses: ResponseService
     tenants: TenantService
     store: Store  # of what outlives the process; opened at first use
     grammars: GrammarChecker | None = None  # made on first use

@@ -10,8 +10,9 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pelton.core.errors import PeltonError
+from pelton.serving.anthropic.errors import error_answer, is_anthropic
 from pelton.serving.caller import IDENTITY_KEY, LOG_KEY, REQUEST_ID_KEY, RESPONSE_HEADERS_KEY
-from pelton.serving.errors import ClientDisconnectedError, error_response
+from pelton.serving.errors import ClientDisconnectedError
 from pelton.serving.logs import Logger
 from pelton.serving.metrics import ServerMetrics
 from pelton.serving.sse import SERVER_SEND
@@ -63,6 +64,8 @@ class RequestMiddleware:
                     (b"openai-processing-ms", str(elapsed_ms).encode()),
                     *_extra_headers(scope, message),
                 ]
+                if is_anthropic(scope):
+                    message["headers"].append((b"request-id", request_id.encode()))
             await send(message)
 
         try:
@@ -73,7 +76,7 @@ class RequestMiddleware:
             _log.exception("unhandled error", request_id=request_id, path=scope["path"])
             if status:
                 raise  # the server closes the connection, so that the client sees that the answer is broken
-            await error_response(PeltonError("internal error"))(scope, receive, send_with_headers)
+            await error_answer(scope, PeltonError("internal error"))(scope, receive, send_with_headers)
         finally:
             self._record(scope, request_id, status, time.perf_counter() - started_s)
 
@@ -82,7 +85,7 @@ class RequestMiddleware:
             try:
                 scope[IDENTITY_KEY] = self._access.identify(headers, scope["path"])
             except PeltonError as error:
-                await error_response(error)(scope, receive, send)
+                await error_answer(scope, error)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 

@@ -8,7 +8,6 @@ from typing import Any
 import msgspec
 
 from pelton.serving.caller import ID_PATTERN, TENANT_PATTERN
-from pelton.serving.errors import ErrorResponse
 from pelton.serving.query import query_parameters
 from pelton.serving.routes import Route
 
@@ -44,9 +43,11 @@ _PROMPT = {
 
 
 def build_openapi(routes: tuple[Route, ...], version: str, *, has_key: bool) -> dict[str, Any]:
-    structs: dict[str, type[msgspec.Struct]] = {"ErrorResponse": ErrorResponse}
+    structs: dict[str, type[msgspec.Struct]] = {}
     for route in routes:
-        structs.update((kind.__name__, kind) for kind in (route.body, route.answer, route.chunk) if kind is not None)
+        structs.update(
+            (kind.__name__, kind) for kind in (route.body, route.answer, route.chunk, route.error) if kind is not None
+        )
     _, schemas = msgspec.json.schema_components(structs.values(), ref_template="#/components/schemas/{name}")
     schemas["CompletionRequest"]["properties"]["prompt"] = _PROMPT
     components: dict[str, Any] = {"schemas": schemas}
@@ -85,7 +86,7 @@ def _operation(route: Route, *, has_key: bool) -> dict[str, Any]:
         content = {"application/json": _schema(route.answer)}
     if route.chunk is not None:
         # The schema is that of one event.
-        description = f"{route.chunk.__name__} as JSON, or an ErrorResponse; at last [DONE]"
+        description = f"{route.chunk.__name__} as JSON, or an {route.error.__name__}; the last event tells of the end"
         event = {
             "type": "object",
             "required": ["data"],
@@ -98,7 +99,7 @@ def _operation(route: Route, *, has_key: bool) -> dict[str, Any]:
             continue
         operation["responses"][str(status)] = {
             "description": _ERROR_TEXTS[status],
-            "content": {"application/json": _schema(ErrorResponse)},
+            "content": {"application/json": _schema(route.error)},
         }
     if (has_key or route.is_admin) and not route.is_open:
         operation["security"] = [{"ApiKey": []}]

@@ -10,10 +10,22 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from pelton.serving import sessions, status, timelines
+from pelton.serving.anthropic.errors import AnthropicError
+from pelton.serving.anthropic.handlers import count_tokens, create_message
+from pelton.serving.anthropic.objects import Message, MessageEvent, TokenCount
+from pelton.serving.anthropic.requests import CountTokensRequest, MessageRequest
 from pelton.serving.context import ServingContext
+from pelton.serving.errors import ErrorResponse
 from pelton.serving.openai import requests, responses, tokenization
 from pelton.serving.openai.chat import create_chat_completion
 from pelton.serving.openai.completions import create_completion
+from pelton.serving.openai.responses_api import handlers, objects
+from pelton.serving.openai.responses_api.requests import (
+    InputItemsQuery,
+    InputTokensRequest,
+    ResponseRequest,
+    RetrieveQuery,
+)
 from pelton.serving.tenants.admin_routes import ADMIN_ROUTES
 
 Handler = Callable[[ServingContext, Request], Awaitable[Response]]
@@ -30,6 +42,7 @@ class Route:
     query: type[msgspec.Struct] | None = None
     chunk: type[msgspec.Struct] | None = None  # of its stream
     errors: tuple[int, ...] = ()
+    error: type[msgspec.Struct] = ErrorResponse
     is_admin: bool = False  # needs a key of the scope `admin`, always
     is_open: bool = False  # needs no key
     has_tenant: bool = False  # is answered for the tenant that asks
@@ -59,6 +72,89 @@ ROUTES = (
         answer=responses.Completion,
         chunk=responses.Completion,
         errors=_GENERATION_ERRORS,
+        has_tenant=True,
+    ),
+    Route(
+        method="POST",
+        path="/v1/responses",
+        handler=handlers.create_response,
+        summary="Answer items of a conversation, and keep the answer",
+        body=ResponseRequest,
+        answer=objects.ResponseObject,
+        chunk=objects.ResponseEvent,
+        errors=_GENERATION_ERRORS,
+        has_tenant=True,
+    ),
+    Route(
+        method="POST",
+        path="/v1/responses/input_tokens",
+        handler=handlers.count_input_tokens,
+        summary="Count the tokens of a response's input",
+        body=InputTokensRequest,
+        answer=objects.InputTokenCount,
+        errors=(*_BODY_ERRORS, 503),
+        has_tenant=True,
+    ),
+    Route(
+        method="GET",
+        path="/v1/responses/{response_id}",
+        handler=handlers.retrieve_response,
+        summary="A stored response, or the events of one that runs in the background",
+        query=RetrieveQuery,
+        answer=objects.ResponseObject,
+        chunk=objects.ResponseEvent,
+        errors=(400, 401, 404, 503),
+        has_tenant=True,
+    ),
+    Route(
+        method="DELETE",
+        path="/v1/responses/{response_id}",
+        handler=handlers.delete_response,
+        summary="Forget a stored response; one that runs is cancelled",
+        answer=objects.DeletedResponse,
+        errors=(400, 401, 404, 503),
+        has_tenant=True,
+    ),
+    Route(
+        method="POST",
+        path="/v1/responses/{response_id}/cancel",
+        handler=handlers.cancel_response,
+        summary="Cancel a response that runs in the background",
+        answer=objects.ResponseObject,
+        errors=(400, 401, 404, 503),
+        has_tenant=True,
+    ),
+    Route(
+        method="GET",
+        path="/v1/responses/{response_id}/input_items",
+        handler=handlers.list_input_items,
+        summary="The items that were sent with a stored response",
+        query=InputItemsQuery,
+        answer=objects.InputItemList,
+        errors=(400, 401, 404, 503),
+        has_tenant=True,
+    ),
+    Route(
+        method="POST",
+        path="/v1/messages",
+        handler=create_message,
+        summary="Answer a conversation, as Anthropic's API does",
+        body=MessageRequest,
+        answer=Message,
+        chunk=MessageEvent,
+        error=AnthropicError,
+        errors=_GENERATION_ERRORS,
+        has_tenant=True,
+    ),
+    Route(
+        method="POST",
+        path="/v1/messages/count_tokens",
+        handler=count_tokens,
+        summary="Count the tokens of a conversation",
+        body=CountTokensRequest,
+        answer=TokenCount,
+        error=AnthropicError,
+        errors=(*_BODY_ERRORS, 503),
         has_tenant=True,
     ),
     Route(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 import msgspec
@@ -27,7 +27,7 @@ SSE_DONE = b"data: [DONE]\n\n"
 # A client that keeps its connection open but has stopped reading is given up after this long.
 MAX_STALL_S = 60.0
 STALL_CHECK_S = 10.0
-_STREAM_HEADERS = [
+STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
@@ -49,18 +49,36 @@ class ChunkEncoder(Protocol):
         """What follows the last delta, the end mark included."""
         ...
 
+    def fail(self, error: PeltonError) -> bytes:
+        """Tells of an error after the first byte; no end mark follows, so that nobody takes the text for complete."""
+        ...
+
 
 def sse_event(value: object) -> bytes:
     return b"data: " + msgspec.json.encode(value) + b"\n\n"
 
 
-class EventStream(Response):
-    """Streams a generation as server-sent events."""
+class OpenAIStreamErrors:
+    """How streams of chunks tell of an error."""
 
-    def __init__(self, generation: Generation, encoder: ChunkEncoder) -> None:
+    def fail(self, error: PeltonError) -> bytes:
+        return sse_event(ErrorResponse(error=error_body(error)))
+
+
+class EventStream(Response):
+    """Streams a generation as server-sent events. `before_last` is awaited once every delta is there."""
+
+    def __init__(
+        self,
+        generation: Generation,
+        encoder: ChunkEncoder,
+        *,
+        before_last: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
         super().__init__(media_type="text/event-stream")
         self._generation = generation
         self._encoder = encoder
+        self._before_last = before_last
         self._send_started_s: float | None = None
         self._stall_check: asyncio.TimerHandle | None = None
         self._is_stalled = False
@@ -77,7 +95,7 @@ class EventStream(Response):
             batch = await generation.read()
             if batch is None:
                 raise ClientDisconnectedError
-            await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+            await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
             self._server_send = scope.get(SERVER_SEND, send)
             generation.write_through(self._write_through)
             await self._stream(batch, send)
@@ -108,11 +126,12 @@ class EventStream(Response):
             data += self._take_unsent()
             if generation.is_cancelled:
                 raise ClientDisconnectedError
+            if self._before_last is not None:
+                await self._before_last()
             data += encoder.last()
         except PeltonError as error:
-            # The status is gone already, so the error comes in band; no end mark follows, so that
-            # nobody takes the text for complete.
-            data += self._take_unsent() + sse_event(ErrorResponse(error=error_body(error)))
+            # The status is gone already, so the error comes in band.
+            data += self._take_unsent() + encoder.fail(error)
         await send(_body(data, more=False))
 
     def _write_through(self, batch: Batch) -> None:

@@ -22,7 +22,7 @@ from pelton.serving.openai.responses import (
     UsageInfo,
 )
 from pelton.serving.parsing.answer import AnswerParser, AnswerPlan
-from pelton.serving.sse import SSE_DONE
+from pelton.serving.sse import SSE_DONE, OpenAIStreamErrors
 
 _encode = msgspec.json.Encoder().encode
 FINISH_REASONS: dict[str, FinishReasonName] = {"stop": "stop", "length": "length"}
@@ -128,7 +128,7 @@ class _Chunks:
         return self._head + b'],"usage":' + _encode(self.usage.info()) + b"}\n\n" + SSE_DONE
 
 
-class ChatChunkEncoder:
+class ChatChunkEncoder(OpenAIStreamErrors):
     def __init__(self, options: AnswerOptions) -> None:
         self.is_finished = False
         self._options = options
@@ -218,7 +218,7 @@ class _CompletionPrompt:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
 
-class CompletionChunkEncoder:
+class CompletionChunkEncoder(OpenAIStreamErrors):
     """Choice `p * n + i` is sequence i of prompt p."""
 
     def __init__(self, options: AnswerOptions) -> None:

@@ -1,0 +1,55 @@
+"""Anthropic's error envelope: everything that goes wrong below /v1/messages wears it.
+
+https://docs.anthropic.com/en/api/errors
+"""
+
+from __future__ import annotations
+
+import msgspec
+from starlette.responses import Response
+from starlette.types import Scope
+
+from pelton.core.errors import PeltonError
+from pelton.serving.caller import REQUEST_ID_KEY
+from pelton.serving.errors import error_body, error_headers, error_response, json_response, status_of
+
+PATH = "/v1/messages"
+_TYPES = {
+    401: "authentication_error",
+    402: "billing_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+class AnthropicErrorBody(msgspec.Struct, kw_only=True):
+    type: str
+    message: str
+
+
+class AnthropicError(msgspec.Struct, kw_only=True):
+    type: str = "error"
+    error: AnthropicErrorBody
+    request_id: str | None = None
+
+
+def is_anthropic(scope: Scope) -> bool:
+    path: str = scope["path"]
+    return path == PATH or path.startswith(PATH + "/")
+
+
+def anthropic_error(error: PeltonError, request_id: str | None = None) -> AnthropicError:
+    status = status_of(error)
+    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+    return AnthropicError(error=AnthropicErrorBody(type=kind, message=error_body(error).message), request_id=request_id)
+
+
+def error_answer(scope: Scope, error: PeltonError) -> Response:
+    """The error in the envelope of the API that was called."""
+    if not is_anthropic(scope):
+        return error_response(error)
+    return json_response(anthropic_error(error, scope.get(REQUEST_ID_KEY)), status_of(error), error_headers(error))

@@ -1,0 +1,222 @@
+"""Bodies of /v1/responses. A parameter that is not implemented is `neutral`, as in the chat's."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from pelton.core.sampling_params import MAX_STOP_STRINGS
+from pelton.serving.openai.requests import (
+    INT32_MAX,
+    MAX_TIMEOUT_S,
+    Count,
+    LogitBias,
+    Logprobs,
+    Metadata,
+    Penalty,
+    Seed,
+    ShortText,
+    StopString,
+    neutral,
+)
+
+MAX_ITEMS = 1 << 14
+MAX_TOOLS = 1024
+
+
+class InputPart(Struct, kw_only=True):
+    """Of a message's content. Fields of other kinds of part are refused with their type."""
+
+    type: Annotated[
+        str, Meta(extra_json_schema={"enum": ["input_text", "output_text", "text", "refusal", "reasoning_text"]})
+    ]
+    text: str | None = None
+    refusal: str | None = None
+
+
+class SummaryPart(Struct, kw_only=True):
+    text: str
+    type: Literal["summary_text"] = "summary_text"
+
+
+ITEM_TYPES = ("message", "function_call", "function_call_output", "reasoning", "item_reference")
+
+
+class InputItem(Struct, kw_only=True):
+    """One thing said, called, answered or thought. Fields of other kinds of item are refused with their type."""
+
+    type: Annotated[str, Meta(extra_json_schema={"enum": [*ITEM_TYPES, None]})] | None = None
+    id: ShortText | None = None
+    role: Literal["system", "developer", "user", "assistant"] | None = None
+    content: str | list[InputPart] | None = None
+    status: Literal["in_progress", "completed", "incomplete"] | None = None
+    call_id: ShortText | None = None
+    name: ShortText | None = None
+    arguments: str | None = None
+    output: str | list[InputPart] | None = None
+    summary: list[SummaryPart] | None = None
+    encrypted_content: str | None = None
+
+
+Items = Annotated[list[InputItem], Meta(min_length=1, max_length=MAX_ITEMS)]
+
+
+class ResponseTool(Struct, kw_only=True):
+    """A function. Fields of other kinds of tool are refused with their type."""
+
+    type: Annotated[str, Meta(extra_json_schema={"enum": ["function"]})]
+    name: str | None = None
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+Tools = Annotated[list[ResponseTool], Meta(max_length=MAX_TOOLS)]
+
+
+class ResponseToolChoice(Struct, kw_only=True):
+    """`function` with a name, or `allowed_tools` with a mode and tools."""
+
+    type: Annotated[str, Meta(extra_json_schema={"enum": ["function", "allowed_tools"]})]
+    name: str | None = None
+    mode: Literal["auto", "required"] | None = None
+    tools: Annotated[list[ResponseTool], Meta(min_length=1, max_length=MAX_TOOLS)] | None = None
+
+
+ToolChoice = Literal["none", "auto", "required"] | ResponseToolChoice
+
+
+class TextFormat(Struct, kw_only=True, forbid_unknown_fields=True):
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    schema: dict[str, Any] | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class TextOptions(Struct, kw_only=True, forbid_unknown_fields=True):
+    format: TextFormat | None = None
+    verbosity: Annotated[Any, neutral("medium")] = None
+
+
+class ReasoningOptions(Struct, kw_only=True, forbid_unknown_fields=True):
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    # There is no summary besides the reasoning itself, so "auto" asks for nothing.
+    summary: Annotated[Any, neutral("auto")] = None
+    generate_summary: Annotated[Any, neutral("auto")] = None
+    context: Annotated[Any, neutral("auto", "all_turns")] = None
+    mode: Annotated[Any, neutral("standard")] = None
+
+
+class ResponseStreamOptions(Struct, kw_only=True, forbid_unknown_fields=True):
+    include_obfuscation: Annotated[Any, neutral(False)] = None
+
+
+Include = Literal["message.output_text.logprobs", "reasoning.encrypted_content"]
+
+
+class InputTokensRequest(Struct, kw_only=True, forbid_unknown_fields=True):
+    """POST /v1/responses/input_tokens, and what a response takes of the same."""
+
+    input: str | Items
+    model: Annotated[str, Meta(description="A served name; default: the served model.")] | None = None
+    instructions: str | None = None
+    previous_response_id: ShortText | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning: ReasoningOptions | None = None
+    text: TextOptions | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], Meta(description="Variables of the chat template.")] | None = None
+    conversation: Annotated[Any, neutral()] = None
+
+
+class ResponseRequest(InputTokensRequest, kw_only=True, forbid_unknown_fields=True):
+    """POST /v1/responses."""
+
+    stream: bool | None = None
+    stream_options: ResponseStreamOptions | None = None
+    background: bool | None = None
+    store: Annotated[bool, Meta(description="Default true: it can be retrieved and gone on from.")] | None = None
+    include: Annotated[list[Include], Meta(max_length=16)] | None = None
+    max_output_tokens: Annotated[int, Meta(ge=1, le=INT32_MAX)] | None = None
+    max_tool_calls: (
+        Annotated[int, Meta(ge=1, le=INT32_MAX, description="Of built-in tools, as OpenAI has it: there are none.")]
+        | None
+    ) = None
+    temperature: Annotated[float, Meta(ge=0.0, le=100.0)] | None = None
+    top_p: Annotated[float, Meta(gt=0.0, le=1.0)] | None = None
+    top_logprobs: Logprobs | None = None
+    metadata: Metadata | None = None
+    user: Annotated[ShortText, Meta(description="For your records; changes nothing.")] | None = None
+    safety_identifier: Annotated[ShortText, Meta(description="For your records; changes nothing.")] | None = None
+    prompt_cache_key: Annotated[ShortText, Meta(description="Names the session, as X-Session-Id does.")] | None = None
+
+    # Beyond OpenAI's.
+    top_k: Annotated[int, Meta(ge=-1, le=INT32_MAX, description="0 or -1: off.")] | None = None
+    min_p: Annotated[float, Meta(ge=0.0, le=1.0)] | None = None
+    repetition_penalty: Annotated[float, Meta(ge=0.01, le=100.0)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: LogitBias | None = None
+    seed: Seed | None = None
+    stop: StopString | Annotated[list[StopString], Meta(max_length=MAX_STOP_STRINGS)] | None = None
+    min_tokens: Count | None = None
+    ignore_eos: bool = False
+    priority: Annotated[int, Meta(ge=-(2**31), le=INT32_MAX, description="Lower runs first.")] = 0
+    cache_salt: Annotated[str, Meta(min_length=1, max_length=512)] | None = None
+    timeout_s: Annotated[float, Meta(gt=0.0, le=MAX_TIMEOUT_S, description="Deadline of this request.")] | None = None
+
+    service_tier: Annotated[Any, neutral("auto", "default")] = None
+    prompt_cache_retention: Annotated[Any, neutral("in_memory", "in-memory")] = None
+    prompt_cache_options: Annotated[Any, neutral()] = None
+    prompt: Annotated[Any, neutral()] = None
+    context_management: Annotated[Any, neutral([])] = None
+    moderation: Annotated[Any, neutral()] = None
+    access_programs: Annotated[Any, neutral()] = None
+    background_options: Annotated[Any, neutral()] = None
+    image: Annotated[Any, neutral()] = None
+
+
+# Of ours that a chat has under the same name.
+SAME_IN_CHAT = (
+    "model",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "seed",
+    "stop",
+    "min_tokens",
+    "ignore_eos",
+    "priority",
+    "cache_salt",
+    "prompt_cache_key",
+    "timeout_s",
+    "user",
+    "stream",
+    "parallel_tool_calls",
+    "chat_template_kwargs",
+)
+
+
+class RetrieveQuery(Struct, kw_only=True):
+    """GET /v1/responses/{id}."""
+
+    stream: bool = False
+    starting_after: Annotated[int, Meta(ge=0, le=INT32_MAX)] | UnsetType = UNSET
+    include_obfuscation: Annotated[bool, Meta(extra_json_schema={"enum": [False]})] = False
+
+
+class InputItemsQuery(Struct, kw_only=True):
+    """GET /v1/responses/{id}/input_items."""
+
+    limit: Annotated[int, Meta(ge=1, le=100)] = 20
+    order: Literal["asc", "desc"] = "desc"
+    after: ShortText | UnsetType = UNSET
