@@ -33,6 +33,7 @@ class SamplingParams:
     logit_bias: dict[int, float] = field(default_factory=dict)
     allowed_token_ids: tuple[int, ...] | None = None
     banned_token_ids: tuple[int, ...] = ()
+    banned_sequences: tuple[tuple[int, ...], ...] = ()  # of the output; none may be completed
     max_tokens: int | None = None  # None: as many as the context holds
     min_tokens: int = 0
     stop: tuple[str, ...] = ()

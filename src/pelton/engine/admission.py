@@ -41,6 +41,7 @@ def _check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
         ("logit_bias", list(sampling.logit_bias)),
         ("allowed_token_ids", list(sampling.allowed_token_ids or ())),
         ("banned_token_ids", list(sampling.banned_token_ids)),
+        ("bad_words", [token_id for sequence in sampling.banned_sequences for token_id in sequence]),
         ("stop_token_ids", list(sampling.stop_token_ids)),
     ):
         _check_token_ids(name, token_ids, vocab_size)

@@ -24,7 +24,7 @@ from pelton.serving.errors import HTTPProblemError, error_response
 from pelton.serving.logs import Logger
 from pelton.serving.metrics import ServerMetrics
 from pelton.serving.middleware import RequestMiddleware
-from pelton.serving.openai.logprobs import TokenSpelling
+from pelton.serving.openai.logprobs import TokenIdSpelling, TokenSpelling
 from pelton.serving.routes import ROUTES, Handler
 from pelton.serving.status import PELTON_VERSION
 from pelton.serving.template_error import ChatTemplateError
@@ -63,6 +63,7 @@ def create_app(
         metrics=metrics,
         timelines=timelines,
         spelling=TokenSpelling(tokenizer),
+        spelling_of_ids=TokenIdSpelling(tokenizer),
         pool=ThreadPoolExecutor(NUM_PREPARE_THREADS, "pelton-prepare"),
     )
     routes = [_Route(route.path, _endpoint(context, route.handler), methods=[route.method]) for route in ROUTES]

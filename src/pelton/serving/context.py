@@ -61,6 +61,7 @@ class ServingContext:
     timelines: Timelines
     spelling: TokenSpelling
     pool: ThreadPoolExecutor
+    spelling_of_ids: TokenSpelling
     num_preparing: int = 0
 
     def check_ready(self) -> EngineInfo:

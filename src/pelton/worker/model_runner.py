@@ -19,7 +19,7 @@ from pelton.worker.kv_storage import KVStorage
 from pelton.worker.layers.rotary import RotaryTable, rotary_tables
 from pelton.worker.models.registry import Model, compile_model
 from pelton.worker.request_state import RequestState, RequestStates
-from pelton.worker.sampling.sampler import Sampler
+from pelton.worker.sampling.sampler import Sampler, TokenMask
 
 # Rows of logits held at once: 64 x 152k float32 are 39 MB.
 _MAX_LOGITS_ROWS = 64
@@ -111,7 +111,10 @@ class ModelRunner:
         """The next token of each of `rows`, from their logits [S, V]."""
         states = [row.state for row in rows]
         samples = self._sampler.sample(
-            logits, [state.sampling_row for state in states], [len(state.output_token_ids) for state in states]
+            logits,
+            [state.sampling_row for state in states],
+            [len(state.output_token_ids) for state in states],
+            _masks(states),
         )
         for row, token_id in zip(rows, samples.token_ids, strict=True):
             if token_id >= 0:
@@ -137,6 +140,12 @@ class ModelRunner:
                 return
             entries += found
         answers.prompt_logprobs[row.index] = tuple(entries)
+
+
+def _masks(states: Sequence[RequestState]) -> list[TokenMask | None] | None:
+    if all(state.banned is None for state in states):
+        return None
+    return [None if state.banned is None else state.banned.narrow(None, state.output_token_ids) for state in states]
 
 
 def prepare_forward_batch(

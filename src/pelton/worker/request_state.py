@@ -13,21 +13,25 @@ import numpy.typing as npt
 
 from pelton.core.batch import PENDING_TOKEN_ID, RequestContext, ScheduledBatch, ScheduledRequest
 from pelton.core.sampling_params import SamplingParams
+from pelton.worker.sampling.banned_sequences import BannedSequences
 from pelton.worker.sampling.sampler import Sampler, SamplingRow
 
 
 class RequestState:
     """One request: its tokens so far, and what its sampling needs."""
 
-    __slots__ = ("_tables", "output_token_ids", "prompt_token_ids", "sampling", "sampling_row")
+    __slots__ = ("_tables", "banned", "output_token_ids", "prompt_token_ids", "sampling", "sampling_row")
 
-    def __init__(self, context: RequestContext, sampling: SamplingParams, sampler: Sampler) -> None:
+    def __init__(
+        self, context: RequestContext, sampling: SamplingParams, sampler: Sampler, vocab_size: int = 0
+    ) -> None:
         self.prompt_token_ids = context.prompt_token_ids
         self.output_token_ids = list(context.output_token_ids)
         self.sampling = sampling
         self.sampling_row: SamplingRow = sampler.make_row(sampling, context.seed)
         self.sampling_row.add_prompt(self.prompt_token_ids)
         self.sampling_row.add_output(self.output_token_ids)
+        self.banned = BannedSequences(sampling.banned_sequences, vocab_size) if sampling.banned_sequences else None
         self._tables: dict[int, tuple[tuple[int, ...], npt.NDArray[np.int64]]] = {}
 
     def add_output(self, token_id: int) -> None:
@@ -100,5 +104,5 @@ class RequestStates:
         for token_ids in (context.prompt_token_ids, context.output_token_ids):
             if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self._vocab_size:
                 return f"a token id is outside the model's vocabulary of {self._vocab_size}"
-        self._states[scheduled.request_id] = RequestState(context, scheduled.sampling, self._sampler)
+        self._states[scheduled.request_id] = RequestState(context, scheduled.sampling, self._sampler, self._vocab_size)
         return None

@@ -16,6 +16,7 @@ from pelton.serving.generation import PromptResult, SequenceResult
 from pelton.serving.openai.chunks import FINISH_REASONS, AnswerOptions, ChatChunkEncoder, UsageCounter
 from pelton.serving.openai.logprobs import chat_logprobs, prompt_logprobs
 from pelton.serving.openai.messages import template_messages
+from pelton.serving.openai.parameters import truncated, without_bad_words
 from pelton.serving.openai.requests import ChatRequest, TokenizeRequest, check_supported
 from pelton.serving.openai.responses import ChatChoice, ChatCompletion, ChatResponseMessage
 from pelton.serving.openai.sampling import chat_sampling
@@ -29,8 +30,8 @@ async def create_chat_completion(context: ServingContext, http_request: Request)
     check_supported(request)
     context.check_model(request.model)
     caller = caller_of(http_request, request)
-    sampling = chat_sampling(request, context.defaults)
-    prompt = await context.prepare(chat_prompt, context, request)
+    sampling = await without_bad_words(context, request, chat_sampling(request, context.defaults))
+    prompt = truncated(context, await context.prepare(chat_prompt, context, request), request, sampling)
     options = _answer_options(context, request, sampling, prompt)
     tool_names = answered_tools(request.messages)
     generation = context.submit(options.answer_id, [prompt], request, sampling, caller, tool_names)
@@ -78,7 +79,7 @@ def _answer_options(
         model=request.model or context.model.names[0],
         prompts=[prompt],
         n=sampling.n,
-        spelling=context.spelling,
+        spelling=context.spelling_of_ids if request.return_tokens_as_token_ids else context.spelling,
         logprobs=sampling.logprobs,
         skip_special_tokens=sampling.skip_special_tokens,
         return_token_ids=bool(request.return_token_ids),

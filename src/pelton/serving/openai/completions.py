@@ -15,7 +15,8 @@ from pelton.serving.context import ServingContext, new_answer_id, now_unix_s
 from pelton.serving.generation import PromptResult
 from pelton.serving.openai.chunks import FINISH_REASONS, AnswerOptions, CompletionChunkEncoder, UsageCounter
 from pelton.serving.openai.logprobs import CompletionLogprobsBuilder, prompt_logprobs
-from pelton.serving.openai.requests import CompletionRequest, check_supported
+from pelton.serving.openai.parameters import best_sequences, truncated, without_bad_words
+from pelton.serving.openai.requests import MAX_LISTED_TOKENS, CompletionRequest, check_supported
 from pelton.serving.openai.responses import Completion, CompletionChoice
 from pelton.serving.openai.sampling import completion_sampling
 from pelton.serving.request_body import read_json_body
@@ -30,8 +31,8 @@ async def create_completion(context: ServingContext, http_request: Request) -> R
     check_supported(request)
     context.check_model(request.model)
     caller = caller_of(http_request, request)
-    sampling = completion_sampling(request, context.defaults)
-    prompts = await _token_ids(context, request)
+    sampling = await without_bad_words(context, request, completion_sampling(request, context.defaults))
+    prompts = [truncated(context, prompt, request, sampling) for prompt in await _token_ids(context, request)]
     options = _answer_options(context, request, sampling, prompts)
     generation = context.submit(options.answer_id, prompts, request, sampling, caller)
     if request.stream:
@@ -41,7 +42,8 @@ async def create_completion(context: ServingContext, http_request: Request) -> R
 
 async def _token_ids(context: ServingContext, request: CompletionRequest) -> list[list[int]]:
     """Token ids of every prompt, tokenized one by one so that other requests get their turn."""
-    _check_prompt_length(context, request.prompt)
+    most = context.max_model_len if request.truncate_prompt_tokens is None else MAX_LISTED_TOKENS
+    _check_prompt_length(most, request.prompt)
     parts = _prompt_parts(request)
 
     def encode(text: str) -> list[int]:
@@ -50,15 +52,14 @@ async def _token_ids(context: ServingContext, request: CompletionRequest) -> lis
     return [await context.prepare(encode, part) if isinstance(part, str) else part for part in parts]
 
 
-def _check_prompt_length(context: ServingContext, prompt: str | Sequence[object]) -> None:
+def _check_prompt_length(most: int, prompt: str | Sequence[object]) -> None:
     """Before anything loops over it."""
     if isinstance(prompt, str) or not prompt:
         return
     if isinstance(prompt[0], int):
-        if len(prompt) >= context.max_model_len:
+        if len(prompt) >= most:
             raise ContextLengthExceededError(
-                f"the prompt has {len(prompt)} tokens, but the context holds {context.max_model_len} "
-                "with at least one output token",
+                f"the prompt has {len(prompt)} tokens, but the context holds {most} with at least one output token",
                 param="prompt",
             )
     elif len(prompt) > MAX_PROMPTS:
@@ -91,7 +92,7 @@ def _answer_options(
     stream_options = request.stream_options
     echo_texts = None
     if request.echo:
-        parts = _prompt_parts(request)
+        parts = prompts if request.truncate_prompt_tokens is not None else _prompt_parts(request)
         echo_texts = [
             part if isinstance(part, str) else context.tokenizer.decode(part, skip_special_tokens=False)
             for part in parts
@@ -101,8 +102,8 @@ def _answer_options(
         created=now_unix_s(),
         model=request.model or context.model.names[0],
         prompts=prompts,
-        n=sampling.n,
-        spelling=context.spelling,
+        n=request.n or 1,
+        spelling=context.spelling_of_ids if request.return_tokens_as_token_ids else context.spelling,
         logprobs=request.logprobs,
         skip_special_tokens=sampling.skip_special_tokens,
         return_token_ids=bool(request.return_token_ids),
@@ -124,7 +125,11 @@ def _completion_builder(
                 if options.drop_output:
                     sequence.text, sequence.token_ids, sequence.logprobs = "", [], []
                 usage.add(index, len(sequence.token_ids), sequence.usage)
-                choices.append(_choice(options, prompt_index, index, result, num_prompt_logprobs))
+            if len(result.sequences) > options.n:
+                result.sequences = best_sequences(result.sequences, options.n)
+            choices += [
+                _choice(options, prompt_index, index, result, num_prompt_logprobs) for index in range(options.n)
+            ]
         return Completion(
             id=options.answer_id,
             created=options.created,
