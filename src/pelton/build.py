@@ -16,6 +16,7 @@ from pelton.core.config import setting_names
 from pelton.core.errors import ConfigError
 from pelton.engine.config import EngineConfig
 from pelton.serving.config import ServerConfig
+from pelton.store.config import StoreConfig
 from pelton.weights.config import ModelConfig
 from pelton.worker.config import WorkerConfig
 
@@ -44,6 +45,7 @@ class PeltonConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     worker: WorkerConfig = field(default_factory=WorkerConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> PeltonConfig:
@@ -53,6 +55,7 @@ class PeltonConfig:
             "engine": EngineConfig,
             "worker": WorkerConfig,
             "server": ServerConfig,
+            "store": StoreConfig,
         }
         room_of = {name: room for room, config_class in rooms.items() for name in setting_names(config_class)}
         values: dict[str, dict[str, Any]] = {room: {} for room in rooms}
@@ -245,6 +248,7 @@ def build_app(config: PeltonConfig, path: Path, client: EngineClient) -> Starlet
     """The HTTP application over `client`, for the model at `path`."""
     from pelton.serving.app import create_app
     from pelton.serving.context import ModelCard
+    from pelton.store.opener import Store
     from pelton.weights.model_files import open_model
     from pelton.weights.tokenizer import load_tokenizer
 
@@ -261,6 +265,7 @@ def build_app(config: PeltonConfig, path: Path, client: EngineClient) -> Starlet
         config.server,
         chat_template=read_chat_template(config.server.chat_template) or files.chat_template,
         generation_defaults=files.generation_defaults,
+        store=Store(config.store),
     )
 
 

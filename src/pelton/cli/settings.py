@@ -94,6 +94,8 @@ def resolve_settings(
     file = file or (Path(environment["PELTON_CONFIG"]) if environment.get("PELTON_CONFIG") else None)
     file_values = read_file(settings, file) if file else {}
     values = {**file_values, **env_values, **flags}
+    if "data_dir" not in values and environment.get("XDG_DATA_HOME", "").startswith("/"):
+        values["data_dir"] = str(Path(environment["XDG_DATA_HOME"]) / "pelton")
     rooms = {
         room: config_class(**{name: value for name, value in values.items() if settings[name].room == room})
         for room, config_class in _room_classes().items()

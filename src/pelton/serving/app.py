@@ -30,6 +30,7 @@ from pelton.serving.status import PELTON_VERSION
 from pelton.serving.template_error import ChatTemplateError
 from pelton.serving.template_process import TemplateRenderer
 from pelton.serving.timelines import Timelines
+from pelton.store.opener import Store
 from pelton.weights.tensors import GenerationDefaults
 from pelton.weights.tokenizer import Tokenizer
 
@@ -44,6 +45,7 @@ def create_app(
     *,
     chat_template: str | None = None,
     generation_defaults: GenerationDefaults | None = None,
+    store: Store | None = None,
 ) -> Starlette:
     """The application. It neither starts nor closes `client`; until that is ready, it answers 503.
 
@@ -65,6 +67,7 @@ def create_app(
         spelling=TokenSpelling(tokenizer),
         spelling_of_ids=TokenIdSpelling(tokenizer),
         pool=ThreadPoolExecutor(NUM_PREPARE_THREADS, "pelton-prepare"),
+        store=store or Store(),
     )
     routes = [_Route(route.path, _endpoint(context, route.handler), methods=[route.method]) for route in ROUTES]
     routes += [
@@ -144,6 +147,7 @@ def _lifespan(context: ServingContext) -> Callable[[Starlette], Any]:
             yield
         finally:
             context.pool.shutdown(wait=False, cancel_futures=True)
+            await context.store.close()
             if context.template is not None:
                 context.template.close()
 

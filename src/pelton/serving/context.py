@@ -28,6 +28,7 @@ from pelton.serving.openai.logprobs import TokenSpelling
 from pelton.serving.openai.requests import GenerationRequest
 from pelton.serving.template_process import TemplateRenderer
 from pelton.serving.timelines import Timelines, new_timeline
+from pelton.store.opener import Store
 from pelton.weights.tensors import GenerationDefaults
 from pelton.weights.tokenizer import Tokenizer
 
@@ -62,6 +63,7 @@ class ServingContext:
     spelling: TokenSpelling
     pool: ThreadPoolExecutor
     spelling_of_ids: TokenSpelling
+    store: Store  # of what outlives the process; opened at first use
     num_preparing: int = 0
 
     def check_ready(self) -> EngineInfo:
