@@ -45,6 +45,7 @@ class Request:
     program_arrival_s: float = 0.0  # when that began
     cache_salt: str = ""
     priority: int = 0  # lower runs first, as in vLLM
+    is_background: bool = False
     deadline_s: float | None = None  # on the engine's clock
     parent_id: str | None = None  # the submission, where n > 1
     index: int = 0  # which of the n
@@ -135,3 +136,4 @@ class Submission:
     cache_salt: str = ""  # requests share cached prefixes only with those of equal tenant salt
     priority: int = 0
     timeout_s: float | None = None  # from the moment the engine receives it
+    is_background: bool = False  # most steps go without it while others have work (a batch's line)

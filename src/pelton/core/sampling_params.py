@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from pelton.core.errors import InvalidRequestError
 from pelton.core.grammar import Grammar
+from pelton.core.pooling import PoolingParams
 
 MAX_LOGPROBS = 20
 MAX_N = 128
@@ -45,6 +46,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     grammar: Grammar | None = None
+    pooling: PoolingParams | None = None  # instead of sampled tokens
 
     def __post_init__(self) -> None:
         _check_range("n", self.n, 1, MAX_N)
@@ -81,6 +83,8 @@ class SamplingParams:
                 )
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise InvalidRequestError("allowed_token_ids must name at least one token", param="allowed_token_ids")
+        if self.pooling is not None and (self.n != 1 or self.max_tokens != 1):
+            raise InvalidRequestError("a pooling request has n=1 and max_tokens=1", param="n")
         if self.grammar is not None:
             raise InvalidRequestError("grammar is not supported yet", param="grammar", code="unsupported_parameter")
 

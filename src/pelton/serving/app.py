@@ -26,6 +26,7 @@ from pelton.serving.metrics import ServerMetrics
 from pelton.serving.middleware import RequestMiddleware
 from pelton.serving.openai.logprobs import TokenIdSpelling, TokenSpelling
 from pelton.serving.routes import ROUTES, Handler
+from pelton.serving.scoring import check_score_tokens
 from pelton.serving.status import PELTON_VERSION
 from pelton.serving.template_error import ChatTemplateError
 from pelton.serving.template_process import TemplateRenderer
@@ -51,6 +52,7 @@ def create_app(
 
     `chat_template` is a template's source; without one, chat is refused with a reason.
     """
+    check_score_tokens(config, tokenizer)
     metrics = ServerMetrics(model.names[0])
     timelines = Timelines()
     client.add_listener(metrics.take_update)

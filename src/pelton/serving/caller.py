@@ -15,10 +15,12 @@ from starlette.requests import Request
 
 from pelton.core.errors import InvalidRequestError
 from pelton.core.request import DEFAULT_TENANT
+from pelton.serving.openai.pooling_requests import PoolingRequest
 from pelton.serving.openai.requests import ChatMessage, GenerationRequest
 
 LOG_KEY = "pelton.log"  # of an ASGI scope: what the request's log line says beyond HTTP
 REQUEST_ID_KEY = "pelton.request_id"  # of an ASGI scope
+BACKGROUND_KEY = "pelton.background"  # of an ASGI scope
 TENANT_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}"
 ID_PATTERN = r"[\x21-\x7e]{1,512}"
 MAX_TOOL_NAMES = 16
@@ -33,6 +35,7 @@ class Caller:
     previous_answer_id: str | None
     request_id: str  # of the HTTP request
     log: dict[str, Any]
+    is_background: bool = False  # a line of a batch
 
     def salt(self, cache_salt: str | None) -> str:
         """Prefixes are shared within a tenant and, where it sends one, a salt; never across."""
@@ -41,7 +44,7 @@ class Caller:
         return f"{len(self.tenant_id)}:{self.tenant_id}:{cache_salt or ''}"
 
 
-def caller_of(request: Request, body: GenerationRequest) -> Caller:
+def caller_of(request: Request, body: GenerationRequest | PoolingRequest) -> Caller:
     """Raises `InvalidRequestError` for a header that is malformed or there twice."""
     tenant_id = tenant_of(request)
     session_id = _header(request, "X-Session-Id", ID_PATTERN, "1 to 512 printable ASCII characters without spaces")
@@ -57,6 +60,7 @@ def caller_of(request: Request, body: GenerationRequest) -> Caller:
         body.previous_response_id,
         request.scope.get(REQUEST_ID_KEY, ""),
         log,
+        is_background=request.scope.get(BACKGROUND_KEY, False),
     )
 
 

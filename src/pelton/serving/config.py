@@ -18,12 +18,22 @@ class ServerConfig:
     request_timeout_s: float = setting(600.0, "deadline of a request that brings none; 0: none")
     drain_timeout_s: float = setting(30.0, "on SIGTERM, how long running requests may take to finish")
     max_body_bytes: int = setting(32 * 2**20, "largest request body")
+    pooling: str | None = setting(
+        None,
+        "embeddings: last, mean or cls; default: what the model's folder says, or last",
+        choices=("last", "mean", "cls"),
+    )
+    score_tokens: tuple[str, ...] = setting(
+        (), "two words that a reranker answers with, the good one first, such as yes,no; default: cosine of embeddings"
+    )
     cors_origins: tuple[str, ...] = setting((), "origins that browsers may call from; default: none")
     log_level: str = setting("info", "debug, info, warning or error", choices=("debug", "info", "warning", "error"))
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port is {self.port}; it must be between 0 and 65535")
+        if len(self.score_tokens) not in (0, 2):
+            raise ConfigError(f"score_tokens names {len(self.score_tokens)} words; it must be two, such as yes,no")
         for name in ("request_timeout_s", "drain_timeout_s"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must not be negative")

@@ -25,6 +25,7 @@ from pelton.serving.config import ServerConfig
 from pelton.serving.generation import Generation
 from pelton.serving.metrics import ServerMetrics
 from pelton.serving.openai.logprobs import TokenSpelling
+from pelton.serving.openai.pooling_requests import PoolingRequest
 from pelton.serving.openai.requests import GenerationRequest
 from pelton.serving.template_process import TemplateRenderer
 from pelton.serving.timelines import Timelines, new_timeline
@@ -48,6 +49,7 @@ class ModelCard:
     root: str  # what was asked for: a catalog name, a folder, a file
     max_model_len: int  # the model's own; the engine's may be smaller
     created: int
+    pooling: str = "last"  # of embeddings, where a request does not say
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -112,7 +114,7 @@ class ServingContext:
         self,
         answer_id: str,
         prompts: Sequence[list[int]],
-        request: GenerationRequest,
+        request: GenerationRequest | PoolingRequest,
         sampling: SamplingParams,
         caller: Caller,
         tool_names: tuple[str, ...] = (),
@@ -133,6 +135,7 @@ class ServingContext:
                     tool_names=tool_names,
                     cache_salt=caller.salt(request.cache_salt),
                     priority=request.priority,
+                    is_background=caller.is_background,
                     timeout_s=timeout_s,
                 )
                 streams.append(self.client.submit(submission))

@@ -47,6 +47,7 @@ def build_openapi(routes: tuple[Route, ...], version: str, *, has_key: bool) -> 
         structs.update((kind.__name__, kind) for kind in (route.body, route.answer, route.chunk) if kind is not None)
     _, schemas = msgspec.json.schema_components(structs.values(), ref_template="#/components/schemas/{name}")
     schemas["CompletionRequest"]["properties"]["prompt"] = _PROMPT
+    schemas["EmbeddingRequest"]["properties"]["input"] = _PROMPT
     components: dict[str, Any] = {"schemas": schemas}
     if has_key:
         components["securitySchemes"] = {"ApiKey": {"type": "http", "scheme": "bearer"}}
@@ -103,7 +104,7 @@ def _operation(route: Route, *, has_key: bool) -> dict[str, Any]:
 
 
 def _suffix(route: Route) -> str:
-    return "_health" if route.path == "/health" else ""
+    return {"/health": "_health", "/score": "_root", "/rerank": "_root", "/v2/rerank": "_v2"}.get(route.path, "")
 
 
 def _schema(struct: type[msgspec.Struct]) -> dict[str, Any]:

@@ -11,9 +11,11 @@ from starlette.responses import Response
 
 from pelton.serving import sessions, status, timelines
 from pelton.serving.context import ServingContext
-from pelton.serving.openai import requests, responses, tokenization
+from pelton.serving.openai import pooling_requests, requests, responses, tokenization
 from pelton.serving.openai.chat import create_chat_completion
 from pelton.serving.openai.completions import create_completion
+from pelton.serving.openai.embeddings import create_embeddings
+from pelton.serving.scoring import create_ranking, create_score
 
 Handler = Callable[[ServingContext, Request], Awaitable[Response]]
 
@@ -57,6 +59,42 @@ ROUTES = (
         chunk=responses.Completion,
         errors=_GENERATION_ERRORS,
         has_tenant=True,
+    ),
+    Route(
+        method="POST",
+        path="/v1/embeddings",
+        handler=create_embeddings,
+        summary="Vectors of texts",
+        body=pooling_requests.EmbeddingRequest,
+        answer=pooling_requests.EmbeddingList,
+        errors=_GENERATION_ERRORS,
+        has_tenant=True,
+    ),
+    *(
+        Route(
+            method="POST",
+            path=path,
+            handler=create_score,
+            summary="How well texts go with each other",
+            body=pooling_requests.ScoreRequest,
+            answer=pooling_requests.ScoreList,
+            errors=_GENERATION_ERRORS,
+            has_tenant=True,
+        )
+        for path in ("/v1/score", "/score")
+    ),
+    *(
+        Route(
+            method="POST",
+            path=path,
+            handler=create_ranking,
+            summary="Documents in the order of their relevance to a query",
+            body=pooling_requests.RerankRequest,
+            answer=pooling_requests.Ranking,
+            errors=_GENERATION_ERRORS,
+            has_tenant=True,
+        )
+        for path in ("/v1/rerank", "/v2/rerank", "/rerank")
     ),
     Route(
         method="GET",

@@ -122,7 +122,7 @@ def _upgrade(connection: Connection) -> None:
     command.upgrade(config, "heads")
 
 
-class _typed_errors:  # noqa: N801 - reads as a function
+class _typed_errors:
     def __enter__(self) -> None:
         pass
 

@@ -18,6 +18,7 @@ from pelton.worker.forward_batch import Floats, ForwardBatch, GroupBatch
 from pelton.worker.kv_storage import KVStorage
 from pelton.worker.layers.rotary import RotaryTable, rotary_tables
 from pelton.worker.models.registry import Model, compile_model
+from pelton.worker.pooling.pooler import Pooler
 from pelton.worker.request_state import RequestState, RequestStates
 from pelton.worker.sampling.sampler import Sampler, TokenMask
 
@@ -34,6 +35,10 @@ class StepRow:
     state: RequestState
     token_ids: tuple[int, ...]
 
+    @property
+    def samples(self) -> bool:
+        return self.scheduled.samples and self.state.pooler is None
+
 
 @dataclass(slots=True)
 class _Answers:
@@ -43,6 +48,7 @@ class _Answers:
     logprobs: list[tuple[TokenLogprobs, ...] | None]
     prompt_logprobs: list[tuple[TokenLogprobs, ...] | None]
     failed: dict[str, str] = field(default_factory=dict)
+    pooled: dict[str, bytes] = field(default_factory=dict)
 
 
 class ModelRunner:
@@ -83,6 +89,7 @@ class ModelRunner:
             logprobs=tuple(answers.logprobs),
             prompt_logprobs=tuple(answers.prompt_logprobs),
             failed=answers.failed or None,
+            pooled=answers.pooled or None,
             elapsed_s=time.perf_counter() - start_s,
             kv_copy_s=kv_copy_s,
         )
@@ -102,7 +109,9 @@ class ModelRunner:
         for row, start in zip(rows, batch.query_start_loc.tolist(), strict=False):
             if row.state.sampling.prompt_logprobs is not None:
                 self._add_prompt_logprobs(row, start, answers)
-        sampling_rows = [row for row in rows if row.scheduled.samples]
+            if row.state.pooler is not None:
+                self._pool(row, row.state.pooler, start, answers)
+        sampling_rows = [row for row in rows if row.samples]
         for low in range(0, len(sampling_rows), _MAX_LOGITS_ROWS):
             here = slice(low, low + _MAX_LOGITS_ROWS)
             self._sample(sampling_rows[here], self._program.logits(batch.logits_indices[here]), answers)
@@ -124,6 +133,21 @@ class ModelRunner:
             answers.failed[rows[i].scheduled.request_id] = problem
         for i, logprobs in samples.logprobs.items():
             answers.logprobs[rows[i].index] = (logprobs,)
+
+    def _pool(self, row: StepRow, pooler: Pooler, start: int, answers: _Answers) -> None:
+        """Hand the hidden states of this step to a pooling request; `start` is its first row."""
+        request_id, num_rows = row.scheduled.request_id, len(row.token_ids)
+        if pooler.params.needs_all_tokens and pooler.num_tokens != row.scheduled.num_computed_tokens:
+            answers.failed[request_id] = "tokens that pooling needs were taken from the cache"
+            return
+        pooler.add(self._program.hidden(start, num_rows))
+        if row.scheduled.samples:
+            logits = self._program.logits(np.array([start + num_rows - 1]))[0] if pooler.reads_logits else None
+            values = pooler.finish(logits)
+            if np.isfinite(values).all():
+                answers.pooled[request_id] = values.astype("<f4").tobytes()
+            else:
+                answers.failed[request_id] = "the model's hidden states are not finite"
 
     def _add_prompt_logprobs(self, row: StepRow, start: int, answers: _Answers) -> None:
         """Logprobs of the prompt tokens that follow this step's positions; `start` is the request's first row."""
@@ -170,5 +194,5 @@ def prepare_forward_batch(
         slots = padded[row_of_token, block_of_token] * block_size + offset
         groups.append(GroupBatch(slots, padded, *rotary[rotary_table]))
     token_ids = np.fromiter(chain.from_iterable(row.token_ids for row in rows), dtype=np.int64, count=num_tokens)
-    samples = np.array([row.scheduled.samples for row in rows])
+    samples = np.array([row.samples for row in rows])
     return ForwardBatch(token_ids, query_start_loc, seq_lens, tuple(groups), query_start_loc[1:][samples] - 1)

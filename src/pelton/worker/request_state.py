@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from pelton.core.batch import PENDING_TOKEN_ID, RequestContext, ScheduledBatch, ScheduledRequest
 from pelton.core.sampling_params import SamplingParams
+from pelton.worker.pooling import make_pooler
 from pelton.worker.sampling.banned_sequences import BannedSequences
 from pelton.worker.sampling.sampler import Sampler, SamplingRow
 
@@ -20,7 +21,7 @@ from pelton.worker.sampling.sampler import Sampler, SamplingRow
 class RequestState:
     """One request: its tokens so far, and what its sampling needs."""
 
-    __slots__ = ("_tables", "banned", "output_token_ids", "prompt_token_ids", "sampling", "sampling_row")
+    __slots__ = ("_tables", "banned", "output_token_ids", "pooler", "prompt_token_ids", "sampling", "sampling_row")
 
     def __init__(
         self, context: RequestContext, sampling: SamplingParams, sampler: Sampler, vocab_size: int = 0
@@ -32,6 +33,7 @@ class RequestState:
         self.sampling_row.add_prompt(self.prompt_token_ids)
         self.sampling_row.add_output(self.output_token_ids)
         self.banned = BannedSequences(sampling.banned_sequences, vocab_size) if sampling.banned_sequences else None
+        self.pooler = make_pooler(sampling.pooling) if sampling.pooling is not None else None
         self._tables: dict[int, tuple[tuple[int, ...], npt.NDArray[np.int64]]] = {}
 
     def add_output(self, token_id: int) -> None:

@@ -44,7 +44,7 @@ async def _token_ids(context: ServingContext, request: CompletionRequest) -> lis
     """Token ids of every prompt, tokenized one by one so that other requests get their turn."""
     most = context.max_model_len if request.truncate_prompt_tokens is None else MAX_LISTED_TOKENS
     _check_prompt_length(most, request.prompt)
-    parts = _prompt_parts(request)
+    parts = prompt_parts(request.prompt, "prompt")
 
     def encode(text: str) -> list[int]:
         return context.encode(text, add_special_tokens=request.add_special_tokens, param="prompt")
@@ -66,17 +66,16 @@ def _check_prompt_length(most: int, prompt: str | Sequence[object]) -> None:
         raise InvalidRequestError(f"{len(prompt)} prompts in one request; at most {MAX_PROMPTS}", param="prompt")
 
 
-def _prompt_parts(request: CompletionRequest) -> list[str] | list[list[int]]:
+def prompt_parts(prompt: str | list[str | int | list[int]], param: str) -> list[str] | list[list[int]]:
     """The prompts in one of the four forms, as a list of prompts."""
-    prompt = request.prompt
     if isinstance(prompt, str):
         return [prompt]
     if not prompt:
-        raise InvalidRequestError("prompt is empty", param="prompt")
+        raise InvalidRequestError(f"{param} is empty", param=param)
     kinds = {type(part) for part in prompt}
     if len(kinds) > 1:
         raise InvalidRequestError(
-            "prompt mixes texts, token ids and lists of token ids; it must be of one kind", param="prompt"
+            f"{param} mixes texts, token ids and lists of token ids; it must be of one kind", param=param
         )
     (kind,) = kinds
     if kind is int:
@@ -92,7 +91,7 @@ def _answer_options(
     stream_options = request.stream_options
     echo_texts = None
     if request.echo:
-        parts = prompts if request.truncate_prompt_tokens is not None else _prompt_parts(request)
+        parts = prompts if request.truncate_prompt_tokens is not None else prompt_parts(request.prompt, "prompt")
         echo_texts = [
             part if isinstance(part, str) else context.tokenizer.decode(part, skip_special_tokens=False)
             for part in parts
