@@ -1,4 +1,4 @@
-"""A server over a scripted engine, as a process: `python -m tests.serving.child PORT DELAY_S DRAIN_S`."""
+"""A server over a scripted engine, as a process: `python -m tests.serving.child PORT DELAY_S DRAIN_S [DATA_DIR]`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from pelton.serving.app import create_app
 from pelton.serving.config import ServerConfig
 from pelton.serving.context import ModelCard
 from pelton.serving.server import run_server
+from pelton.store.config import StoreConfig
+from pelton.store.opener import Store
 from tests.make import make_engine
 from tests.serving.make import TEMPLATE, ByteTokenizer, ScriptedExecutor
 
 
 def main() -> int:
     port, delay_s, drain_s = int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
+    store = Store(StoreConfig(data_dir=sys.argv[4])) if len(sys.argv) > 4 else None
     config = ServerConfig(port=port, drain_timeout_s=drain_s)
 
     def build() -> object:
@@ -26,7 +29,7 @@ def main() -> int:
 
     client = EngineClient(ThreadTransport(build), restart=False)  # type: ignore[arg-type]
     model = ModelCard(names=("scripted",), root="scripted", max_model_len=2048, created=1)
-    app = create_app(client, ByteTokenizer(), model, config, chat_template=TEMPLATE)  # type: ignore[arg-type]
+    app = create_app(client, ByteTokenizer(), model, config, chat_template=TEMPLATE, store=store)  # type: ignore[arg-type]
     try:
         return run_server(lambda: app, client, config)
     except PeltonError as error:

@@ -26,6 +26,8 @@ from pelton.serving.config import ServerConfig
 from pelton.serving.context import ModelCard
 from pelton.serving.middleware import with_server_send
 from pelton.serving.server import listen
+from pelton.store.config import StoreConfig
+from pelton.store.opener import Store
 from pelton.weights.tensors import GenerationDefaults
 from tests.make import EOS_TOKEN_ID, VOCAB_SIZE, ByteDecoder, make_engine
 
@@ -169,6 +171,7 @@ def running_server(
     chat_template: str | None = TEMPLATE,
     defaults: GenerationDefaults | None = None,
     start_engine: bool = True,
+    data_dir: Path | None = None,
     **info: Any,
 ) -> Iterator[RunningServer]:
     """A server on a free port, on a thread of its own; `info` as in `EngineInfo`. Greedy by default."""
@@ -181,6 +184,7 @@ def running_server(
         ModelCard(names=(MODEL_NAME, "alias"), root=str(Path("scripted")), max_model_len=2048, created=1),
         config or ServerConfig(),
         chat_template=chat_template,
+        store=Store(StoreConfig(data_dir=str(data_dir))) if data_dir is not None else None,
         generation_defaults=defaults or GenerationDefaults(temperature=0.0),
     )
     listener = listen("127.0.0.1", 0)

@@ -49,10 +49,16 @@ def submit(
     engine.submit(Submission(request_id=request_id, prompt_token_ids=token_ids, sampling=sampling))
 
 
-def run(engine: Engine) -> dict[str, np.ndarray]:
-    """What was pooled, once nothing is left to do; the ledger balances after every step."""
+def run(engine: Engine, *, preempt: bool = False) -> dict[str, np.ndarray]:
+    """What was pooled, once nothing is left to do; the ledger balances after every step.
+
+    `preempt`: each prompt that is computed in part loses its blocks once.
+    """
     pooled: dict[str, np.ndarray] = {}
     while engine.has_work:
+        for request in list(engine.scheduler.running) if preempt else ():
+            if 0 < request.num_computed_tokens < request.num_prompt_tokens and not request.num_preemptions:
+                engine.scheduler._preempt(request, request)
         engine.dispatch()
         engine.collect()
         engine.scheduler.kv.check(engine.scheduler.running)
@@ -112,25 +118,22 @@ def test_law_3_for_pooling(folder: Path) -> None:
     for settings in (
         {"max_num_batched_tokens": 16},
         {"max_num_batched_tokens": 37},
-        {"max_num_batched_tokens": 64, "num_kv_blocks": NUM_SCARCE_BLOCKS[folder.name[:5]]},
+        {"max_num_batched_tokens": 64, "preempt": True},
     ):
+        preempt = bool(settings.pop("preempt", False))
         engine = make_engine(folder, **settings)
         for turn in range(2):  # the second time there are cached prefixes
             for seed in expected:
                 for index, one in enumerate(params):
                     submit(engine, f"{seed}-{index}", prompt(seed), one)
                 submit(engine, f"text-{seed}", prompt(seed, 40), None, max_tokens=25, ignore_eos=True)
-            pooled = run(engine)
+            pooled = run(engine, preempt=preempt)
             for seed, values in expected.items():
                 for index, value in enumerate(values):
                     assert np.array_equal(pooled[f"{seed}-{index}"], value), (settings, turn, seed, index)
         assert engine.stats().num_prefix_hits_total > 0
-        if "num_kv_blocks" in settings:
-            assert engine.stats().num_preemptions_total > 0
+        assert (engine.stats().num_preemptions_total > 3) == preempt
         engine.executor.close()
-
-
-NUM_SCARCE_BLOCKS = {"qwen2": 40, "gemma": 140, "llama": 40}
 
 
 def test_dimensions_beyond_the_models_are_refused(folder: Path) -> None:

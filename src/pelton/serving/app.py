@@ -18,6 +18,8 @@ from starlette.types import Scope
 
 from pelton.core.errors import PeltonError
 from pelton.engine.client import EngineClient
+from pelton.serving.batches.file_store import FileStore
+from pelton.serving.batches.runner import BatchRunner
 from pelton.serving.config import ServerConfig
 from pelton.serving.context import NUM_PREPARE_THREADS, ModelCard, ServingContext
 from pelton.serving.errors import HTTPProblemError, error_response
@@ -71,6 +73,7 @@ def create_app(
         pool=ThreadPoolExecutor(NUM_PREPARE_THREADS, "pelton-prepare"),
         store=store or Store(),
     )
+    context.batches = BatchRunner(context, FileStore(context.store.config.data_path))
     routes = [_Route(route.path, _endpoint(context, route.handler), methods=[route.method]) for route in ROUTES]
     routes += [
         _Route("/openapi.json", _show_openapi(config), methods=["GET"]),
@@ -145,9 +148,11 @@ def _lifespan(context: ServingContext) -> Callable[[Starlette], Any]:
         if context.template is not None:
             # A helper process ahead of the first chat; nobody waits for it here.
             context.pool.submit(_start_template, context.template)
+        context.batches.start_if_used()
         try:
             yield
         finally:
+            await context.batches.close()
             context.pool.shutdown(wait=False, cancel_futures=True)
             await context.store.close()
             if context.template is not None:

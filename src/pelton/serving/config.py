@@ -23,6 +23,10 @@ class ServerConfig:
         "embeddings: last, mean or cls; default: what the model's folder says, or last",
         choices=("last", "mean", "cls"),
     )
+    max_file_bytes: int = setting(100 * 2**20, "largest file that may be uploaded")
+    max_stored_bytes: int = setting(10 * 2**30, "most bytes of a tenant's files, those that batches wrote included")
+    max_batch_lines: int = setting(50_000, "most lines of a batch")
+    batch_concurrency: int = setting(16, "most lines of batches that run at a time, while nobody else uses the engine")
     score_tokens: tuple[str, ...] = setting(
         (), "two words that a reranker answers with, the good one first, such as yes,no; default: cosine of embeddings"
     )
@@ -34,6 +38,9 @@ class ServerConfig:
             raise ConfigError(f"port is {self.port}; it must be between 0 and 65535")
         if len(self.score_tokens) not in (0, 2):
             raise ConfigError(f"score_tokens names {len(self.score_tokens)} words; it must be two, such as yes,no")
+        for name in ("max_file_bytes", "max_stored_bytes", "max_batch_lines", "batch_concurrency"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("request_timeout_s", "drain_timeout_s"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must not be negative")

@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from pelton.core.errors import (
@@ -20,6 +20,7 @@ from pelton.core.events import EngineInfo
 from pelton.core.request import Submission
 from pelton.core.sampling_params import SamplingParams
 from pelton.engine.client import EngineClient, EngineState
+from pelton.serving.batches.runner import BatchRunner
 from pelton.serving.caller import Caller
 from pelton.serving.config import ServerConfig
 from pelton.serving.generation import Generation
@@ -67,6 +68,7 @@ class ServingContext:
     spelling_of_ids: TokenSpelling
     store: Store  # of what outlives the process; opened at first use
     num_preparing: int = 0
+    batches: BatchRunner = field(init=False)  # which needs the context itself
 
     def check_ready(self) -> EngineInfo:
         """Raises `ServiceUnavailableError` unless the engine takes requests."""

@@ -17,6 +17,7 @@ _ERROR_TEXTS = {
     401: "The API key is missing or wrong",
     404: "There is none of that name",
     408: "The deadline passed",
+    409: "It is in use, or has ended",
     413: "The body is too large",
     415: "The body is not JSON",
     429: "The tenant has too much waiting, or the deadline cannot be met; see Retry-After",
@@ -74,11 +75,14 @@ def _operation(route: Route, *, has_key: bool) -> dict[str, Any]:
         for name, pattern, text in (_HEADERS if route.body is not None and route.chunk is not None else _HEADERS[:1])
         if route.has_tenant
     ]
+    parameters += [{"name": name, "in": "query", "schema": schema} for name, schema in route.query]
     if parameters:
         operation["parameters"] = parameters
     if route.body is not None:
         operation["requestBody"] = {"required": True, "content": {"application/json": _schema(route.body)}}
-    content: dict[str, Any] = {"text/plain": {"schema": {"type": "string"}}}
+    if route.form is not None:
+        operation["requestBody"] = {"required": True, "content": {"multipart/form-data": {"schema": route.form}}}
+    content: dict[str, Any] = {route.media_type: {"schema": {"type": "string"}}}
     if route.answer is not None:
         content = {"application/json": _schema(route.answer)}
     if route.chunk is not None:

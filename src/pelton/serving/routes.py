@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
 from pelton.serving import sessions, status, timelines
+from pelton.serving.batches import batches, files, objects
 from pelton.serving.context import ServingContext
 from pelton.serving.openai import pooling_requests, requests, responses, tokenization
 from pelton.serving.openai.chat import create_chat_completion
@@ -32,10 +34,118 @@ class Route:
     errors: tuple[int, ...] = ()
     is_open: bool = False  # needs no key
     has_tenant: bool = False  # is answered for the tenant that asks
+    query: tuple[tuple[str, dict[str, Any]], ...] = ()  # names and schemas
+    form: dict[str, Any] | None = None  # schema of a body that is a multipart form
+    media_type: str = "text/plain"  # of an answer that is no JSON
 
 
+_PAGE: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("after", {"type": "string", "description": "Id of the last of the page before."}),
+)
+_UPLOAD = {
+    "type": "object",
+    "required": ["file", "purpose"],
+    "additionalProperties": False,
+    "properties": {
+        "file": {"type": "string", "format": "binary"},
+        "purpose": {"type": "string", "enum": ["batch"]},
+    },
+}
 _BODY_ERRORS = (400, 401, 404, 408, 413, 415)
 _GENERATION_ERRORS = (*_BODY_ERRORS, 429, 500, 503)
+
+FILE_ROUTES = (
+    Route(
+        method="POST",
+        path="/v1/files",
+        handler=files.upload_file,
+        summary="Upload the input of a batch",
+        form=_UPLOAD,
+        answer=objects.FileObject,
+        errors=(400, 401, 408, 413, 415, 503),
+        has_tenant=True,
+    ),
+    Route(
+        method="GET",
+        path="/v1/files",
+        handler=files.list_files,
+        summary="The tenant's files",
+        query=(
+            *_PAGE,
+            ("limit", {"type": "integer", "minimum": 1, "maximum": 10_000}),
+            ("order", {"type": "string", "enum": ["asc", "desc"]}),
+            ("purpose", {"type": "string"}),
+        ),
+        answer=objects.FileList,
+        errors=(400, 401, 503),
+        has_tenant=True,
+    ),
+    Route(
+        method="GET",
+        path="/v1/files/{file_id}",
+        handler=files.show_file,
+        summary="A file",
+        answer=objects.FileObject,
+        errors=(400, 401, 404, 503),
+        has_tenant=True,
+    ),
+    Route(
+        method="DELETE",
+        path="/v1/files/{file_id}",
+        handler=files.delete_file,
+        summary="Delete a file",
+        answer=objects.DeletedFile,
+        errors=(400, 401, 404, 409, 503),
+        has_tenant=True,
+    ),
+    Route(
+        method="GET",
+        path="/v1/files/{file_id}/content",
+        handler=files.show_content,
+        summary="What is in a file",
+        media_type="application/octet-stream",
+        errors=(400, 401, 404, 503),
+        has_tenant=True,
+    ),
+    Route(
+        method="POST",
+        path="/v1/batches",
+        handler=batches.create_batch,
+        summary="Run the lines of a file when there is time",
+        body=objects.BatchRequest,
+        answer=objects.BatchObject,
+        errors=(*_BODY_ERRORS, 429, 503),
+        has_tenant=True,
+    ),
+    Route(
+        method="GET",
+        path="/v1/batches",
+        handler=batches.list_batches,
+        summary="The tenant's batches, the newest first",
+        query=(*_PAGE, ("limit", {"type": "integer", "minimum": 1, "maximum": 100})),
+        answer=objects.BatchList,
+        errors=(400, 401, 503),
+        has_tenant=True,
+    ),
+    Route(
+        method="GET",
+        path="/v1/batches/{batch_id}",
+        handler=batches.show_batch,
+        summary="A batch",
+        answer=objects.BatchObject,
+        errors=(400, 401, 404, 503),
+        has_tenant=True,
+    ),
+    Route(
+        method="POST",
+        path="/v1/batches/{batch_id}/cancel",
+        handler=batches.cancel_batch,
+        summary="End a batch early",
+        answer=objects.BatchObject,
+        errors=(400, 401, 404, 409, 503),
+        has_tenant=True,
+    ),
+)
 
 ROUTES = (
     Route(
@@ -96,6 +206,7 @@ ROUTES = (
         )
         for path in ("/v1/rerank", "/v2/rerank", "/rerank")
     ),
+    *FILE_ROUTES,
     Route(
         method="GET",
         path="/v1/models",
