@@ -47,27 +47,27 @@ EXPECTED = {"last": lambda states: states[-1], "mean": lambda states: states.mea
 
 
 async def test_embeddings_equal_transformers(model_path: Path, hidden: list[np.ndarray]) -> None:
-    """In steps of 100 tokens, some of them from the cache; quantized products differ in the third digit."""
+    """In steps of 100 tokens, some of them from the cache."""
     flags = ("--max-num-batched-tokens", "100", "--activation-dtype", "float32", "--kv-cache-dtype", "float32")
-    async with run_server(model_path, *flags) as server:
-        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-            model = (await client.models.list()).data[0].id
-            found: dict[str, list[np.ndarray]] = {}
-            for turn in range(2):
-                for pooling, expected in EXPECTED.items():
-                    answer = await client.embeddings.create(
-                        model=model,
-                        input=[*TEXTS, LONG],
-                        extra_body={"pooling": pooling},
-                    )
-                    vectors = [np.array(item.embedding, "f4") for item in answer.data]
-                    for vector, states in zip(vectors, hidden, strict=True):
-                        wanted = expected(states) / np.linalg.norm(expected(states))
-                        assert np.abs(vector - wanted).max() < 1e-4
-                        assert vector @ wanted > 0.99999
-                    if turn:  # the same bits with a prefix cache that holds all of it
-                        for vector, before in zip(vectors, found[pooling], strict=True):
-                            assert np.array_equal(vector, before)
-                    found[pooling] = vectors
-            assert answer.usage.prompt_tokens == sum(map(len, hidden))
-            assert await server.gauge("vllm:prefix_cache_hits_total") > 0
+    async with (
+        run_server(model_path, *flags) as server,
+        openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        model = (await client.models.list()).data[0].id
+        found: dict[str, list[np.ndarray]] = {}
+        for turn in range(2):
+            for pooling, expected in EXPECTED.items():
+                answer = await client.embeddings.create(
+                    model=model, input=[*TEXTS, LONG], extra_body={"pooling": pooling}
+                )
+                vectors = [np.array(item.embedding, "f4") for item in answer.data]
+                for vector, states in zip(vectors, hidden, strict=True):
+                    wanted = expected(states) / np.linalg.norm(expected(states))
+                    assert np.abs(vector - wanted).max() < 1e-4
+                    assert vector @ wanted > 0.99999
+                if turn:  # the same bits with a prefix cache that holds all of it
+                    for vector, before in zip(vectors, found[pooling], strict=True):
+                        assert np.array_equal(vector, before)
+                found[pooling] = vectors
+        assert answer.usage.prompt_tokens == sum(map(len, hidden))
+        assert await server.gauge("vllm:prefix_cache_hits_total") > 0
