@@ -1,4 +1,4 @@
-"""A server over a scripted engine, as a process: `python -m tests.serving.child PORT DELAY_S DRAIN_S [DATA_DIR]`."""
+"""A server over a scripted engine, a process: `python -m tests.serving.child PORT DELAY_S DRAIN_S [DATA_DIR [URL]]`."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from tests.serving.make import TEMPLATE, ByteTokenizer, ScriptedExecutor
 
 def main() -> int:
     port, delay_s, drain_s = int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
-    store = Store(StoreConfig(data_dir=sys.argv[4])) if len(sys.argv) > 4 else None
     config = ServerConfig(port=port, drain_timeout_s=drain_s)
+    data_dir, database_url = (*sys.argv[4:], None, None)[:2]
+    store = Store(StoreConfig(data_dir=data_dir or "/nonexistent", database_url=database_url or None))
 
     def build() -> object:
         if delay_s < 0:

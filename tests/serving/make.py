@@ -25,7 +25,7 @@ from pelton.serving.app import create_app
 from pelton.serving.config import ServerConfig
 from pelton.serving.context import ModelCard
 from pelton.serving.middleware import with_server_send
-from pelton.serving.server import listen
+from pelton.serving.server import listen, uvicorn_config
 from pelton.store.config import StoreConfig
 from pelton.store.opener import Store
 from pelton.weights.tensors import GenerationDefaults
@@ -172,6 +172,7 @@ def running_server(
     defaults: GenerationDefaults | None = None,
     start_engine: bool = True,
     data_dir: Path | None = None,
+    store: StoreConfig | None = None,
     **info: Any,
 ) -> Iterator[RunningServer]:
     """A server on a free port, on a thread of its own; `info` as in `EngineInfo`. Greedy by default."""
@@ -184,13 +185,11 @@ def running_server(
         ModelCard(names=(MODEL_NAME, "alias"), root=str(Path("scripted")), max_model_len=2048, created=1),
         config or ServerConfig(),
         chat_template=chat_template,
-        store=Store(StoreConfig(data_dir=str(data_dir))) if data_dir is not None else None,
         generation_defaults=defaults or GenerationDefaults(temperature=0.0),
+        store=Store(store or StoreConfig(data_dir=str(data_dir or "/nonexistent"))),
     )
     listener = listen("127.0.0.1", 0)
-    server = uvicorn.Server(
-        uvicorn.Config(with_server_send(app), log_config=None, access_log=False, timeout_graceful_shutdown=1)
-    )
+    server = uvicorn.Server(uvicorn_config(with_server_send(app), config or ServerConfig()))
     started: Future[asyncio.AbstractEventLoop] = Future()
 
     async def main() -> None:

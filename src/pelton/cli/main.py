@@ -59,6 +59,8 @@ def make_app(console: Console | None = None) -> App:
         ("chat", "pelton.cli.chat:chat", "Talk to a running server."),
         ("generate", "pelton.cli.generate:generate", "Complete prompts without a server."),
         ("models", "pelton.cli.models:app", "List, pull, show and remove models."),
+        ("keys", "pelton.cli.keys:app", "Make, list, rotate and revoke API keys."),
+        ("usage", "pelton.cli.usage:usage", "Show tokens used, by tenant and key."),
         ("bench", "pelton.cli.bench:app", "Measure servers under load, and kernels."),
         ("simulate", "pelton.cli.simulate:app", "Run the scheduler and the KV cache on virtual time."),
         ("env", "pelton.cli.environment:env", "Show machine, versions and what Pelton would use."),

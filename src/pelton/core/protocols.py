@@ -104,6 +104,10 @@ class SchedulingPolicy(Protocol):
         """Account for KV that is held without a running request (pins): blocks times seconds."""
         ...
 
+    def settings_changed(self, tenant_id: str) -> None:
+        """A tenant's weight or caps are others now."""
+        ...
+
     def tenant_stats(self) -> tuple[TenantStats, ...]:
         """Of the tenants that have requests, or had some and are remembered."""
         ...

@@ -37,13 +37,23 @@ class TenantSettings:
 
 @dataclass(frozen=True, slots=True)
 class Tenants:
-    """Settings by tenant id."""
+    """Settings by tenant id: those of the start, and over them those that were changed since."""
 
     by_id: Mapping[str, TenantSettings] = field(default_factory=dict)
     others: TenantSettings = TenantSettings()
+    _changed: dict[str, TenantSettings] = field(default_factory=dict)
 
     def of(self, tenant_id: str) -> TenantSettings:
-        return self.by_id.get(tenant_id, self.others)
+        changed = self._changed.get(tenant_id)
+        return changed if changed is not None else self.by_id.get(tenant_id, self.others)
+
+    def change(self, tenant_id: str, changes: Mapping[str, int | float]) -> None:
+        """What `changes` does not name is as it was at the start. Raises `ConfigError`."""
+        settings = replace(self.by_id.get(tenant_id, self.others), **changes)  # type: ignore[arg-type]
+        if changes:
+            self._changed[tenant_id] = settings
+        else:
+            self._changed.pop(tenant_id, None)
 
 
 def parse_tenants(texts: Iterable[str]) -> Tenants:

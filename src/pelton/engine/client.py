@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from itertools import count
 from typing import Protocol
@@ -38,6 +38,7 @@ from pelton.engine.wire import (
     Reply,
     SessionDeleted,
     SessionList,
+    SetTenant,
     Shutdown,
     Submit,
     TenantReport,
@@ -150,6 +151,11 @@ class EngineClient:
         self._idle.clear()
         self._transport.send(Submit(submission))
         return stream
+
+    def set_tenant(self, tenant_id: str, changes: Mapping[str, int | float]) -> None:
+        """Change fields of a tenant's `TenantSettings`. A restarted engine has to be told again."""
+        if self.state is EngineState.READY:
+            self._transport.send(SetTenant(tenant_id, dict(changes)))
 
     async def sessions(self, tenant_id: str) -> tuple[SessionInfo, ...]:
         """A tenant's sessions, the latest used first. Raises `ServiceUnavailableError`, as do the next two."""
@@ -298,6 +304,12 @@ class RequestStream:
         self._client._cancel(self)
         self.num_open = 0
         self._wake()
+
+    def fail(self, error: PeltonError) -> None:
+        """As `cancel`; whoever reads gets `error`. Does nothing once the submission has ended."""
+        if self.num_open:
+            self._client._cancel(self)
+            self._fail(error)
 
     def _push(self, output: RequestOutput) -> None:
         if output.error is not None:

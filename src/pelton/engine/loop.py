@@ -16,6 +16,7 @@ from pelton.engine.wire import (
     DescribeTenants,
     EngineUpdate,
     ListSessions,
+    SetTenant,
     Shutdown,
     Submit,
 )
@@ -68,6 +69,8 @@ class EngineLoop:
                     self.engine.cancel(request_id)
                 case ListSessions() | DeleteSession() | DescribeTenants():
                     self.engine.ask(command)
+                case SetTenant(tenant_id=tenant_id, changes=changes):
+                    self.engine.tenancy.set_tenant(tenant_id, changes)
                 case Shutdown():
                     return False
             try:

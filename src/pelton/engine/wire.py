@@ -42,6 +42,13 @@ class DescribeTenants(msgspec.Struct, tag="describe_tenants", frozen=True):
     query_id: int
 
 
+class SetTenant(msgspec.Struct, tag="set_tenant", frozen=True):
+    """Change fields of a tenant's `TenantSettings`; those not named are as they were at the start."""
+
+    tenant_id: str
+    changes: dict[str, int | float]
+
+
 class Shutdown(msgspec.Struct, tag="shutdown", frozen=True):
     """End at once; what still runs is dropped."""
 
@@ -82,7 +89,7 @@ class EngineUpdate(msgspec.Struct, tag="update", frozen=True):
     replies: tuple[Reply, ...] = ()
 
 
-Command = Submit | Cancel | Query | Shutdown
+Command = Submit | Cancel | Query | SetTenant | Shutdown
 EngineMessage = Ready | StartFailed | EngineUpdate
 
 _encoder = msgspec.msgpack.Encoder()

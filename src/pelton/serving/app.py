@@ -32,6 +32,8 @@ from pelton.serving.scoring import check_score_tokens
 from pelton.serving.status import PELTON_VERSION
 from pelton.serving.template_error import ChatTemplateError
 from pelton.serving.template_process import TemplateRenderer
+from pelton.serving.tenants.access import AccessControl
+from pelton.serving.tenants.service import TenantService
 from pelton.serving.timelines import Timelines
 from pelton.store.opener import Store
 from pelton.weights.tensors import GenerationDefaults
@@ -56,6 +58,8 @@ def create_app(
     """
     check_score_tokens(config, tokenizer)
     metrics = ServerMetrics(model.names[0])
+    store = store or Store()
+    tenants = TenantService(client, store, api_key=config.api_key, admin_key=config.admin_api_key)
     timelines = Timelines()
     client.add_listener(metrics.take_update)
     client.add_listener(timelines.take_update)
@@ -71,17 +75,18 @@ def create_app(
         spelling=TokenSpelling(tokenizer),
         spelling_of_ids=TokenIdSpelling(tokenizer),
         pool=ThreadPoolExecutor(NUM_PREPARE_THREADS, "pelton-prepare"),
-        store=store or Store(),
+        store=store,
+        tenants=tenants,
     )
     context.batches = BatchRunner(context, FileStore(context.store.config.data_path))
     routes = [_Route(route.path, _endpoint(context, route.handler), methods=[route.method]) for route in ROUTES]
     routes += [
-        _Route("/openapi.json", _show_openapi(config), methods=["GET"]),
+        _Route("/openapi.json", _show_openapi(config, tenants.access), methods=["GET"]),
         _Route("/docs", _show_docs, methods=["GET"]),
     ]
     app = Starlette(
         routes=routes,
-        middleware=_middleware(config, metrics),
+        middleware=_middleware(config, metrics, tenants.access),
         lifespan=_lifespan(context),
         exception_handlers={PeltonError: _handle_typed(context), HTTPException: _handle_http},
     )
@@ -103,9 +108,9 @@ class _Route(Route):
         return match, found
 
 
-def _middleware(config: ServerConfig, metrics: ServerMetrics) -> list[Middleware]:
+def _middleware(config: ServerConfig, metrics: ServerMetrics, access: AccessControl) -> list[Middleware]:
     """The outermost first."""
-    found = [Middleware(RequestMiddleware, api_key=config.api_key, metrics=metrics)]
+    found = [Middleware(RequestMiddleware, access=access, metrics=metrics)]
     if config.cors_origins:
         from starlette.middleware.cors import CORSMiddleware
 
@@ -114,12 +119,12 @@ def _middleware(config: ServerConfig, metrics: ServerMetrics) -> list[Middleware
     return found
 
 
-def _show_openapi(config: ServerConfig) -> Callable[[Request], Awaitable[Response]]:
+def _show_openapi(config: ServerConfig, access: AccessControl) -> Callable[[Request], Awaitable[Response]]:
     @cache
     def document() -> dict[str, Any]:
         from pelton.serving.openapi import build_openapi
 
-        return build_openapi(ROUTES, PELTON_VERSION, has_key=config.api_key is not None)
+        return build_openapi(ROUTES, PELTON_VERSION, has_key=config.api_key is not None or access.needs_key)
 
     async def show(_: Request) -> Response:
         return JSONResponse(document())
@@ -144,6 +149,7 @@ def _template_renderer(source: str | None, tokenizer: Tokenizer) -> TemplateRend
 def _lifespan(context: ServingContext) -> Callable[[Starlette], Any]:
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        await context.tenants.start()
         _log.info("generation defaults", **_known_defaults(context.defaults))
         if context.template is not None:
             # A helper process ahead of the first chat; nobody waits for it here.
@@ -154,7 +160,7 @@ def _lifespan(context: ServingContext) -> Callable[[Starlette], Any]:
         finally:
             await context.batches.close()
             context.pool.shutdown(wait=False, cancel_futures=True)
-            await context.store.close()
+            await context.tenants.close()
             if context.template is not None:
                 context.template.close()
 

@@ -13,6 +13,7 @@ class ServerConfig:
     host: str = setting("127.0.0.1", "address to listen on")
     port: int = setting(8000, "port to listen on; 0: any free one")
     api_key: str | None = setting(None, "key that clients must send as a bearer token")
+    admin_api_key: str | None = setting(None, "key of the admin API, /admin/v1, beside stored keys with that scope")
     served_model_name: tuple[str, ...] = setting((), "names clients may use; default: the model's own")
     chat_template: str | None = setting(None, "file with a Jinja chat template, instead of the model's own")
     request_timeout_s: float = setting(600.0, "deadline of a request that brings none; 0: none")
@@ -30,7 +31,13 @@ class ServerConfig:
     score_tokens: tuple[str, ...] = setting(
         (), "two words that a reranker answers with, the good one first, such as yes,no; default: cosine of embeddings"
     )
-    cors_origins: tuple[str, ...] = setting((), "origins that browsers may call from; default: none")
+    cors_origins: tuple[str, ...] = setting(
+        (), "origins that browsers may call from; default: none", alias="--allowed-origins"
+    )
+    ssl_certfile: str | None = setting(None, "PEM file with the certificate chain: HTTPS instead of HTTP")
+    ssl_keyfile: str | None = setting(None, "PEM file with the certificate's private key")
+    max_header_bytes: int = setting(64 * 2**10, "largest head of a request: its line and all its headers")
+    header_timeout_s: float = setting(20.0, "how long a client may take to send the head of a request")
     log_level: str = setting("info", "debug, info, warning or error", choices=("debug", "info", "warning", "error"))
 
     def __post_init__(self) -> None:
@@ -41,6 +48,11 @@ class ServerConfig:
         for name in ("max_file_bytes", "max_stored_bytes", "max_batch_lines", "batch_concurrency"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise ConfigError("ssl_certfile and ssl_keyfile go together")
+        for name in ("max_header_bytes", "header_timeout_s", "max_body_bytes"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be positive")
         for name in ("request_timeout_s", "drain_timeout_s"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must not be negative")

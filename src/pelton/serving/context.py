@@ -29,6 +29,7 @@ from pelton.serving.openai.logprobs import TokenSpelling
 from pelton.serving.openai.pooling_requests import PoolingRequest
 from pelton.serving.openai.requests import GenerationRequest
 from pelton.serving.template_process import TemplateRenderer
+from pelton.serving.tenants.service import TenantService
 from pelton.serving.timelines import Timelines, new_timeline
 from pelton.store.opener import Store
 from pelton.weights.tensors import GenerationDefaults
@@ -66,12 +67,15 @@ class ServingContext:
     spelling: TokenSpelling
     pool: ThreadPoolExecutor
     spelling_of_ids: TokenSpelling
+    tenants: TenantService
     store: Store  # of what outlives the process; opened at first use
     num_preparing: int = 0
     batches: BatchRunner = field(init=False)  # which needs the context itself
 
     def check_ready(self) -> EngineInfo:
         """Raises `ServiceUnavailableError` unless the engine takes requests."""
+        if self.tenants.access.is_loading:
+            raise ServiceUnavailableError("the server is reading its keys; try again later")
         if self.client.state is not EngineState.READY or self.client.info is None:
             raise ServiceUnavailableError(
                 f"the server is {self.client.state}; try again later", retry_after_s=UNAVAILABLE_RETRY_S
@@ -121,13 +125,18 @@ class ServingContext:
         caller: Caller,
         tool_names: tuple[str, ...] = (),
     ) -> Generation:
-        """One submission per prompt, all or none."""
+        """One submission per prompt, all or none. Raises `LimitError` where the tenant's limits are in the way."""
+        ticket = self.tenants.admit(caller.tenant_id, caller.key_id, prompts, sampling)
+        if ticket is not None and ticket.reservation is not None:
+            caller.response_headers.update(ticket.reservation.headers)
         timeout_s = request.timeout_s or self.config.request_timeout_s or None
-        streams = []
+        streams = ticket.streams if ticket is not None else []
+        submission_id = answer_id
         try:
             for index, prompt in enumerate(prompts):
+                submission_id = answer_id if len(prompts) == 1 else f"{answer_id}-{index}"
                 submission = Submission(
-                    request_id=answer_id if len(prompts) == 1 else f"{answer_id}-{index}",
+                    request_id=submission_id,
                     prompt_token_ids=prompt,
                     sampling=sampling,
                     tenant_id=caller.tenant_id,
@@ -135,13 +144,15 @@ class ServingContext:
                     program_id=caller.program_id,
                     previous_request_id=caller.previous_answer_id,
                     tool_names=tool_names,
-                    cache_salt=caller.salt(request.cache_salt),
+                    cache_salt=caller.salt(request.cache_salt, self.tenants.cache_group(caller.tenant_id)),
                     priority=request.priority,
                     is_background=caller.is_background,
                     timeout_s=timeout_s,
                 )
+                self.tenants.begin(ticket, submission_id, len(prompt), sampling.n)
                 streams.append(self.client.submit(submission))
         except BaseException:
+            self.tenants.drop(ticket, submission_id)
             for stream in streams:
                 stream.cancel()
             raise

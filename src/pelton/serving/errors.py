@@ -84,7 +84,7 @@ def error_body(error: PeltonError) -> ErrorBody:
         message = message[:MAX_MESSAGE_LENGTH] + "..."
     return ErrorBody(
         message=message,
-        type=_type_of(status_of(error)),
+        type=getattr(error, "kind", None) or _type_of(status_of(error)),
         param="model" if isinstance(error, ModelNotFoundError) else getattr(error, "param", None),
         code=error.code,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 import re
 import time
 import uuid
@@ -11,11 +10,12 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pelton.core.errors import PeltonError
-from pelton.serving.caller import LOG_KEY, REQUEST_ID_KEY
-from pelton.serving.errors import ClientDisconnectedError, HTTPProblemError, error_response
+from pelton.serving.caller import IDENTITY_KEY, LOG_KEY, REQUEST_ID_KEY, RESPONSE_HEADERS_KEY
+from pelton.serving.errors import ClientDisconnectedError, error_response
 from pelton.serving.logs import Logger
 from pelton.serving.metrics import ServerMetrics
 from pelton.serving.sse import SERVER_SEND
+from pelton.serving.tenants.access import AccessControl
 
 # Probes carry no key; everything else does, where one is set.
 OPEN_PATHS = frozenset({"/live", "/ready", "/health"})
@@ -35,9 +35,9 @@ def with_server_send(app: ASGIApp) -> ASGIApp:
 
 
 class RequestMiddleware:
-    def __init__(self, app: ASGIApp, *, api_key: str | None, metrics: ServerMetrics) -> None:
+    def __init__(self, app: ASGIApp, *, access: AccessControl, metrics: ServerMetrics) -> None:
         self._app = app
-        self._api_key = api_key.encode() if api_key is not None else None
+        self._access = access
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -61,6 +61,7 @@ class RequestMiddleware:
                     *message.get("headers", ()),
                     (b"x-request-id", request_id.encode()),
                     (b"openai-processing-ms", str(elapsed_ms).encode()),
+                    *_extra_headers(scope, message),
                 ]
             await send(message)
 
@@ -77,22 +78,13 @@ class RequestMiddleware:
             self._record(scope, request_id, status, time.perf_counter() - started_s)
 
     async def _respond(self, scope: Scope, receive: Receive, send: Send, headers: Headers) -> None:
-        if self._api_key is not None and scope["path"] not in OPEN_PATHS and not self._has_key(headers):
-            error = HTTPProblemError(
-                401,
-                "a valid API key is required, as the header 'Authorization: Bearer KEY'",
-                code="invalid_api_key",
-                headers={"www-authenticate": "Bearer"},
-            )
-            await error_response(error)(scope, receive, send)
-            return
+        if scope["path"] not in OPEN_PATHS:
+            try:
+                scope[IDENTITY_KEY] = self._access.identify(headers, scope["path"])
+            except PeltonError as error:
+                await error_response(error)(scope, receive, send)
+                return
         await self._app(scope, receive, send)
-
-    def _has_key(self, headers: Headers) -> bool:
-        assert self._api_key is not None
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        sent = key.strip().encode("latin-1")
-        return hmac.compare_digest(sent, self._api_key) and scheme.lower() == "bearer"
 
     def _record(self, scope: Scope, request_id: str, status: int, elapsed_s: float) -> None:
         route = scope.get("route")
@@ -109,3 +101,10 @@ class RequestMiddleware:
             request_id=request_id,
             **{name: value() if callable(value) else value for name, value in scope.get(LOG_KEY, {}).items()},
         )
+
+
+def _extra_headers(scope: Scope, message: Message) -> list[tuple[bytes, bytes]]:
+    """What handlers leave for whatever answers; an error that says the same itself is left alone."""
+    known = {name for name, _ in message.get("headers", ())}
+    found = scope.get(RESPONSE_HEADERS_KEY, {}).items()
+    return [(name.encode(), value.encode()) for name, value in found if name.encode() not in known]

@@ -9,12 +9,14 @@ import msgspec
 
 from pelton.serving.caller import ID_PATTERN, TENANT_PATTERN
 from pelton.serving.errors import ErrorResponse
+from pelton.serving.query import query_parameters
 from pelton.serving.routes import Route
 
 _PATH_PARAMETER = re.compile(r"\{(\w+)(?::\w+)?\}")
 _ERROR_TEXTS = {
     400: "The request is not valid",
     401: "The API key is missing or wrong",
+    403: "The API key does not allow this",
     404: "There is none of that name",
     408: "The deadline passed",
     409: "It is in use, or has ended",
@@ -50,8 +52,7 @@ def build_openapi(routes: tuple[Route, ...], version: str, *, has_key: bool) -> 
     schemas["CompletionRequest"]["properties"]["prompt"] = _PROMPT
     schemas["EmbeddingRequest"]["properties"]["input"] = _PROMPT
     components: dict[str, Any] = {"schemas": schemas}
-    if has_key:
-        components["securitySchemes"] = {"ApiKey": {"type": "http", "scheme": "bearer"}}
+    components["securitySchemes"] = {"ApiKey": {"type": "http", "scheme": "bearer"}}
     paths: dict[str, Any] = {}
     for route in routes:
         path = _PATH_PARAMETER.sub(r"{\1}", route.path)
@@ -70,12 +71,13 @@ def _operation(route: Route, *, has_key: bool) -> dict[str, Any]:
         {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
         for name in _PATH_PARAMETER.findall(route.path)
     ]
+    if route.query is not None:
+        parameters += query_parameters(route.query)
     parameters += [
         {"name": name, "in": "header", "description": text, "schema": {"type": "string", "pattern": f"^{pattern}$"}}
         for name, pattern, text in (_HEADERS if route.body is not None and route.chunk is not None else _HEADERS[:1])
         if route.has_tenant
     ]
-    parameters += [{"name": name, "in": "query", "schema": schema} for name, schema in route.query]
     if parameters:
         operation["parameters"] = parameters
     if route.body is not None:
@@ -96,13 +98,13 @@ def _operation(route: Route, *, has_key: bool) -> dict[str, Any]:
         content["text/event-stream"] = {"schema": event}
     operation["responses"] = {"200": {"description": "Success", "content": content}}
     for status in route.errors:
-        if status == 401 and not has_key:
+        if status in (401, 403) and not (has_key or route.is_admin):
             continue
         operation["responses"][str(status)] = {
             "description": _ERROR_TEXTS[status],
             "content": {"application/json": _schema(ErrorResponse)},
         }
-    if has_key and not route.is_open:
+    if (has_key or route.is_admin) and not route.is_open:
         operation["security"] = [{"ApiKey": []}]
     return operation
 

@@ -18,6 +18,7 @@ from pelton.serving.openai.chat import create_chat_completion
 from pelton.serving.openai.completions import create_completion
 from pelton.serving.openai.embeddings import create_embeddings
 from pelton.serving.scoring import create_ranking, create_score
+from pelton.serving.tenants.admin_routes import ADMIN_ROUTES
 
 Handler = Callable[[ServingContext, Request], Awaitable[Response]]
 
@@ -30,18 +31,16 @@ class Route:
     summary: str
     answer: type[msgspec.Struct] | None = None  # None: text
     body: type[msgspec.Struct] | None = None
+    query: type[msgspec.Struct] | None = None
     chunk: type[msgspec.Struct] | None = None  # of its stream
     errors: tuple[int, ...] = ()
+    is_admin: bool = False  # needs a key of the scope `admin`, always
     is_open: bool = False  # needs no key
     has_tenant: bool = False  # is answered for the tenant that asks
-    query: tuple[tuple[str, dict[str, Any]], ...] = ()  # names and schemas
     form: dict[str, Any] | None = None  # schema of a body that is a multipart form
     media_type: str = "text/plain"  # of an answer that is no JSON
 
 
-_PAGE: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("after", {"type": "string", "description": "Id of the last of the page before."}),
-)
 _UPLOAD = {
     "type": "object",
     "required": ["file", "purpose"],
@@ -51,7 +50,7 @@ _UPLOAD = {
         "purpose": {"type": "string", "enum": ["batch"]},
     },
 }
-_BODY_ERRORS = (400, 401, 404, 408, 413, 415)
+_BODY_ERRORS = (400, 401, 403, 404, 408, 413, 415)
 _GENERATION_ERRORS = (*_BODY_ERRORS, 429, 500, 503)
 
 FILE_ROUTES = (
@@ -62,7 +61,7 @@ FILE_ROUTES = (
         summary="Upload the input of a batch",
         form=_UPLOAD,
         answer=objects.FileObject,
-        errors=(400, 401, 408, 413, 415, 503),
+        errors=(400, 401, 403, 408, 413, 415, 503),
         has_tenant=True,
     ),
     Route(
@@ -70,14 +69,9 @@ FILE_ROUTES = (
         path="/v1/files",
         handler=files.list_files,
         summary="The tenant's files",
-        query=(
-            *_PAGE,
-            ("limit", {"type": "integer", "minimum": 1, "maximum": 10_000}),
-            ("order", {"type": "string", "enum": ["asc", "desc"]}),
-            ("purpose", {"type": "string"}),
-        ),
+        query=objects.FilesQuery,
         answer=objects.FileList,
-        errors=(400, 401, 503),
+        errors=(400, 401, 403, 503),
         has_tenant=True,
     ),
     Route(
@@ -86,7 +80,7 @@ FILE_ROUTES = (
         handler=files.show_file,
         summary="A file",
         answer=objects.FileObject,
-        errors=(400, 401, 404, 503),
+        errors=(400, 401, 403, 404, 503),
         has_tenant=True,
     ),
     Route(
@@ -95,7 +89,7 @@ FILE_ROUTES = (
         handler=files.delete_file,
         summary="Delete a file",
         answer=objects.DeletedFile,
-        errors=(400, 401, 404, 409, 503),
+        errors=(400, 401, 403, 404, 409, 503),
         has_tenant=True,
     ),
     Route(
@@ -104,7 +98,7 @@ FILE_ROUTES = (
         handler=files.show_content,
         summary="What is in a file",
         media_type="application/octet-stream",
-        errors=(400, 401, 404, 503),
+        errors=(400, 401, 403, 404, 503),
         has_tenant=True,
     ),
     Route(
@@ -122,9 +116,9 @@ FILE_ROUTES = (
         path="/v1/batches",
         handler=batches.list_batches,
         summary="The tenant's batches, the newest first",
-        query=(*_PAGE, ("limit", {"type": "integer", "minimum": 1, "maximum": 100})),
+        query=objects.BatchesQuery,
         answer=objects.BatchList,
-        errors=(400, 401, 503),
+        errors=(400, 401, 403, 503),
         has_tenant=True,
     ),
     Route(
@@ -133,7 +127,7 @@ FILE_ROUTES = (
         handler=batches.show_batch,
         summary="A batch",
         answer=objects.BatchObject,
-        errors=(400, 401, 404, 503),
+        errors=(400, 401, 403, 404, 503),
         has_tenant=True,
     ),
     Route(
@@ -142,7 +136,7 @@ FILE_ROUTES = (
         handler=batches.cancel_batch,
         summary="End a batch early",
         answer=objects.BatchObject,
-        errors=(400, 401, 404, 409, 503),
+        errors=(400, 401, 403, 404, 409, 503),
         has_tenant=True,
     ),
 )
@@ -213,7 +207,7 @@ ROUTES = (
         handler=status.list_models,
         summary="The served models",
         answer=responses.ModelList,
-        errors=(401,),
+        errors=(401, 403),
     ),
     Route(
         method="GET",
@@ -221,7 +215,7 @@ ROUTES = (
         handler=status.show_model,
         summary="One served model",
         answer=responses.ModelInfo,
-        errors=(401, 404),
+        errors=(401, 403, 404),
     ),
     Route(
         method="POST",
@@ -274,7 +268,7 @@ ROUTES = (
         handler=status.show_version,
         summary="The server's version",
         answer=responses.VersionInfo,
-        errors=(401,),
+        errors=(401, 403),
     ),
     Route(
         method="GET",
@@ -307,6 +301,7 @@ ROUTES = (
         path="/metrics",
         handler=status.show_metrics,
         summary="Metrics for Prometheus",
-        errors=(401,),
+        errors=(401, 403),
     ),
+    *(Route(**row) for row in ADMIN_ROUTES),
 )

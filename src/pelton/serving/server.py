@@ -6,19 +6,23 @@ import asyncio
 import contextlib
 import gc
 import os
+import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import cast
 
 import uvicorn
 import uvloop
 from starlette.types import ASGIApp
 
-from pelton.core.errors import PeltonError
+from pelton.core.errors import ConfigError, PeltonError
 from pelton.engine.client import EngineClient
 from pelton.serving.config import ServerConfig
 from pelton.serving.logs import Logger, configure_logs
 from pelton.serving.middleware import with_server_send
+from pelton.serving.protocol import BoundedProtocol
 
 # For answers to leave once the engine is done with them.
 FLUSH_TIMEOUT_S = 2
@@ -40,8 +44,17 @@ def run_server(make_app: Callable[[], ASGIApp], client: EngineClient, config: Se
     engine from starting.
     """
     configure_logs(config.log_level)
+    _allow_connections()
     with listen(config.host, config.port) as listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_serve(make_app, client, config, listener))
+
+
+def _allow_connections() -> None:
+    """As many open files as the system lets a process have: every connection is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -55,6 +68,11 @@ def listen(host: str, port: int) -> socket.socket:
     # Connections inherit it. Head and body are written apart, and Nagle's algorithm would hold the
     # second back for 40 ms; asyncio turns it off only for sockets made in a certain way.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    # A client that has vanished without a word is found out, so that its request ends.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
+        if hasattr(socket, name):
+            listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
     return listener
 
 
@@ -70,14 +88,15 @@ async def _serve(
 ) -> int:
     starting = asyncio.create_task(client.start())
     try:
-        server = _Server(_uvicorn_config(with_server_send(await asyncio.to_thread(make_app))))
+        server = _Server(uvicorn_config(with_server_send(await asyncio.to_thread(make_app)), config))
     except BaseException:
         await _give_up(starting)
         raise
     stop = _stop_on_signals()
     serving = asyncio.create_task(server.serve([listener]))
     host, port = listener.getsockname()[:2]
-    _log.info("listening", url=f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+    scheme = "http" if config.ssl_certfile is None else "https"
+    _log.info("listening", url=f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}")
     try:
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait((starting, stopping, serving), return_when=asyncio.FIRST_COMPLETED)
@@ -98,17 +117,29 @@ async def _serve(
     return 0
 
 
-def _uvicorn_config(app: ASGIApp) -> uvicorn.Config:
-    return uvicorn.Config(
+def uvicorn_config(app: ASGIApp, config: ServerConfig) -> uvicorn.Config:
+    """Raises `ConfigError` for a certificate or key that cannot be used."""
+    protocol = partial(
+        BoundedProtocol, max_header_bytes=config.max_header_bytes, header_timeout_s=config.header_timeout_s
+    )
+    made = uvicorn.Config(
         app,
-        http="httptools",
+        http=cast("type[asyncio.Protocol]", protocol),
         ws="none",
         lifespan="on",
         log_config=None,
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=FLUSH_TIMEOUT_S,
+        ssl_certfile=config.ssl_certfile,
+        ssl_keyfile=config.ssl_keyfile,
     )
+    try:
+        made.load()
+    except OSError as error:  # ssl.SSLError is one
+        reason = getattr(error, "reason", None) or error.strerror or error
+        raise ConfigError(f"ssl_certfile and ssl_keyfile cannot be used: {reason}") from None
+    return made
 
 
 async def _give_up(starting: asyncio.Task[None]) -> None:

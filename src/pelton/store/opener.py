@@ -20,6 +20,10 @@ class Store:
         self._database: Database | None = None
         self._opening = asyncio.Lock()
 
+    @property
+    def is_open(self) -> bool:
+        return self._database is not None
+
     async def database(self) -> Database:
         """Opened and migrated. Raises `DatabaseError` or `ConfigError`; the next call tries again."""
         async with self._opening:

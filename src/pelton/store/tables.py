@@ -67,3 +67,13 @@ folded_journals = Table(
     Column("journal_id", String(64), primary_key=True),
     Column("folded_s", Double, nullable=False),
 )
+
+# The token counters of every engine that a server has had, as it told them last: usage adds up to their sum.
+engine_runs = Table(
+    "engine_runs",
+    metadata,
+    Column("run_id", String(64), primary_key=True),
+    Column("updated_s", Double, nullable=False),
+    Column("num_prompt_tokens", BigInteger, nullable=False),
+    Column("num_output_tokens", BigInteger, nullable=False),
+)

@@ -263,6 +263,15 @@ class ByTenantPolicy:
             return None
         return victim
 
+    def settings_changed(self, tenant_id: str) -> None:
+        """Of a tenant, while it runs: its weight and its caps hold from now on."""
+        tenant = self.tenants.get(tenant_id)
+        if tenant is not None:
+            tenant.settings = self.context.tenants.of(tenant_id)
+            tenant.num_output_service = OUTPUT_TOKEN_SERVICE / tenant.settings.weight
+            tenant.is_at_share = False
+            self._settle(tenant, moved=True)
+
     # -- accounts -----------------------------------------------------------------------------------
 
     def _tenant(self, tenant_id: str) -> Tenant:

@@ -12,11 +12,11 @@ from starlette.responses import Response
 from pelton.core.errors import InvalidRequestError
 from pelton.serving.batches.file_store import new_file_id
 from pelton.serving.batches.lines import ENDPOINTS
-from pelton.serving.batches.objects import BatchList, BatchRequest, batch_object
-from pelton.serving.batches.paging import limit_of, query_of
-from pelton.serving.caller import tenant_of
+from pelton.serving.batches.objects import BatchesQuery, BatchList, BatchRequest, NoQuery, batch_object
+from pelton.serving.caller import identity_of, tenant_of
 from pelton.serving.context import ServingContext
 from pelton.serving.errors import HTTPProblemError, json_response
+from pelton.serving.query import read_query
 from pelton.serving.request_body import read_json_body
 from pelton.store.batch_records import BatchRecord
 
@@ -27,7 +27,7 @@ MAX_UNFINISHED = 100
 
 
 async def create_batch(context: ServingContext, http_request: Request) -> Response:
-    query_of(http_request, ())
+    read_query(http_request, NoQuery)
     tenant_id = tenant_of(http_request)
     request = await read_json_body(http_request, BatchRequest, context.config.max_body_bytes)
     endpoints = _endpoints()
@@ -68,6 +68,7 @@ async def create_batch(context: ServingContext, http_request: Request) -> Respon
         expires_s=now_s + window_s,
         output_file_id=new_file_id(),
         error_file_id=new_file_id(),
+        key_id=identity_of(http_request).key_id,
         headers={"content-type": "application/json", "x-tenant-id": tenant_id},
         output_expires_after_s=None if request.output_expires_after is None else request.output_expires_after.seconds,
         metadata=request.metadata,
@@ -88,10 +89,10 @@ def _endpoints() -> tuple[str, ...]:
 async def list_batches(context: ServingContext, http_request: Request) -> Response:
     from pelton.store.batches import BatchTable
 
-    query = query_of(http_request, ("after", "limit"))
-    limit = limit_of(query, default=20, most=100)
+    query = read_query(http_request, BatchesQuery)
+    limit, after = query.limit, query.after or None
     table = BatchTable(await context.store.database())
-    records = await table.page(tenant_of(http_request), after=query.get("after"), limit=limit + 1)
+    records = await table.page(tenant_of(http_request), after=after, limit=limit + 1)
     data = [batch_object(context.batches.live(record)) for record in records[:limit]]
     return json_response(
         BatchList(
@@ -104,7 +105,7 @@ async def list_batches(context: ServingContext, http_request: Request) -> Respon
 
 
 async def show_batch(context: ServingContext, http_request: Request) -> Response:
-    query_of(http_request, ())
+    read_query(http_request, NoQuery)
     record = await _find(context, http_request)
     return json_response(batch_object(context.batches.live(record)))
 
@@ -113,7 +114,7 @@ async def cancel_batch(context: ServingContext, http_request: Request) -> Respon
     """It ends soon after; results so far are kept."""
     from pelton.store.batches import BatchTable
 
-    query_of(http_request, ())
+    read_query(http_request, NoQuery)
     record = await _find(context, http_request)
     if record.status in ("validating", "in_progress"):
         live = context.batches.live(record)

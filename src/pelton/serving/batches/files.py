@@ -6,6 +6,7 @@ import asyncio
 import time
 from dataclasses import dataclass
 
+from msgspec import UNSET
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
@@ -15,11 +16,19 @@ from starlette.types import Message
 
 from pelton.core.errors import InvalidRequestError
 from pelton.serving.batches.file_store import new_file_id
-from pelton.serving.batches.objects import MAX_EXPIRY_S, MIN_EXPIRY_S, DeletedFile, FileList, file_object
-from pelton.serving.batches.paging import is_newest_first, limit_of, query_of
+from pelton.serving.batches.objects import (
+    MAX_EXPIRY_S,
+    MIN_EXPIRY_S,
+    DeletedFile,
+    FileList,
+    FilesQuery,
+    NoQuery,
+    file_object,
+)
 from pelton.serving.caller import tenant_of
 from pelton.serving.context import ServingContext
 from pelton.serving.errors import ClientDisconnectedError, HTTPProblemError, json_response
+from pelton.serving.query import read_query
 from pelton.store.batch_records import FileRecord
 
 UPLOAD_TIMEOUT_S = 600.0
@@ -40,7 +49,7 @@ class _Upload:
 async def upload_file(context: ServingContext, http_request: Request) -> Response:
     from pelton.store.batches import FileTable
 
-    query_of(http_request, ())
+    read_query(http_request, NoQuery)
     tenant_id = tenant_of(http_request)
     most = context.config.max_file_bytes
     form = await _read_form(http_request, most + FRAME_BYTES)
@@ -155,15 +164,15 @@ def _too_large(most: int) -> HTTPProblemError:
 async def list_files(context: ServingContext, http_request: Request) -> Response:
     from pelton.store.batches import FileTable
 
-    query = query_of(http_request, ("after", "limit", "order", "purpose"))
-    limit, newest_first = limit_of(query, default=10_000, most=10_000), is_newest_first(query)
+    query = read_query(http_request, FilesQuery)
+    limit = query.limit
     records = await FileTable(await context.store.database()).page(
         tenant_of(http_request),
         time.time(),
-        after=query.get("after"),
+        after=query.after or None,
         limit=limit + 1,
-        newest_first=newest_first,
-        purpose=query.get("purpose"),
+        newest_first=query.order == "desc",
+        purpose=None if query.purpose is UNSET else query.purpose,
     )
     data = [file_object(record) for record in records[:limit]]
     return json_response(
@@ -177,12 +186,12 @@ async def list_files(context: ServingContext, http_request: Request) -> Response
 
 
 async def show_file(context: ServingContext, http_request: Request) -> Response:
-    query_of(http_request, ())
+    read_query(http_request, NoQuery)
     return json_response(file_object(await _find(context, http_request)))
 
 
 async def show_content(context: ServingContext, http_request: Request) -> Response:
-    query_of(http_request, ())
+    read_query(http_request, NoQuery)
     record = await _find(context, http_request)
     path = context.batches.files.path(record.file_id)
     if not await asyncio.to_thread(path.is_file):
@@ -193,7 +202,7 @@ async def show_content(context: ServingContext, http_request: Request) -> Respon
 async def delete_file(context: ServingContext, http_request: Request) -> Response:
     from pelton.store.batches import BatchTable, FileTable
 
-    query_of(http_request, ())
+    read_query(http_request, NoQuery)
     record = await _find(context, http_request)
     database = await context.store.database()
     if await BatchTable(database).num_unfinished(record.tenant_id, record.file_id):

@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from pelton.serving.batches.line_call import CallResult, call_endpoint
+from pelton.serving.batches.line_call import CallResult, call_endpoint, refusal
 from pelton.serving.batches.lines import BadLine, Line, Scan, read_line, scan_input
 from pelton.serving.batches.results import LineError, LineResponse, ResultFile, ResultLine, result_id
+from pelton.serving.caller import IDENTITY_KEY
+from pelton.serving.tenants.access import Identity
+from pelton.serving.tenants.problems import ended_key
 from pelton.store.batch_records import UNFINISHED, BatchRecord, BatchStatus, FileRecord
 from pelton.store.batches import BatchTable, FileTable
 
@@ -143,15 +146,22 @@ class BatchJob:
             record.num_failed += 1
 
     async def _call(self, body: bytes, request_id: str) -> CallResult:
-        record = self.record
+        record, access = self.record, self._runner.context.tenants.access
         while True:
+            scope: dict[str, object] = {}
+            if record.key_id:
+                key = access.access.keys.get(record.key_id)
+                problem = ended_key() if key is None else access.problem_of(key)
+                if key is None or problem is not None:
+                    return refusal(problem or ended_key())
+                scope[IDENTITY_KEY] = Identity(record.tenant_id, record.key_id, key.scopes)
             result = await call_endpoint(
                 self._runner.context,
                 record.endpoint,
                 body,
                 request_id=request_id,
                 headers=record.headers,
-                scope={},
+                scope=scope,
             )
             if result.status not in _RETRIED or b'"insufficient_quota"' in result.body:
                 return result

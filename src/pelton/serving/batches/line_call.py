@@ -24,6 +24,12 @@ class CallResult:
     retry_after_s: float | None
 
 
+def refusal(error: PeltonError) -> CallResult:
+    """The answer of who was not let in."""
+    response = error_response(error)
+    return CallResult(response.status_code, bytes(response.body), None)
+
+
 async def call_endpoint(
     context: ServingContext,
     path: str,

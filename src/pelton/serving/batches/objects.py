@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from pelton.serving.openai.requests import Metadata
 from pelton.store.batch_records import BatchRecord, BatchStatus, FileRecord
@@ -31,6 +31,24 @@ class FileList(Struct, kw_only=True):
     first_id: str | None
     last_id: str | None
     object: Literal["list"] = "list"
+
+
+class NoQuery(Struct, kw_only=True):
+    pass
+
+
+class FilesQuery(Struct, kw_only=True):
+    """Of a page of files; `after` is the last of the page before."""
+
+    after: Annotated[str, Meta(min_length=1, max_length=64)] | UnsetType = UNSET
+    limit: Annotated[int, Meta(ge=1, le=10_000)] = 10_000
+    order: Literal["asc", "desc"] = "desc"
+    purpose: Annotated[str, Meta(max_length=32)] | UnsetType = UNSET
+
+
+class BatchesQuery(Struct, kw_only=True):
+    after: Annotated[str, Meta(min_length=1, max_length=64)] | UnsetType = UNSET
+    limit: Annotated[int, Meta(ge=1, le=100)] = 20
 
 
 class DeletedFile(Struct, kw_only=True):

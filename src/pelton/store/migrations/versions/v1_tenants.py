@@ -59,3 +59,10 @@ def upgrade() -> None:
         sa.Column("journal_id", sa.String(64), primary_key=True),
         sa.Column("folded_s", sa.Double, nullable=False),
     )
+    op.create_table(
+        "engine_runs",
+        sa.Column("run_id", sa.String(64), primary_key=True),
+        sa.Column("updated_s", sa.Double, nullable=False),
+        sa.Column("num_prompt_tokens", sa.BigInteger, nullable=False),
+        sa.Column("num_output_tokens", sa.BigInteger, nullable=False),
+    )
