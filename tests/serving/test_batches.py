@@ -144,7 +144,7 @@ def test_each_bad_line_is_an_error_line(client: openai.OpenAI) -> None:
         (line("x", prompt="a") | {"extra": 1}, "x", "unknown_parameter"),
         (line("s", prompt="a", stream=True), "s", "invalid_value"),
         ({"custom_id": "n", "method": "POST", "url": COMPLETIONS}, "n", "missing_required_parameter"),
-        ("[" * 5000, None, "invalid_json"),
+        ("[" * 5000, None, "invalid_type"),
     ]
     refused = line("temperature", prompt="a", temperature=-1)
     unknown_model = line("model", prompt="a") | {"body": {"model": "other", "prompt": "a"}}
