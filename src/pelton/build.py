@@ -85,7 +85,7 @@ def build_engine(config: PeltonConfig, decoder: TokenDecoder | None = None) -> E
     files = open_model(path)
     decoder = decoder or load_decoder(path, config.model.tokenizer, files)
     worker, info = build_executor(
-        files, config.model, config.worker, config.engine, eos_token_ids=decoder.eos_token_ids
+        files, config.model, config.worker, config.engine, eos_token_ids=decoder.eos_token_ids, decoder=decoder
     )
     executor: Executor = worker
     if config.engine.step_log is not None:

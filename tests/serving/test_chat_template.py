@@ -179,10 +179,10 @@ def test_forbidden_and_failing_templates(template: str, problem: str) -> None:
 
 def test_a_killed_helper_is_replaced(bounded: TemplateRenderer) -> None:
     bounded.render(CONVERSATIONS[0])
-    helper = bounded._idle.get()
+    helper = bounded._helpers._idle.get()
     assert helper is not None
     os.kill(helper._process.pid, 9)
-    bounded._idle.put(helper)
+    bounded._helpers._idle.put(helper)
     with pytest.raises(ChatTemplateError):
         bounded.render(CONVERSATIONS[0])
     assert bounded.render(CONVERSATIONS[0])
@@ -191,7 +191,7 @@ def test_a_killed_helper_is_replaced(bounded: TemplateRenderer) -> None:
 def test_helpers_end_with_their_owner() -> None:
     renderer = TemplateRenderer(TEMPLATE)
     renderer.render(CONVERSATIONS[0])
-    helper = renderer._idle.queue[-1]
+    helper = renderer._helpers._idle.queue[-1]
     assert helper is not None
     renderer.close()
     assert helper._process.poll() is not None

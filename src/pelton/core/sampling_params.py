@@ -18,7 +18,7 @@ MAX_SEED = 2**64 - 1
 class SamplingParams:
     """Immutable; validated on construction, so that a bad value never reaches the engine.
 
-    Order of operations in the sampler: logit_bias and allowed/banned tokens, min_tokens, penalties,
+    Order of operations in the sampler: logit_bias, grammar and allowed/banned tokens, min_tokens, penalties,
     temperature, top_k, top_p, min_p. `temperature == 0` means greedy. Reported logprobs are those of
     the model (log-softmax of the raw logits), as OpenAI and vLLM report them.
     """
@@ -85,8 +85,6 @@ class SamplingParams:
             raise InvalidRequestError("allowed_token_ids must name at least one token", param="allowed_token_ids")
         if self.pooling is not None and (self.n != 1 or self.max_tokens != 1):
             raise InvalidRequestError("a pooling request has n=1 and max_tokens=1", param="n")
-        if self.grammar is not None:
-            raise InvalidRequestError("grammar is not supported yet", param="grammar", code="unsupported_parameter")
 
     @property
     def is_greedy(self) -> bool:

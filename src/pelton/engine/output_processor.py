@@ -59,6 +59,11 @@ class OutputProcessor:
             count += 1
             delta, finish_reason, stop_reason = self._push(request, generation, token_id, first + count)
             text += delta
+            if count == len(token_ids) and request.request_id in result.complete_ids:
+                if finish_reason is None:
+                    text += generation.detokenizer.flush()
+                if finish_reason in (None, FinishReason.LENGTH):
+                    finish_reason = FinishReason.STOP
             if finish_reason is not None:
                 del request.output_token_ids[first + count :]
                 break

@@ -163,6 +163,8 @@ def _lifespan(context: ServingContext) -> Callable[[Starlette], Any]:
             await context.tenants.close()
             if context.template is not None:
                 context.template.close()
+            if context.grammars is not None:
+                context.grammars.close()
 
     return lifespan
 

@@ -17,6 +17,7 @@ from pelton.core.errors import (
     ServiceUnavailableError,
 )
 from pelton.core.events import EngineInfo
+from pelton.core.grammar import Grammar
 from pelton.core.request import Submission
 from pelton.core.sampling_params import SamplingParams
 from pelton.engine.client import EngineClient, EngineState
@@ -24,6 +25,7 @@ from pelton.serving.batches.runner import BatchRunner
 from pelton.serving.caller import Caller
 from pelton.serving.config import ServerConfig
 from pelton.serving.generation import Generation
+from pelton.serving.grammar.checker import GrammarChecker
 from pelton.serving.metrics import ServerMetrics
 from pelton.serving.openai.logprobs import TokenSpelling
 from pelton.serving.openai.pooling_requests import PoolingRequest
@@ -69,6 +71,7 @@ class ServingContext:
     spelling_of_ids: TokenSpelling
     tenants: TenantService
     store: Store  # of what outlives the process; opened at first use
+    grammars: GrammarChecker | None = None  # made on first use
     num_preparing: int = 0
     batches: BatchRunner = field(init=False)  # which needs the context itself
 
@@ -100,6 +103,12 @@ class ServingContext:
             return await asyncio.get_running_loop().run_in_executor(self.pool, function, *args)
         finally:
             self.num_preparing -= 1
+
+    async def check_grammar(self, grammar: Grammar, param: str) -> Grammar:
+        """As `GrammarChecker.check`."""
+        if self.grammars is None:
+            self.grammars = GrammarChecker(self.tokenizer, self.check_ready().vocab_size)
+        return await self.grammars.check(grammar, param)
 
     def encode(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
         """Token ids of `text`; a text far beyond the context is refused after its first pieces."""

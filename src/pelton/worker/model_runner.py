@@ -14,12 +14,14 @@ import numpy as np
 
 from pelton.core.batch import NULL_BLOCK_ID, ScheduledBatch, ScheduledRequest, StepResult
 from pelton.core.output import TokenLogprobs
+from pelton.core.protocols import TokenDecoder
 from pelton.worker.forward_batch import Floats, ForwardBatch, GroupBatch
 from pelton.worker.kv_storage import KVStorage
 from pelton.worker.layers.rotary import RotaryTable, rotary_tables
 from pelton.worker.models.registry import Model, compile_model
 from pelton.worker.pooling.pooler import Pooler
 from pelton.worker.request_state import RequestState, RequestStates
+from pelton.worker.sampling.grammar import GrammarMasks, GrammarMatchers
 from pelton.worker.sampling.sampler import Sampler, TokenMask
 
 # Rows of logits held at once: 64 x 152k float32 are 39 MB.
@@ -47,6 +49,7 @@ class _Answers:
     sampled_token_ids: list[tuple[int, ...]]
     logprobs: list[tuple[TokenLogprobs, ...] | None]
     prompt_logprobs: list[tuple[TokenLogprobs, ...] | None]
+    complete_ids: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     pooled: dict[str, bytes] = field(default_factory=dict)
 
@@ -58,13 +61,19 @@ class ModelRunner:
     reported in `StepResult.failed` by the steps that were already in flight.
     """
 
-    def __init__(self, model: Model, kv: KVStorage, sampler: Sampler, *, block_size: int) -> None:
+    def __init__(
+        self, model: Model, kv: KVStorage, sampler: Sampler, *, block_size: int, decoder: TokenDecoder | None = None
+    ) -> None:
+        """`decoder`: the model's, without which requests with a grammar fail."""
         self._kv = kv
         self._sampler = sampler
         self._program = compile_model(model, kv)
         self._rotary_tables = rotary_tables(model.spec)
         self._block_size = block_size
-        self._states = RequestStates(sampler, model.spec.vocab_size)
+        vocab_size = model.spec.vocab_size
+        matchers = GrammarMatchers(decoder, vocab_size) if decoder is not None else None
+        self._states = RequestStates(sampler, vocab_size, matchers)
+        self._masks = GrammarMasks(vocab_size, sorted(decoder.eos_token_ids) if decoder is not None else ())
 
     def run_step(self, batch: ScheduledBatch) -> StepResult:
         """KV operations, then one forward pass, then sampling. Raises what the model or the kernels raise."""
@@ -88,6 +97,7 @@ class ModelRunner:
             sampled_token_ids=tuple(answers.sampled_token_ids),
             logprobs=tuple(answers.logprobs),
             prompt_logprobs=tuple(answers.prompt_logprobs),
+            complete_ids=tuple(answers.complete_ids),
             failed=answers.failed or None,
             pooled=answers.pooled or None,
             elapsed_s=time.perf_counter() - start_s,
@@ -123,14 +133,17 @@ class ModelRunner:
             logits,
             [state.sampling_row for state in states],
             [len(state.output_token_ids) for state in states],
-            _masks(states),
+            _without_banned(states, self._masks.fill([state.grammar for state in states])),
         )
         for row, token_id in zip(rows, samples.token_ids, strict=True):
             if token_id >= 0:
                 row.state.add_output(token_id)
                 answers.sampled_token_ids[row.index] = (token_id,)
+                if row.state.grammar is not None and row.state.grammar.is_complete:
+                    answers.complete_ids.append(row.scheduled.request_id)
         for i, problem in samples.problems.items():
-            answers.failed[rows[i].scheduled.request_id] = problem
+            grammar = states[i].grammar
+            answers.failed[rows[i].scheduled.request_id] = (grammar and grammar.problem) or problem
         for i, logprobs in samples.logprobs.items():
             answers.logprobs[rows[i].index] = (logprobs,)
 
@@ -166,10 +179,17 @@ class ModelRunner:
         answers.prompt_logprobs[row.index] = tuple(entries)
 
 
-def _masks(states: Sequence[RequestState]) -> list[TokenMask | None] | None:
+def _without_banned(
+    states: Sequence[RequestState], masks: Sequence[TokenMask | None] | None
+) -> Sequence[TokenMask | None] | None:
+    """The grammars' masks without tokens that would complete a banned word."""
     if all(state.banned is None for state in states):
-        return None
-    return [None if state.banned is None else state.banned.narrow(None, state.output_token_ids) for state in states]
+        return masks
+    known = masks or [None] * len(states)
+    return [
+        mask if state.banned is None else state.banned.narrow(mask, state.output_token_ids)
+        for state, mask in zip(states, known, strict=True)
+    ]
 
 
 def prepare_forward_batch(

@@ -15,30 +15,43 @@ from pelton.core.batch import PENDING_TOKEN_ID, RequestContext, ScheduledBatch, 
 from pelton.core.sampling_params import SamplingParams
 from pelton.worker.pooling import make_pooler
 from pelton.worker.sampling.banned_sequences import BannedSequences
+from pelton.worker.sampling.grammar import GrammarMatchers, RequestGrammar
 from pelton.worker.sampling.sampler import Sampler, SamplingRow
 
 
 class RequestState:
     """One request: its tokens so far, and what its sampling needs."""
 
-    __slots__ = ("_tables", "banned", "output_token_ids", "pooler", "prompt_token_ids", "sampling", "sampling_row")
+    __slots__ = (
+        "_tables",
+        "banned",
+        "grammar",
+        "output_token_ids",
+        "pooler",
+        "prompt_token_ids",
+        "sampling",
+        "sampling_row",
+    )
 
     def __init__(
-        self, context: RequestContext, sampling: SamplingParams, sampler: Sampler, vocab_size: int = 0
+        self, context: RequestContext, sampling: SamplingParams, sampler: Sampler, grammar: RequestGrammar | None = None
     ) -> None:
         self.prompt_token_ids = context.prompt_token_ids
         self.output_token_ids = list(context.output_token_ids)
         self.sampling = sampling
+        self.grammar = grammar
         self.sampling_row: SamplingRow = sampler.make_row(sampling, context.seed)
         self.sampling_row.add_prompt(self.prompt_token_ids)
         self.sampling_row.add_output(self.output_token_ids)
-        self.banned = BannedSequences(sampling.banned_sequences, vocab_size) if sampling.banned_sequences else None
+        self.banned: BannedSequences | None = None
         self.pooler = make_pooler(sampling.pooling) if sampling.pooling is not None else None
         self._tables: dict[int, tuple[tuple[int, ...], npt.NDArray[np.int64]]] = {}
 
     def add_output(self, token_id: int) -> None:
         self.output_token_ids.append(token_id)
         self.sampling_row.add_output((token_id,))
+        if self.grammar is not None:
+            self.grammar.add_output(token_id)
 
     def known_token_ids(self, scheduled: ScheduledRequest) -> tuple[int, ...]:
         """The step's tokens, with what was sampled here in place of `PENDING_TOKEN_ID`.
@@ -67,8 +80,10 @@ class RequestState:
 class RequestStates:
     """The states by request id, kept in step with the batches."""
 
-    def __init__(self, sampler: Sampler, vocab_size: int) -> None:
+    def __init__(self, sampler: Sampler, vocab_size: int, matchers: GrammarMatchers | None = None) -> None:
+        """`matchers`: None where no request may have a grammar."""
         self._sampler = sampler
+        self._matchers = matchers
         self._vocab_size = vocab_size
         self._states: dict[str, RequestState] = {}
 
@@ -106,5 +121,12 @@ class RequestStates:
         for token_ids in (context.prompt_token_ids, context.output_token_ids):
             if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self._vocab_size:
                 return f"a token id is outside the model's vocabulary of {self._vocab_size}"
-        self._states[scheduled.request_id] = RequestState(context, scheduled.sampling, self._sampler, self._vocab_size)
+        sampling, grammar = scheduled.sampling, None
+        if sampling.grammar is not None:
+            if self._matchers is None:
+                return "the worker has no vocabulary to apply a grammar with"
+            grammar = RequestGrammar(self._matchers.start(sampling.grammar), sampling, context.output_token_ids)
+        state = self._states[scheduled.request_id] = RequestState(context, sampling, self._sampler, grammar)
+        if sampling.banned_sequences:
+            state.banned = BannedSequences(sampling.banned_sequences, self._vocab_size)
         return None

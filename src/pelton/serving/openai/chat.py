@@ -20,6 +20,7 @@ from pelton.serving.openai.parameters import truncated, without_bad_words
 from pelton.serving.openai.requests import ChatRequest, TokenizeRequest, check_supported
 from pelton.serving.openai.responses import ChatChoice, ChatCompletion, ChatResponseMessage
 from pelton.serving.openai.sampling import chat_sampling
+from pelton.serving.openai.structured_output import constrained
 from pelton.serving.request_body import read_json_body
 from pelton.serving.sse import CollectedAnswer, EventStream
 
@@ -30,7 +31,8 @@ async def create_chat_completion(context: ServingContext, http_request: Request)
     check_supported(request)
     context.check_model(request.model)
     caller = caller_of(http_request, request)
-    sampling = await without_bad_words(context, request, chat_sampling(request, context.defaults))
+    sampling = await constrained(context, request, chat_sampling(request, context.defaults))
+    sampling = await without_bad_words(context, request, sampling)
     prompt = truncated(context, await context.prepare(chat_prompt, context, request), request, sampling)
     options = _answer_options(context, request, sampling, prompt)
     tool_names = answered_tools(request.messages)

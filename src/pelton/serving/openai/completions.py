@@ -19,6 +19,7 @@ from pelton.serving.openai.parameters import best_sequences, truncated, without_
 from pelton.serving.openai.requests import MAX_LISTED_TOKENS, CompletionRequest, check_supported
 from pelton.serving.openai.responses import Completion, CompletionChoice
 from pelton.serving.openai.sampling import completion_sampling
+from pelton.serving.openai.structured_output import constrained
 from pelton.serving.request_body import read_json_body
 from pelton.serving.sse import CollectedAnswer, EventStream
 
@@ -31,7 +32,8 @@ async def create_completion(context: ServingContext, http_request: Request) -> R
     check_supported(request)
     context.check_model(request.model)
     caller = caller_of(http_request, request)
-    sampling = await without_bad_words(context, request, completion_sampling(request, context.defaults))
+    sampling = await constrained(context, request, completion_sampling(request, context.defaults))
+    sampling = await without_bad_words(context, request, sampling)
     prompts = [truncated(context, prompt, request, sampling) for prompt in await _token_ids(context, request)]
     options = _answer_options(context, request, sampling, prompts)
     generation = context.submit(options.answer_id, prompts, request, sampling, caller)

@@ -57,9 +57,48 @@ class StreamOptions(Struct, kw_only=True, forbid_unknown_fields=True):
     include_obfuscation: Annotated[Any, neutral(False)] = None
 
 
+# Kept as the client wrote it: the order of properties is that of the answer.
+JSONSchema = Annotated[
+    msgspec.Raw, Meta(extra_json_schema={"type": ["object", "boolean"]}, description="A JSON schema.")
+]
+
+
+class JSONSchemaFormat(Struct, kw_only=True, forbid_unknown_fields=True):
+    name: Annotated[str, Meta(max_length=64)]
+    schema: JSONSchema
+    description: str | None = None
+    strict: Annotated[bool, Meta(description="The schema is enforced either way.")] | None = None
+
+
 class ResponseFormat(Struct, kw_only=True, forbid_unknown_fields=True):
-    type: Annotated[str, Meta(extra_json_schema={"enum": ["text"]})]
-    json_schema: Annotated[Any, neutral()] = None
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JSONSchemaFormat | None = None
+
+
+SchemaOrText = Annotated[msgspec.Raw, Meta(description="A JSON schema, or its text.")]
+NULL = msgspec.Raw(b"null")
+
+
+def _null() -> msgspec.Raw:
+    return NULL
+
+
+Choices = Annotated[list[str], Meta(min_length=1, max_length=1 << 14)]
+
+
+class StructuredOutputs(Struct, kw_only=True, forbid_unknown_fields=True):
+    """vLLM's; exactly one of the first five."""
+
+    json: SchemaOrText = msgspec.field(default_factory=_null)
+    regex: str | None = None
+    choice: Choices | None = None
+    grammar: Annotated[str, Meta(description="Lark, in llguidance's dialect, or GBNF.")] | None = None
+    json_object: bool | None = None
+    disable_any_whitespace: Annotated[Any, neutral(False)] = None
+    disable_additional_properties: Annotated[Any, neutral(False)] = None
+    disable_fallback: Annotated[Any, neutral(True, False)] = None
+    whitespace_pattern: Annotated[Any, neutral()] = None
+    structural_tag: Annotated[Any, neutral()] = None
 
 
 class GenerationRequest(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -108,6 +147,11 @@ class GenerationRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     safety_identifier: Annotated[ShortText, Meta(description="For your records; changes nothing.")] | None = None
     metadata: Metadata | None = None
     response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: SchemaOrText = msgspec.field(default_factory=_null)
+    guided_regex: Annotated[str, Meta(description="The whole answer matches it.")] | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: Annotated[str, Meta(description="Lark, in llguidance's dialect, or GBNF.")] | None = None
 
     store: Annotated[Any, neutral(False)] = None
     service_tier: Annotated[Any, neutral("auto", "default")] = None
@@ -117,12 +161,7 @@ class GenerationRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     use_beam_search: Annotated[Any, neutral(False)] = None
     length_penalty: Annotated[Any, neutral(1.0)] = None
     spaces_between_special_tokens: Annotated[Any, neutral(True)] = None
-    structured_outputs: Annotated[Any, neutral()] = None
-    guided_json: Annotated[Any, neutral()] = None
-    guided_regex: Annotated[Any, neutral()] = None
-    guided_choice: Annotated[Any, neutral()] = None
-    guided_grammar: Annotated[Any, neutral()] = None
-    guided_decoding_backend: Annotated[Any, neutral()] = None
+    guided_decoding_backend: Annotated[Any, neutral("auto", "guidance")] = None
     guided_whitespace_pattern: Annotated[Any, neutral()] = None
     logits_processors: Annotated[Any, neutral([])] = None
     kv_transfer_params: Annotated[Any, neutral()] = None

@@ -76,12 +76,6 @@ def _sampling(request: GenerationRequest, defaults: GenerationDefaults, lengths:
         raise InvalidRequestError(
             "prompt_logprobs is not available with stream=true", param="prompt_logprobs", code="unsupported_parameter"
         )
-    if request.response_format is not None and request.response_format.type != "text":
-        raise InvalidRequestError(
-            f"response_format of type {request.response_format.type!r} is not supported yet; it may be 'text'",
-            param="response_format",
-            code="unsupported_parameter",
-        )
     top_k = _first(request.top_k, defaults.top_k, 0)
     stop = request.stop or ()
     return SamplingParams(

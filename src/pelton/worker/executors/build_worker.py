@@ -16,6 +16,7 @@ from pathlib import Path
 from pelton.core.errors import ConfigError
 from pelton.core.events import EngineInfo
 from pelton.core.model_spec import ModelSpec
+from pelton.core.protocols import TokenDecoder
 from pelton.engine.config import EngineConfig
 from pelton.weights.config import ModelConfig
 from pelton.weights.packed_files import content_identity, packed_folder, packed_path
@@ -42,12 +43,13 @@ def build_executor(
     engine_config: EngineConfig,
     *,
     eos_token_ids: Iterable[int],
+    decoder: TokenDecoder | None = None,
 ) -> tuple[InProcessExecutor, EngineInfo]:
     """Load the model, allot the KV cache, start the executor's thread.
 
-    `eos_token_ids` end a generation; the sampler bans them until a request's `min_tokens`. Raises
-    `ConfigError` where the settings do not fit the model or the machine, `ModelFileError` or
-    `UnsupportedModelError` where the files do not.
+    `eos_token_ids` end a generation; the sampler bans them until a request's `min_tokens`. Without the
+    model's `decoder`, requests with a grammar fail. Raises `ConfigError` where the settings do not fit the
+    model or the machine, `ModelFileError` or `UnsupportedModelError` where the files do not.
     """
     start_s = time.perf_counter()
     spec = files.spec
@@ -62,7 +64,7 @@ def build_executor(
     block_bytes = spec.kv_bytes_per_block(engine_config.block_size, DTYPE_BYTES[kv_dtype])
     sampler = kernels.make_sampler(spec.vocab_size, eos_token_ids)
     threading.Thread(target=kv.warm_up, name="pelton-kv-warm-up", daemon=True).start()
-    runner = ModelRunner(model, kv, sampler, block_size=engine_config.block_size)
+    runner = ModelRunner(model, kv, sampler, block_size=engine_config.block_size, decoder=decoder)
     info = EngineInfo(
         max_model_len=plan.max_model_len,
         num_blocks=plan.num_blocks,

@@ -22,7 +22,7 @@ from pelton.core.sampling_params import SamplingParams
 Logits = npt.NDArray[np.float32]  # [S, V]
 TokenMask = npt.NDArray[np.uint32]  # [W]: bit i % 32 of word i // 32 says whether token i is allowed
 
-ALL_BANNED = "no token is left to sample: the request's settings ban all of them"
+ALL_BANNED = "no token is left to sample: the request's settings, or its grammar with them, ban all of them"
 OVERFLOW = "penalties or logit_bias made the logits overflow"
 
 
