@@ -141,7 +141,7 @@ def _pool(prompt: Sequence[int], params: PoolingParams) -> bytes:
     values = np.array([prompt.count(97), prompt.count(98), prompt.count(99), len(prompt)], "<f4")
     if params.method == "labels":
         return (np.array(params.label_token_ids, "<f4") / 100).tobytes()
-    values = values[: params.dimensions]
+    values = values[: params.dimensions] + (0 if any(values[: params.dimensions or 4]) else 1e-9)
     return (values / np.linalg.norm(values) if params.normalize else values).astype("<f4").tobytes()
 
 
