@@ -10,7 +10,7 @@ BIN := .venv/bin
 STAMP := .venv/.pelton-installed
 CODE := src tests scripts benchmarks
 
-.PHONY: help setup serve test check format lint types imports size settings bench wheel clean
+.PHONY: help setup serve test fuzz check format lint types imports size settings bench wheel clean
 
 help:
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -46,6 +46,9 @@ size: setup
 
 settings: setup
 	@$(BIN)/python scripts/make_settings_table.py --check
+
+fuzz: setup ## feed damaged input to all that reads requests and keys, for FUZZ_S seconds (60)
+	@$(BIN)/python -m tests.fuzz.decoders -max_total_time=$(or $(FUZZ_S),60) $(ARGS)
 
 bench: setup ## drive the server at URL with the five workloads
 	@$(BIN)/pelton bench serve --base-url $(or $(URL),http://127.0.0.1:8000) --workload all $(ARGS)

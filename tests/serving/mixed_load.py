@@ -41,8 +41,13 @@ class Result:
     engine_totals: tuple[int, int]
 
 
-async def run_with_kills(config: StoreConfig, num_requests: int, num_kills: int, *, seed: int = 1) -> Result:
-    """The last of `num_kills` + 1 servers ends in order; each of the others is killed with requests under way."""
+async def run_with_kills(
+    config: StoreConfig, num_requests: int, num_kills: int, *, seed: int = 1, model: str | None = None
+) -> Result:
+    """The last of `num_kills` + 1 servers ends in order; each of the others is killed with requests under way.
+
+    `model`: with `pelton serve` and its engine's process, in place of a scripted engine on a thread.
+    """
     chooser = random.Random(seed)
     database = await open_database(config)
     keys = [(await AccessTables(database).create_key(tenant))[1].text for tenant in ("red", "blue")]
@@ -50,7 +55,7 @@ async def run_with_kills(config: StoreConfig, num_requests: int, num_kills: int,
     seen = Seen()
     each = num_requests // (num_kills + 1)
     for number in range(num_kills + 1):
-        await _run_one(config, keys, each, chooser, seen, is_killed=number < num_kills)
+        await _run_one(_command(config, model), keys, each, chooser, seen, is_killed=number < num_kills)
     database = await open_database(config)
     rows = await UsageTables(database).report(0, 1e11, by=["tenant_id"])
     totals = await UsageTables(database).engine_totals()
@@ -58,15 +63,24 @@ async def run_with_kills(config: StoreConfig, num_requests: int, num_kills: int,
     return Result(seen, {keys[0]: used for keys, used in rows}, totals)
 
 
-async def _run_one(
-    config: StoreConfig, keys: list[str], num_requests: int, chooser: random.Random, seen: Seen, *, is_killed: bool
-) -> None:
+def _command(config: StoreConfig, model: str | None) -> list[str]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    arguments = (str(port), "0.002", "30", config.data_dir or "", config.database_url or "")
-    process = await asyncio.create_subprocess_exec(sys.executable, "-m", "tests.serving.child", *arguments)
+        port = str(listener.getsockname()[1])
+    data_dir = config.data_dir or ""
+    if model is None:
+        script = ["-m", "tests.serving.child", port, "0.002", "30", data_dir, config.database_url or ""]
+    else:
+        script = ["-m", "pelton.cli.main", "serve", model, "--port", port, "--data-dir", data_dir]
+    return [port, sys.executable, *script]
+
+
+async def _run_one(
+    command: list[str], keys: list[str], num_requests: int, chooser: random.Random, seen: Seen, *, is_killed: bool
+) -> None:
+    port, *arguments = command
+    process = await asyncio.create_subprocess_exec(*arguments)
     url = f"http://127.0.0.1:{port}"
-    kill_at = chooser.randrange(num_requests // 2, num_requests - 20) if is_killed else num_requests + 1
+    kill_at = chooser.randrange(num_requests // 2, num_requests - num_requests // 8) if is_killed else num_requests + 1
     slots = asyncio.Semaphore(24)
     num_begun = 0
 

@@ -164,7 +164,7 @@ def _shorten(body: dict[str, Any]) -> None:
 def test_the_document_lists_every_error() -> None:
     document = build_openapi(ROUTES, "test", has_key=True)
     chat = document["paths"]["/v1/chat/completions"]["post"]
-    assert set(chat["responses"]) == {"200", "400", "401", "404", "408", "413", "415", "429", "500", "503"}
+    assert set(chat["responses"]) == {"200", "400", "401", "403", "404", "408", "413", "415", "429", "500", "503"}
     assert chat["security"] == [{"ApiKey": []}]
     assert "security" not in document["paths"]["/live"]["get"]
     schemas = document["components"]["schemas"]

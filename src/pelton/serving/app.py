@@ -81,7 +81,7 @@ def create_app(
     context.batches = BatchRunner(context, FileStore(context.store.config.data_path))
     routes = [_Route(route.path, _endpoint(context, route.handler), methods=[route.method]) for route in ROUTES]
     routes += [
-        _Route("/openapi.json", _show_openapi(config, tenants.access), methods=["GET"]),
+        _Route("/openapi.json", _show_openapi(tenants.access), methods=["GET"]),
         _Route("/docs", _show_docs, methods=["GET"]),
     ]
     app = Starlette(
@@ -119,15 +119,15 @@ def _middleware(config: ServerConfig, metrics: ServerMetrics, access: AccessCont
     return found
 
 
-def _show_openapi(config: ServerConfig, access: AccessControl) -> Callable[[Request], Awaitable[Response]]:
+def _show_openapi(access: AccessControl) -> Callable[[Request], Awaitable[Response]]:
     @cache
-    def document() -> dict[str, Any]:
+    def document(has_key: bool) -> dict[str, Any]:
         from pelton.serving.openapi import build_openapi
 
-        return build_openapi(ROUTES, PELTON_VERSION, has_key=config.api_key is not None or access.needs_key)
+        return build_openapi(ROUTES, PELTON_VERSION, has_key=has_key)
 
     async def show(_: Request) -> Response:
-        return JSONResponse(document())
+        return JSONResponse(document(access.needs_key))
 
     return show
 

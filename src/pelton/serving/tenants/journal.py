@@ -76,6 +76,8 @@ def read_journal(path: Path) -> JournalContent:
 
 
 def _is_whole(line: bytes) -> bool:
+    if len(line) < 10:
+        return False
     try:
         return int(line[:8], 16) == zlib.crc32(line[9:-1])
     except ValueError:

@@ -12,7 +12,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pelton.core.errors import ConfigError, PeltonError
+from pelton.core.errors import PeltonError
 from pelton.core.sampling_params import SamplingParams
 from pelton.engine.client import EngineClient, EngineState
 from pelton.serving.logs import Logger
@@ -119,13 +119,15 @@ class TenantService:
             await self._fold(await self._store.database())
 
     async def _poll(self) -> None:
+        problem = ""
         for number in count():
             try:
                 await self._look(number)
+                problem = ""
             except (PeltonError, OSError) as error:
-                _log.warning("keys and usage wait for the database", problem=str(error))
-                if isinstance(error, ConfigError):
-                    await asyncio.sleep(10 * POLL_S)
+                if str(error) != problem:  # once, however long it lasts
+                    problem = str(error)
+                    _log.warning("keys and usage wait for the database", problem=problem)
             await asyncio.sleep(POLL_S if self._store.is_open else 2 * POLL_S)
 
     async def _look(self, number: int) -> None:
