@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from pelton.core.grammar import Grammar, GrammarKind
 from pelton.core.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from pelton.llm import LLM
 
-__all__ = ["LLM", "SamplingParams"]
+__all__ = ["LLM", "Grammar", "GrammarKind", "SamplingParams"]
 
 
 def __getattr__(name: str) -> Any:

@@ -93,7 +93,10 @@ def build_engine(config: PeltonConfig, decoder: TokenDecoder | None = None) -> E
 
         executor = StepLogExecutor(worker, Path(config.engine.step_log), info.block_size)
     clock, groups = MonotonicClock(), files.spec.kv_groups
-    return join_engine(config.engine, executor, info, decoder, clock, groups, block_store=worker.block_store)
+    engine = join_engine(config.engine, executor, info, decoder, clock, groups, block_store=worker.block_store)
+    if worker.matchers is not None:
+        engine.grammars.prepare = worker.matchers.prepare
+    return engine
 
 
 def join_engine(

@@ -8,7 +8,7 @@ import queue
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
@@ -200,6 +200,10 @@ class LLM:
         return samplings
 
     def _submission(self, token_ids: list[int], sampling: SamplingParams) -> Submission:
+        if sampling.grammar is not None:
+            from pelton.serving.grammar.check import check_without_vocabulary
+
+            sampling = replace(sampling, grammar=check_without_vocabulary(sampling.grammar))
         return Submission(request_id=f"llm-{next(self._ids)}", prompt_token_ids=token_ids, sampling=sampling)
 
     def _generate(

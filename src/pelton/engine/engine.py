@@ -27,6 +27,7 @@ from pelton.core.protocols import Clock, Executor, TokenDecoder
 from pelton.core.request import FinishReason, Request, Submission
 from pelton.core.tenant import Tenants
 from pelton.engine.admission import check_submission, make_requests
+from pelton.engine.grammar_hold import GrammarHold
 from pelton.engine.kv.costs import KVCosts
 from pelton.engine.kv.read_ahead import ReadAhead
 from pelton.engine.output_processor import OutputProcessor, error_output, pooled_output, prompt_logprobs_output
@@ -70,6 +71,7 @@ class Engine:
         self._in_flight: deque[tuple[ScheduledBatch, Future[StepResult]]] = deque()
         self._schedule_at_s: float | None = None  # when the step after the running one is made
         self._submissions: dict[str, list[Request]] = {}  # sequences of a submission that have not ended
+        self.grammars = GrammarHold()
         self._read_ahead = ReadAhead(scheduler.kv, clock)
         self._forks: dict[str, list[Request]] = {}  # leader's id -> siblings that wait for its prompt
         self._deadlines: list[tuple[float, str]] = []  # heap of (deadline, submission id)
@@ -106,8 +108,12 @@ class Engine:
             self._forks[requests[0].request_id] = requests[1:]
         if requests[0].deadline_s is not None:
             heapq.heappush(self._deadlines, (requests[0].deadline_s, submission.request_id))
-        if not self._read_ahead.try_hold(requests[0]):
-            self.scheduler.add(requests[0])
+        if not self.grammars.try_hold(requests[0]):
+            self._wait_for_kv(requests[0])
+
+    def _wait_for_kv(self, request: Request) -> None:
+        if not self._read_ahead.try_hold(request):
+            self.scheduler.add(request)
 
     def cancel(self, request_id: str) -> None:
         """End a submission at its client's wish; unknown ids have ended already."""
@@ -133,7 +139,8 @@ class Engine:
 
     @property
     def num_waiting(self) -> int:
-        return len(self.scheduler.policy) + len(self._read_ahead) + sum(map(len, self._forks.values()))
+        num_held = len(self.grammars) + len(self._read_ahead)
+        return len(self.scheduler.policy) + num_held + sum(map(len, self._forks.values()))
 
     @property
     def has_work(self) -> bool:
@@ -143,6 +150,14 @@ class Engine:
 
     def dispatch(self, on_done: Callable[[Future[StepResult]], None] | None = None) -> None:
         """Hand steps to the executor until it has enough; `on_done` may run on another thread."""
+        for request, error in self.grammars.take_ready():
+            if error is None:
+                self._wait_for_kv(request)
+            else:
+                problem = (
+                    error if isinstance(error, PeltonError) else PeltonError(f"the grammar cannot be used: {error}")
+                )
+                self._fail(request.parent_id or request.request_id, problem)
         for request in self._read_ahead.take_ready():
             self.scheduler.add(request)
         while len(self._in_flight) < self._max_in_flight:
@@ -172,6 +187,7 @@ class Engine:
 
     def wake_with(self, wake: Callable[[], None]) -> None:
         """`wake` is called, on another thread, when `dispatch` has something to do that no step tells of."""
+        self.grammars.wake = wake
         tiers = self.scheduler.kv.tiers
         if tiers is not None and tiers.disk is not None:
             tiers.disk.on_done = wake
@@ -289,6 +305,7 @@ class Engine:
 
     def _end(self, request: Request, reason: FinishReason, detail: str) -> None:
         request.finish_reason = reason
+        self.grammars.drop(request)
         self._read_ahead.drop(request)
         keep_s = self.tenancy.ended(request, reason)
         if keep_s > 0.0:

@@ -14,7 +14,6 @@ import numpy as np
 
 from pelton.core.batch import NULL_BLOCK_ID, ScheduledBatch, ScheduledRequest, StepResult
 from pelton.core.output import TokenLogprobs
-from pelton.core.protocols import TokenDecoder
 from pelton.worker.forward_batch import Floats, ForwardBatch, GroupBatch
 from pelton.worker.kv_storage import KVStorage
 from pelton.worker.layers.rotary import RotaryTable, rotary_tables
@@ -62,18 +61,22 @@ class ModelRunner:
     """
 
     def __init__(
-        self, model: Model, kv: KVStorage, sampler: Sampler, *, block_size: int, decoder: TokenDecoder | None = None
+        self,
+        model: Model,
+        kv: KVStorage,
+        sampler: Sampler,
+        *,
+        block_size: int,
+        matchers: GrammarMatchers | None = None,
     ) -> None:
-        """`decoder`: the model's, without which requests with a grammar fail."""
+        """Without `matchers` requests with a grammar fail."""
         self._kv = kv
         self._sampler = sampler
         self._program = compile_model(model, kv)
         self._rotary_tables = rotary_tables(model.spec)
         self._block_size = block_size
-        vocab_size = model.spec.vocab_size
-        matchers = GrammarMatchers(decoder, vocab_size) if decoder is not None else None
-        self._states = RequestStates(sampler, vocab_size, matchers)
-        self._masks = GrammarMasks(vocab_size, sorted(decoder.eos_token_ids) if decoder is not None else ())
+        self._states = RequestStates(sampler, model.spec.vocab_size, matchers)
+        self._masks = GrammarMasks(model.spec.vocab_size, matchers.eos_token_ids if matchers is not None else ())
 
     def run_step(self, batch: ScheduledBatch) -> StepResult:
         """KV operations, then one forward pass, then sampling. Raises what the model or the kernels raise."""

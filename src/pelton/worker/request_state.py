@@ -125,7 +125,7 @@ class RequestStates:
         if sampling.grammar is not None:
             if self._matchers is None:
                 return "the worker has no vocabulary to apply a grammar with"
-            grammar = RequestGrammar(self._matchers.start(sampling.grammar), sampling, context.output_token_ids)
+            grammar = self._matchers.follow(sampling, context.output_token_ids)
         state = self._states[scheduled.request_id] = RequestState(context, sampling, self._sampler, grammar)
         if sampling.banned_sequences:
             state.banned = BannedSequences(sampling.banned_sequences, self._vocab_size)

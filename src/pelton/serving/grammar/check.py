@@ -1,6 +1,6 @@
 """What is done to a grammar before admission: made sure that it compiles, or said where it does not.
 
-Runs in a helper process (`worker.py`): a schema is data that a client sent, and may be built to explode.
+Runs in a helper process of a server (`worker.py`): a schema is data that a client sent, and may be built to explode.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ import re
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from pelton.core.grammar import Grammar, GrammarKind
-from pelton.weights.tokenizer.grammar import GrammarCompiler, GrammarError
+from pelton.serving.grammar.rewrite import rewritten
+from pelton.weights.tokenizer.grammar import GrammarCompiler, GrammarError, GrammarVocabulary
 
 # Looking for the place of a problem compiles one subschema after another, for this long at most.
 _SEARCH_LIMIT_S = 0.5
@@ -35,16 +37,37 @@ _UNIMPLEMENTED = re.compile(r"Unimplemented keys: (\[.*\])")
 Pointer = tuple[str, ...]
 
 
+@cache
+def _byte_compiler() -> GrammarCompiler:
+    return GrammarCompiler(GrammarVocabulary([bytes([i]) for i in range(256)] + [b"<end>"], [256], [256]))
+
+
+def check_without_vocabulary(grammar: Grammar) -> Grammar:
+    """As `check_grammar`, for a program that trusts its own grammars. One that may name special tokens is left to
+    the worker."""
+    if grammar.kind is GrammarKind.LARK:
+        return replace(grammar, source=_lark_of_gbnf(grammar.source)) if "::=" in grammar.source else grammar
+    return replace(
+        check_grammar(_byte_compiler(), replace(grammar, starts_after="")), starts_after=grammar.starts_after
+    )
+
+
 def check_grammar(compiler: GrammarCompiler, grammar: Grammar) -> Grammar:
     """`grammar` as the worker is to have it. Raises `GrammarError`; for a schema it names the path."""
     if grammar.kind is GrammarKind.LARK and "::=" in grammar.source:
         grammar = replace(grammar, source=_lark_of_gbnf(grammar.source))
     try:
         matcher = compiler.compile(grammar)
-    except GrammarError as error:
+    except GrammarError:
         if grammar.kind is not GrammarKind.JSON_SCHEMA:
             raise
-        raise _with_path(compiler, grammar, str(error)) from None
+        original = _parsed(grammar.source)
+        schema = rewritten(original)
+        grammar = replace(grammar, source=json.dumps(schema))
+        try:
+            matcher = compiler.compile(grammar)
+        except GrammarError as error:
+            raise _with_path(compiler, schema, original, str(error)) from None
     matcher.compute_bitmask()
     if matcher.is_error():
         raise GrammarError("the grammar is too complex")
@@ -60,16 +83,36 @@ def _lark_of_gbnf(source: str) -> str:
         raise GrammarError(f"the grammar is neither Lark nor GBNF: {error}") from None
 
 
-def _with_path(compiler: GrammarCompiler, grammar: Grammar, problem: str) -> GrammarError:
-    schema = json.loads(grammar.source)
+def _parsed(source: str) -> Any:
+    try:
+        return json.loads(source)
+    except ValueError as error:
+        raise GrammarError(f"the schema is not JSON: {error}") from None
+
+
+def _with_path(compiler: GrammarCompiler, schema: Any, original: Any, problem: str) -> GrammarError:
+    """`schema` is `original` in other words; the path is that of the latter."""
     match = _UNIMPLEMENTED.search(problem)
     if match is not None:
-        keys = json.loads(match[1])
-        pointer = next((pointer for pointer, node in walk(schema) if set(keys) <= node.keys()), ())
-        path = "/".join(map(_escaped, (*pointer, keys[0])))
-        return GrammarError(f"{', '.join(keys)} cannot be enforced, at #/{path} of the schema")
-    pointer = _find(compiler, schema, problem)
-    return GrammarError(f"{_in_our_words(problem)}, at #/{'/'.join(map(_escaped, pointer))} of the schema")
+        keys = set(json.loads(match[1]))
+        pointer = next((pointer for pointer, node in walk(schema) if keys <= node.keys()), ())
+        pointer, problem = (*pointer, min(keys)), f"{', '.join(sorted(keys))} cannot be enforced"
+    else:
+        pointer, problem = _find(compiler, schema, problem), _in_our_words(problem)
+    path = "".join("/" + _escaped(name) for name in _known_part(original, pointer))
+    return GrammarError(f"{problem}, at #{path} of the schema")
+
+
+def _known_part(node: Any, pointer: Pointer) -> Pointer:
+    """As much of `pointer` as leads somewhere."""
+    for i, name in enumerate(pointer):
+        if isinstance(node, list) and name.isdecimal() and int(name) < len(node):
+            node = node[int(name)]
+        elif isinstance(node, dict) and name in node:
+            node = node[name]
+        else:
+            return pointer[:i]
+    return pointer
 
 
 def _in_our_words(problem: str) -> str:

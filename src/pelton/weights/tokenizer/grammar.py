@@ -82,6 +82,7 @@ class GrammarCompiler:
             n_vocab=len(vocabulary.tokens),
             eos_token=vocabulary.eos_token_ids,
         )
+        self._special_ids = {vocabulary.tokens[token_id]: token_id for token_id in vocabulary.special_ids}
         self._limits = LLParserLimits(
             max_lexer_states=_MAX_LEXER_STATES,
             step_lexer_fuel=_STEP_LEXER_FUEL,
@@ -93,7 +94,9 @@ class GrammarCompiler:
         """A matcher at the start of the text. Lets other threads run. Raises `GrammarError`."""
         from llguidance import LLMatcher
 
-        matcher = LLMatcher(self._tokenizer, llguidance_text(grammar), log_level=0, limits=self._limits)
+        marker_id = self._special_ids.get(grammar.starts_after.encode())
+        text = llguidance_text(grammar, marker_id)
+        matcher = LLMatcher(self._tokenizer, text, log_level=0, limits=self._limits)
         if matcher.is_error():
             raise GrammarError(first_line(matcher.get_error()))
         return matcher
@@ -105,14 +108,19 @@ def first_line(text: str) -> str:
     return " ".join(head.split())[:500]
 
 
-def llguidance_text(grammar: Grammar) -> str:
-    """`grammar` as llguidance reads it: JSON with a list of grammars, the first of which is the start."""
-    body = {**_BODIES[grammar.kind](grammar.source), "name": "body"}
-    lark = _NO_FORCING + "start: @body"
-    if grammar.starts_after:
+def llguidance_text(grammar: Grammar, marker_id: int | None = None) -> str:
+    """`grammar` as llguidance reads it: JSON with a list of grammars, the first of which is the start.
+
+    `marker_id`: where what it starts after is a special token, which is no part of any text.
+    """
+    lark = "start: @body"
+    if marker_id is not None:
+        lark = f"start: FREE <[{marker_id}]> @body\nFREE: /(.|\\n)*/"
+    elif grammar.starts_after:
         # The free text ends at the first marker, wherever that lies among the tokens.
-        lark = f"{_NO_FORCING}start: free @body\nfree[suffix={json.dumps(grammar.starts_after)}]: /(.|\\n)*/"
-    return json.dumps({"grammars": [{"name": "start", "lark_grammar": lark}, body]})
+        lark = f"start: free @body\nfree[suffix={json.dumps(grammar.starts_after)}]: /(.|\\n)*/"
+    body = {**_BODIES[grammar.kind](grammar.source), "name": "body"}
+    return json.dumps({"grammars": [{"name": "start", "lark_grammar": _NO_FORCING + lark}, body]})
 
 
 def _json_schema(source: str) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from pelton.worker.kv_disk import DiskStore
 from pelton.worker.kv_storage import KVStorage
 from pelton.worker.model_runner import ModelRunner
 from pelton.worker.models.registry import Model, load_model, make_dummy_model
+from pelton.worker.sampling.grammar import GrammarMatchers
 
 _GIB = 2**30
 # Raised whenever kernels change how a block's bytes lie, or what they are.
@@ -64,7 +65,8 @@ def build_executor(
     block_bytes = spec.kv_bytes_per_block(engine_config.block_size, DTYPE_BYTES[kv_dtype])
     sampler = kernels.make_sampler(spec.vocab_size, eos_token_ids)
     threading.Thread(target=kv.warm_up, name="pelton-kv-warm-up", daemon=True).start()
-    runner = ModelRunner(model, kv, sampler, block_size=engine_config.block_size, decoder=decoder)
+    matchers = GrammarMatchers(decoder, spec.vocab_size) if decoder is not None else None
+    runner = ModelRunner(model, kv, sampler, block_size=engine_config.block_size, matchers=matchers)
     info = EngineInfo(
         max_model_len=plan.max_model_len,
         num_blocks=plan.num_blocks,
@@ -84,7 +86,7 @@ def build_executor(
         kv_block_bytes=block_bytes,
         kv_identity=_kv_identity(files, model_config, worker_config, kernels, (kv_dtype, engine_config.block_size)),
     )
-    return InProcessExecutor(runner, _open_block_store(engine_config, info, kv)), info
+    return InProcessExecutor(runner, _open_block_store(engine_config, info, kv), matchers), info
 
 
 def _kv_identity(

@@ -10,6 +10,7 @@ from pelton.core.batch import ScheduledBatch, StepResult
 from pelton.core.errors import EngineStepError
 from pelton.core.protocols import BlockStore
 from pelton.worker.model_runner import ModelRunner
+from pelton.worker.sampling.grammar import GrammarMatchers
 
 _Job = tuple[ScheduledBatch, "Future[StepResult]"]
 
@@ -21,8 +22,11 @@ class InProcessExecutor:
     because later ones were scheduled on the ground that it runs.
     """
 
-    def __init__(self, runner: ModelRunner, block_store: BlockStore | None = None) -> None:
+    def __init__(
+        self, runner: ModelRunner, block_store: BlockStore | None = None, matchers: GrammarMatchers | None = None
+    ) -> None:
         self.block_store = block_store  # closed with the executor
+        self.matchers = matchers  # the runner's
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._closed = False

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -27,12 +27,14 @@ if TYPE_CHECKING:
 
 # Compiled grammars that are kept for requests to come; a large one takes some megabytes.
 _MAX_KEPT = 64
+_CONTINUATION_BYTES = bytes(range(0x80, 0xC0))
 
 
 class GrammarMatchers:
     """Makes matchers on a thread of its own, the vocabulary's part once, on first use."""
 
     def __init__(self, decoder: TokenDecoder, vocab_size: int) -> None:
+        self.eos_token_ids = decoder.eos_token_ids
         self._decoder = decoder
         self._vocab_size = vocab_size
         self._compiler: GrammarCompiler | None = None
@@ -52,17 +54,77 @@ class GrammarMatchers:
                 self._kept.popitem(last=False)
         return future
 
+    def prepare(self, grammar: Grammar) -> Future[None]:
+        """Done when a request with this grammar can run without waiting; fails with `GrammarError`."""
+        ready: Future[None] = Future()
+
+        def tell(compiled: Future[LLMatcher]) -> None:
+            error = compiled.exception()
+            ready.set_result(None) if error is None else ready.set_exception(error)
+
+        self.start(grammar).add_done_callback(tell)
+        return ready
+
+    def follow(self, sampling: SamplingParams, output_token_ids: Sequence[int]) -> RequestGrammar | None:
+        """The place in the grammar of `sampling`, if it has one, after `output_token_ids`."""
+        grammar = sampling.grammar
+        if grammar is None:
+            return None
+        free_text = FreeText(grammar.starts_after, self._decoder) if grammar.starts_after else None
+        return RequestGrammar(self.start(grammar), sampling, output_token_ids, free_text)
+
     def _compile(self, grammar: Grammar) -> LLMatcher:
         if self._compiler is None:
             self._compiler = GrammarCompiler(GrammarVocabulary.of(self._decoder, self._vocab_size))
         return self._compiler.compile(grammar)
 
 
+class FreeText:
+    """Where a text is before the marker that a grammar starts after.
+
+    As long as no part of the marker is at its end, every token may follow that could at the start: that mask is
+    computed once, where one of a state of text costs a millisecond.
+    """
+
+    def __init__(self, marker: str, decoder: TokenDecoder) -> None:
+        self._marker = marker.encode()
+        self._decoder = decoder
+        self._tail = b""
+        self.has_ended = False
+        self.mask: TokenMask | None = None  # at the start
+
+    def add(self, token_id: int) -> None:
+        text = self._tail + self._decoder.token_bytes(token_id)
+        self.has_ended = self.has_ended or self._marker in text
+        self._tail = text[-max(len(self._marker) - 1, 3) :]
+
+    @property
+    def is_at_start(self) -> bool:
+        """Whether the same may follow as at the start: the text is whole characters, and no part of the marker."""
+        if self.has_ended or any(self._marker.startswith(self._tail[i:]) for i in range(len(self._tail))):
+            return False
+        try:
+            self._tail.lstrip(_CONTINUATION_BYTES).decode()
+        except UnicodeDecodeError:
+            return False
+        return True
+
+
 class RequestGrammar:
     """Where one request is in its grammar."""
 
-    def __init__(self, compiled: Future[LLMatcher], sampling: SamplingParams, output_token_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        compiled: Future[LLMatcher],
+        sampling: SamplingParams,
+        output_token_ids: Sequence[int],
+        free_text: FreeText | None = None,
+    ) -> None:
         self._compiled = compiled
+        self.free_text = free_text
+        if free_text is not None:
+            for token_id in output_token_ids:
+                free_text.add(token_id)
         self._told = list(output_token_ids)  # until the matcher is there
         self._matcher: LLMatcher | None = None
         self._min_tokens = sampling.min_tokens
@@ -87,6 +149,8 @@ class RequestGrammar:
 
     def add_output(self, token_id: int) -> None:
         self._num_tokens += 1
+        if self.free_text is not None and not self.free_text.has_ended:
+            self.free_text.add(token_id)
         # After the end comes what a step in flight computes in vain.
         if self._matcher is not None and not self._matcher.is_stopped():
             self._matcher.consume_token(token_id)
@@ -106,7 +170,7 @@ class RequestGrammar:
 class GrammarMasks:
     """The masks of a step's rows, in memory that is used again for the next step."""
 
-    def __init__(self, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+    def __init__(self, vocab_size: int, eos_token_ids: Iterable[int]) -> None:
         self._words = np.zeros((0, -(-vocab_size // 32)), dtype=np.uint32)
         self._eos_token_ids = np.array(sorted(eos_token_ids), dtype=np.int64)
 
@@ -123,17 +187,24 @@ class GrammarMasks:
         masks: list[TokenMask | None] = [None] * len(grammars)
         for (row, grammar), words in zip(constrained, self._words, strict=False):
             masks[row] = words
-            matcher = grammar.matcher()
-            if matcher is None:
-                words.fill(0)
-                continue
-            matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
-            if matcher.is_error():
-                words.fill(0)
-                grammar.matcher()  # notes the problem
-            elif grammar.ignore_eos:
-                self._forbid_end(words)
+            self._fill_row(words, grammar)
         return masks
+
+    def _fill_row(self, words: TokenMask, grammar: RequestGrammar) -> None:
+        free_text = grammar.free_text if grammar.free_text is not None and grammar.free_text.is_at_start else None
+        if free_text is not None and free_text.mask is not None:
+            words[:] = free_text.mask
+            return
+        matcher = grammar.matcher()
+        if matcher is not None:
+            matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+            matcher = grammar.matcher()  # an error of the mask is noted here
+        if matcher is None:
+            words.fill(0)
+        elif free_text is not None:
+            free_text.mask = words.copy()
+        elif grammar.ignore_eos:
+            self._forbid_end(words)
 
     def _forbid_end(self, words: TokenMask) -> None:
         """Unless nothing else may come."""
