@@ -148,10 +148,12 @@ def test_each_bad_line_is_an_error_line(client: openai.OpenAI) -> None:
     ]
     refused = line("temperature", prompt="a", temperature=-1)
     unknown_model = line("model", prompt="a") | {"body": {"model": "other", "prompt": "a"}}
-    content = jsonl([good, "", *(one for one, _, _ in bad), "  ", refused, unknown_model])
+    big = line("big", prompt="a", seed=10**30)
+    deep = json.dumps(line("deep", prompt="@")).replace('"@"', "[" * 800 + "]" * 800)
+    content = jsonl([good, "", *(one for one, _, _ in bad), "  ", refused, unknown_model, big, deep])
     batch = wait(client, start(client, content).id, "completed")
     counts = batch.request_counts
-    assert (counts.total, counts.completed, counts.failed) == (len(bad) + 3, 1, len(bad) + 2)
+    assert (counts.total, counts.completed, counts.failed) == (len(bad) + 5, 1, len(bad) + 4)
     assert [one["custom_id"] for one in results(client, batch.output_file_id)] == ["good"]
     errors = results(client, batch.error_file_id)
     assert [(one["custom_id"], one["error"]["code"]) for one in errors[: len(bad)]] == [one[1:] for one in bad]
@@ -159,6 +161,8 @@ def test_each_bad_line_is_an_error_line(client: openai.OpenAI) -> None:
     assert {one["custom_id"]: one["response"]["status_code"] for one in errors[len(bad) :]} == {
         "temperature": 400,
         "model": 404,
+        "big": 400,
+        "deep": 400,
     }
 
 

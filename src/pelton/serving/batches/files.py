@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.types import Message
 
-from pelton.core.errors import InvalidRequestError
+from pelton.core.errors import InvalidRequestError, ServiceUnavailableError
 from pelton.serving.batches.file_store import new_file_id
 from pelton.serving.batches.objects import (
     MAX_EXPIRY_S,
@@ -52,7 +52,7 @@ async def upload_file(context: ServingContext, http_request: Request) -> Respons
     read_query(http_request, NoQuery)
     tenant_id = tenant_of(http_request)
     most = context.config.max_file_bytes
-    form = await _read_form(http_request, most + FRAME_BYTES)
+    form = await _read_form(http_request, most)
     try:
         upload = _check_form(form)
         if (upload.file.size or 0) > most:
@@ -65,7 +65,10 @@ async def upload_file(context: ServingContext, http_request: Request) -> Respons
                 code="storage_exceeded",
             )
         store, file_id, now_s = context.batches.files, new_file_id(), time.time()
-        num_bytes = await asyncio.to_thread(store.save, file_id, upload.file.file)
+        try:
+            num_bytes = await asyncio.to_thread(store.save, file_id, upload.file.file)
+        except OSError as error:
+            raise ServiceUnavailableError(f"the file could not be stored: {error.strerror}") from error
         record = FileRecord(
             file_id=file_id,
             tenant_id=tenant_id,
@@ -97,7 +100,7 @@ async def _read_form(request: Request, max_bytes: int) -> FormData:
         if message["type"] == "http.disconnect":
             raise ClientDisconnectedError
         num_bytes += len(message.get("body", b""))
-        if num_bytes > max_bytes:
+        if num_bytes > max_bytes + FRAME_BYTES:
             raise _too_large(max_bytes)
         return message
 

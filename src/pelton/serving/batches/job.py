@@ -130,11 +130,14 @@ class BatchJob:
 
     async def _run_line(self, line: Line) -> None:
         record, request_id = self.record, uuid.uuid4().hex
-        body = (await asyncio.to_thread(read_line, self._input, line)).body
-        if record.endpoint in _HAVE_PRIORITY:
-            body.setdefault("priority", PRIORITY)
-            body.setdefault("timeout_s", min(MAX_TIMEOUT_S, max(1.0, record.expires_s - time.time())))
-        result = await self._call(msgspec.json.encode(body), request_id)
+        try:
+            body = await self._body(line)
+        except (msgspec.MsgspecError, RecursionError) as error:  # nested just too deeply for here
+            problem = f"the line cannot be used: {error}"
+            self._errors.append(self._bad_result(BadLine(line.number, line.custom_id, "invalid_json", problem)))
+            record.num_failed += 1
+            return
+        result = await self._call(body, request_id)
         response = LineResponse(status_code=result.status, request_id=request_id, body=msgspec.Raw(result.body))
         answer = ResultLine(id=result_id(record.batch_id, line.number), custom_id=line.custom_id, response=response)
         # Written and counted without a pause in between: cancelling comes before or after both.
@@ -144,6 +147,14 @@ class BatchJob:
         else:
             self._errors.append(answer)
             record.num_failed += 1
+
+    async def _body(self, line: Line) -> bytes:
+        record = self.record
+        body = (await asyncio.to_thread(read_line, self._input, line)).body
+        if record.endpoint in _HAVE_PRIORITY:
+            body.setdefault("priority", PRIORITY)
+            body.setdefault("timeout_s", min(MAX_TIMEOUT_S, max(1.0, record.expires_s - time.time())))
+        return msgspec.json.encode(body)
 
     async def _call(self, body: bytes, request_id: str) -> CallResult:
         record, access = self.record, self._runner.context.tenants.access

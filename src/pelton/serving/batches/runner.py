@@ -69,8 +69,11 @@ class BatchRunner:
         """Until another line may start: few do while others use the engine."""
         client = self.context.client
 
+        access = self.context.tenants.access
+
         def must_wait() -> bool:
-            return client.state is not EngineState.READY or 0 < self.num_calls < client.num_requests
+            is_ready = client.state is EngineState.READY and not access.is_loading
+            return not is_ready or 0 < self.num_calls < client.num_requests
 
         while must_wait():  # noqa: ASYNC110 - of what the engine does there is no event
             await asyncio.sleep(WAIT_S)
