@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import signal
@@ -19,6 +20,7 @@ import pytest
 
 from pelton.serving.batches.results import ResultFile
 from pelton.serving.config import ServerConfig
+from tests.serving.keys import admin, key_server, new_key, store_at
 from tests.serving.make import ANSWER, MODEL_NAME, RunningServer, running_server
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
@@ -384,3 +386,32 @@ def test_a_result_file_is_cut_to_whole_lines(tmp_path: Path) -> None:
         path.write_bytes(whole + rest)
         assert ResultFile(path).recover() == {1, 5}
         assert path.read_bytes() == whole
+
+
+async def test_a_batch_runs_on_the_key_that_made_it(tmp_path: Path) -> None:
+    """Its tokens are the key's; once that is revoked, what is left is refused; another tenant's key sees nothing."""
+    config = store_at(tmp_path)
+    key_id, key = await new_key(config, "acme")
+    _, other_key = await new_key(config, "other")
+
+    def run() -> None:
+        with key_server(config, delay_s=0.005) as server:
+            client = client_of(server.url, "acme").with_options(api_key=key)
+            batch = start(client, jsonl([line("a", prompt="abcd", max_tokens=3), line("b", prompt="ab", max_tokens=3)]))
+            assert wait(client, batch.id, "completed").request_counts.completed == 2
+            usage = admin(server, "GET", "/usage", params={"group_by": "key_id"}).json()["data"]
+            assert [(row["num_prompt_tokens"], row["num_output_tokens"]) for row in usage] == [(6, 6)]
+            with pytest.raises(openai.NotFoundError):
+                client_of(server.url, "other").with_options(api_key=other_key).batches.retrieve(batch.id)
+            batch = start(client, jsonl([line(str(index), prompt="a", max_tokens=40) for index in range(60)]))
+            while client.batches.retrieve(batch.id).request_counts.completed < 3:
+                time.sleep(0.02)
+            assert admin(server, "DELETE", f"/keys/{key_id}").status_code == 200
+            made = admin(server, "POST", "/keys", json={"tenant_id": "acme"}).json()["key"]
+            client = client_of(server.url, "acme").with_options(api_key=made)
+            done = wait(client, batch.id, "completed")
+            assert done.request_counts.completed + done.request_counts.failed == 60
+            statuses = {one["response"]["status_code"] for one in results(client, done.error_file_id)}
+            assert statuses == {401}
+
+    await asyncio.to_thread(run)
