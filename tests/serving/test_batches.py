@@ -399,7 +399,7 @@ async def test_a_batch_runs_on_the_key_that_made_it(tmp_path: Path) -> None:
             client = client_of(server.url, "acme").with_options(api_key=key)
             batch = start(client, jsonl([line("a", prompt="abcd", max_tokens=3), line("b", prompt="ab", max_tokens=3)]))
             assert wait(client, batch.id, "completed").request_counts.completed == 2
-            usage = admin(server, "GET", "/usage", params={"group_by": "key_id"}).json()["data"]
+            usage = admin(server, "GET", "/usage", params={"group_by": "key"}).json()["data"]
             assert [(row["num_prompt_tokens"], row["num_output_tokens"]) for row in usage] == [(6, 6)]
             with pytest.raises(openai.NotFoundError):
                 client_of(server.url, "other").with_options(api_key=other_key).batches.retrieve(batch.id)
