@@ -253,6 +253,7 @@ def build_app(config: PeltonConfig, path: Path, client: EngineClient) -> Starlet
     from pelton.serving.context import ModelCard
     from pelton.store.opener import Store
     from pelton.weights.model_files import open_model
+    from pelton.weights.pooling import declared_pooling
     from pelton.weights.tokenizer import load_tokenizer
 
     files = open_model(path)
@@ -264,6 +265,7 @@ def build_app(config: PeltonConfig, path: Path, client: EngineClient) -> Starlet
             root=config.model.model,
             max_model_len=files.spec.max_model_len,
             created=int(path.stat().st_mtime),
+            pooling=config.server.pooling or declared_pooling(path) or "last",
         ),
         config.server,
         chat_template=read_chat_template(config.server.chat_template) or files.chat_template,

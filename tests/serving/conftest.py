@@ -18,8 +18,8 @@ def _quiet() -> None:
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[RunningServer]:
-    with running_server() as server:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    with running_server(data_dir=tmp_path_factory.mktemp("data")) as server:
         yield server
 
 

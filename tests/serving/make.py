@@ -8,16 +8,18 @@ import re
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import uvicorn
 
 from pelton.core.batch import ScheduledBatch, StepResult
 from pelton.core.output import TokenLogprobs
+from pelton.core.pooling import PoolingParams
 from pelton.engine.client import EngineClient
 from pelton.engine.thread import ThreadTransport
 from pelton.serving.app import create_app
@@ -112,6 +114,7 @@ class ScriptedExecutor:
             error, self.fail_next = self.fail_next, None
             raise error
         sampled, logprobs, prompt_logprobs = [], [], []
+        pooled: dict[str, bytes] = {}
         for scheduled in batch.requests:
             if scheduled.context is not None:
                 self._num_outputs[scheduled.request_id] = len(scheduled.context.output_token_ids)
@@ -124,14 +127,18 @@ class ScriptedExecutor:
                 if sampling.prompt_logprobs is not None
                 else None
             )
-            if not scheduled.samples:
+            if scheduled.samples and sampling.pooling is not None:
+                pooled[scheduled.request_id] = _pool(prompt, sampling.pooling)
+            if not scheduled.samples or sampling.pooling is not None:
                 sampled.append(())
                 logprobs.append(None)
                 continue
             token_id = self._next(scheduled.request_id, sampling)
             sampled.append((token_id,))
             logprobs.append((_logprobs(token_id, sampling.logprobs),) if sampling.logprobs is not None else None)
-        return StepResult(batch.step_id, tuple(sampled), tuple(logprobs), tuple(prompt_logprobs), elapsed_s=0.001)
+        return StepResult(
+            batch.step_id, tuple(sampled), tuple(logprobs), tuple(prompt_logprobs), pooled=pooled, elapsed_s=0.001
+        )
 
     def _next(self, request_id: str, sampling: Any) -> int:
         count = self._num_outputs[request_id]
@@ -142,6 +149,15 @@ class ScriptedExecutor:
             return 97 + (hash((sampling.seed, count)) % 26)
         data = self.answer.encode()
         return data[count] if count < len(data) else EOS_TOKEN_ID
+
+
+def _pool(prompt: Sequence[int], params: PoolingParams) -> bytes:
+    """Counts of the letters a, b, c and of all tokens; of labels their ids over a hundred."""
+    values = np.array([prompt.count(97), prompt.count(98), prompt.count(99), len(prompt)], "<f4")
+    if params.method == "labels":
+        return (np.array(params.label_token_ids, "<f4") / 100).tobytes()
+    values = values[: params.dimensions] + (0 if any(values[: params.dimensions or 4]) else 1e-9)
+    return (values / np.linalg.norm(values) if params.normalize else values).astype("<f4").tobytes()
 
 
 def _logprobs(token_id: int, num_top: int) -> TokenLogprobs:
@@ -170,13 +186,14 @@ def running_server(
     chat_template: str | None = TEMPLATE,
     defaults: GenerationDefaults | None = None,
     start_engine: bool = True,
+    data_dir: Path | None = None,
     store: StoreConfig | None = None,
     **info: Any,
 ) -> Iterator[RunningServer]:
     """A server on a free port, on a thread of its own; `info` as in `EngineInfo`. Greedy by default."""
     folder = tempfile.TemporaryDirectory()
     executor = ScriptedExecutor(delay_s=delay_s)
-    info = {"max_model_len": 2048, "num_blocks": 4096, "max_num_batched_tokens": 512} | info
+    info = {"max_model_len": 2048, "num_blocks": 4096, "max_num_batched_tokens": 512, "hidden_size": 4} | info
     client = EngineClient(ThreadTransport(lambda: make_engine(executor=executor, **info)), restart=False)
     app = create_app(
         client,
@@ -185,7 +202,7 @@ def running_server(
         config or ServerConfig(),
         chat_template=chat_template,
         generation_defaults=defaults or GenerationDefaults(temperature=0.0),
-        store=Store(store or StoreConfig(data_dir=folder.name)),
+        store=Store(store or StoreConfig(data_dir=str(data_dir or folder.name))),
     )
     listener = listen("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn_config(with_server_send(app), config or ServerConfig()))

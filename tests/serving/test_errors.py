@@ -183,7 +183,6 @@ def test_chat(http: httpx2.Client, body: Any, code: str, param: str | None) -> N
         ({"prompt": ["a"] * 257}, "invalid_value", "prompt"),
         ({"prompt": "a", "max_tokens": 0}, "invalid_value", "max_tokens"),
         ({"prompt": "a", "logprobs": True}, "invalid_type", "logprobs"),
-        ({"prompt": "a", "best_of": 3}, "unsupported_parameter", "best_of"),
         ({"prompt": "a", "suffix": "b"}, "unsupported_parameter", "suffix"),
         ({"prompt": "a", "tools": []}, "unknown_parameter", "tools"),
         ({"prompt": "x" * 2048}, "context_length_exceeded", "prompt"),

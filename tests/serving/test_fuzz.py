@@ -30,7 +30,17 @@ from pelton.serving.routes import ROUTES
 from tests.serving.make import RunningServer
 
 NUM_EXAMPLES = int(os.environ.get("PELTON_NUM_EXAMPLES", "10"))
-PATHS = ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize", "/v1/responses", "/v1/messages"]
+PATHS = [
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/messages",
+    "/tokenize",
+    "/detokenize",
+    "/v1/embeddings",
+    "/v1/score",
+    "/v1/rerank",
+]
 quick = settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )

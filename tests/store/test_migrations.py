@@ -18,7 +18,7 @@ from pelton.store.config import StoreConfig
 from pelton.store.database import Database, DatabaseError, open_database
 
 # Modules that define tables on `tables.metadata`.
-TABLE_MODULES = ("pelton.store.tables", "pelton.store.responses")
+TABLE_MODULES = ("pelton.store.tables", "pelton.store.responses", "pelton.store.batch_tables")
 
 
 async def test_tables_are_as_the_modules_say(database: Database) -> None:

@@ -97,6 +97,8 @@ class StepResult:
     logprobs: tuple[tuple[TokenLogprobs, ...] | None, ...] = ()
     prompt_logprobs: tuple[tuple[TokenLogprobs, ...] | None, ...] = ()
     num_accepted: tuple[int, ...] = ()
+    # request_id -> float32 values, little-endian, of the pooling requests whose last token this step computed
+    pooled: dict[str, bytes] | None = None
     complete_ids: tuple[str, ...] = ()  # requests whose grammar lets nothing follow what was just sampled
     # request_id -> what went wrong with that request alone (for example NaN logits)
     failed: dict[str, str] | None = None

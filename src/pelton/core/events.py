@@ -98,3 +98,4 @@ class EngineInfo:
     num_host_blocks: int = 0  # of host memory behind the KV cache, the null block included; 0: none
     kv_block_bytes: int = 0
     kv_identity: str = ""  # of all that KV depends on but its tokens
+    hidden_size: int = 0  # values of an embedding

@@ -46,3 +46,4 @@ class RequestOutput(NamedTuple):
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
     usage: Usage | None = None
     error: ErrorInfo | None = None
+    pooled: bytes | None = None  # float32, little-endian: the answer to `SamplingParams.pooling`

@@ -8,6 +8,9 @@ from enum import StrEnum
 from pelton.core.sampling_params import SamplingParams
 
 DEFAULT_TENANT = "default"
+# What one unit of priority is worth in waiting, and all of it at most: nobody waits for ever (law 6).
+PRIORITY_UNIT_S = 1.0
+MAX_PRIORITY_S = 600.0
 
 
 class RequestStatus(StrEnum):
@@ -42,6 +45,7 @@ class Request:
     program_arrival_s: float = 0.0  # when that began
     cache_salt: str = ""
     priority: int = 0  # lower runs first, as in vLLM
+    is_background: bool = False
     deadline_s: float | None = None  # on the engine's clock
     parent_id: str | None = None  # the submission, where n > 1
     index: int = 0  # which of the n
@@ -72,6 +76,13 @@ class Request:
     kept_hashes: list[bytes] = field(default_factory=list)
     num_kept_tokens: int = 0
     max_num_tokens: int = 0  # prompt + output at most; resolved from max_tokens and the context at admission
+
+    @property
+    def rank_time_s(self) -> float:
+        """Its arrival as far as order goes: a higher priority number stands further back, within bounds."""
+        if not self.priority:
+            return self.arrival_time_s
+        return self.arrival_time_s + max(-MAX_PRIORITY_S, min(MAX_PRIORITY_S, PRIORITY_UNIT_S * self.priority))
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -125,3 +136,4 @@ class Submission:
     cache_salt: str = ""  # requests share cached prefixes only with those of equal tenant salt
     priority: int = 0
     timeout_s: float | None = None  # from the moment the engine receives it
+    is_background: bool = False  # most steps go without it while others have work (a batch's line)

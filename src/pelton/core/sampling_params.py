@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pelton.core.errors import InvalidRequestError
 from pelton.core.grammar import Grammar
 from pelton.core.thinking import ThinkingBudget
+from pelton.core.pooling import PoolingParams
 
 MAX_LOGPROBS = 20
 MAX_N = 128
@@ -34,6 +35,7 @@ class SamplingParams:
     logit_bias: dict[int, float] = field(default_factory=dict)
     allowed_token_ids: tuple[int, ...] | None = None
     banned_token_ids: tuple[int, ...] = ()
+    banned_sequences: tuple[tuple[int, ...], ...] = ()  # of the output; none may be completed
     max_tokens: int | None = None  # None: as many as the context holds
     min_tokens: int = 0
     stop: tuple[str, ...] = ()
@@ -47,6 +49,7 @@ class SamplingParams:
     shown_token_ids: tuple[int, ...] = ()  # special tokens that are in the text all the same
     thinking: ThinkingBudget | None = None
     grammar: Grammar | None = None
+    pooling: PoolingParams | None = None  # instead of sampled tokens
 
     def __post_init__(self) -> None:
         _check_range("n", self.n, 1, MAX_N)
@@ -83,6 +86,8 @@ class SamplingParams:
                 )
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise InvalidRequestError("allowed_token_ids must name at least one token", param="allowed_token_ids")
+        if self.pooling is not None and (self.n != 1 or self.max_tokens != 1):
+            raise InvalidRequestError("a pooling request has n=1 and max_tokens=1", param="n")
 
     @property
     def is_greedy(self) -> bool:

@@ -34,6 +34,11 @@ def check_submission(submission: Submission, info: EngineInfo) -> None:
         raise InvalidRequestError(f"the timeout is {submission.timeout_s} s; it must be positive", param="timeout_s")
     _check_token_ids("prompt", submission.prompt_token_ids, info.vocab_size)
     _check_sampling(submission.sampling, info.vocab_size)
+    pooling = submission.sampling.pooling
+    if pooling is not None and pooling.dimensions is not None and pooling.dimensions > info.hidden_size:
+        raise InvalidRequestError(
+            f"dimensions is {pooling.dimensions}; this model's embeddings have {info.hidden_size}", param="dimensions"
+        )
 
 
 def _check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
@@ -41,7 +46,9 @@ def _check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
         ("logit_bias", list(sampling.logit_bias)),
         ("allowed_token_ids", list(sampling.allowed_token_ids or ())),
         ("banned_token_ids", list(sampling.banned_token_ids)),
+        ("bad_words", [token_id for sequence in sampling.banned_sequences for token_id in sequence]),
         ("stop_token_ids", list(sampling.stop_token_ids)),
+        ("labels", list(sampling.pooling.label_token_ids) if sampling.pooling is not None else []),
     ):
         _check_token_ids(name, token_ids, vocab_size)
 
@@ -81,6 +88,7 @@ def make_requests(submission: Submission, now_s: float, max_model_len: int) -> l
                 program_arrival_s=now_s,
                 cache_salt=submission.cache_salt,
                 priority=submission.priority,
+                is_background=submission.is_background,
                 deadline_s=None if submission.timeout_s is None else now_s + submission.timeout_s,
                 parent_id=submission.request_id,
                 index=index,

@@ -30,7 +30,7 @@ from pelton.engine.admission import check_submission, make_requests
 from pelton.engine.grammar_hold import GrammarHold
 from pelton.engine.kv.costs import KVCosts
 from pelton.engine.kv.read_ahead import ReadAhead
-from pelton.engine.output_processor import OutputProcessor, error_output, prompt_logprobs_output
+from pelton.engine.output_processor import OutputProcessor, error_output, pooled_output, prompt_logprobs_output
 from pelton.engine.scheduler import Scheduler
 from pelton.engine.tenancy import Tenancy
 from pelton.engine.wire import EngineUpdate, Query, Reply
@@ -222,6 +222,8 @@ class Engine:
         self.tenancy.computed(batch, result)
         for request, row in self.scheduler.update(batch, result):
             self._take_tokens(request, result, row)
+        for request_id, pooled in (result.pooled or {}).items():
+            self._take_pooled(request_id, pooled)
         for request_id, problem in (result.failed or {}).items():
             failed = self.scheduler.requests.get(request_id)
             if failed is not None:
@@ -276,6 +278,12 @@ class Engine:
         self._outputs.append(output)
         if output.finish_reason is not None:
             self._end(request, output.finish_reason, output.finish_reason)
+
+    def _take_pooled(self, request_id: str, pooled: bytes) -> None:
+        request = self.scheduler.requests.get(request_id)
+        if request is not None:  # else it was cancelled meanwhile
+            self._outputs.append(pooled_output(request, pooled))
+            self._end(request, FinishReason.STOP, FinishReason.STOP)
 
     def _take_prompt_logprobs(self, batch: ScheduledBatch, result: StepResult) -> None:
         for scheduled, logprobs in zip(batch.requests, result.prompt_logprobs, strict=False):

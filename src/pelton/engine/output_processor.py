@@ -104,6 +104,16 @@ def prompt_logprobs_output(request: Request, logprobs: tuple[TokenLogprobs, ...]
     return RequestOutput(request.parent_id or request.request_id, request.index, prompt_logprobs=logprobs)
 
 
+def pooled_output(request: Request, pooled: bytes) -> RequestOutput:
+    return RequestOutput(
+        request.parent_id or request.request_id,
+        request.index,
+        finish_reason=FinishReason.STOP,
+        usage=usage_of(request),
+        pooled=pooled,
+    )
+
+
 def error_output(request: Request, error: ErrorInfo, reason: FinishReason = FinishReason.ERROR) -> RequestOutput:
     return RequestOutput(
         request.parent_id or request.request_id,

@@ -15,6 +15,7 @@ from pelton.core.batch import PENDING_TOKEN_ID, KVOp, RequestContext, ScheduledB
 from pelton.core.events import EventKind, RequestEvent
 from pelton.core.protocols import Clock, SchedulingPolicy
 from pelton.core.request import Request, RequestStatus
+from pelton.engine.background import takers
 from pelton.engine.kv.manager import KVManager
 from pelton.engine.kv.prefix_match import PrefixMatch
 from pelton.engine.step_budget import FixedBudget, StepBudget
@@ -82,7 +83,7 @@ class Scheduler:
         self.events: list[RequestEvent] = []  # taken by the engine after every step
         self._ended_ids: list[str] = []  # told to the worker with the next batch
         self._preempted_ids: list[str] = []
-        self._num_steps = 0
+        self._num_steps = self._num_background = 0  # steps made, background requests that have not ended
         self._refused_room = 0  # free blocks when waiting requests were last refused
         self._refused_until_step = 0
 
@@ -91,12 +92,14 @@ class Scheduler:
     def add(self, request: Request) -> None:
         self.kv.prepare(request)
         self.requests[request.request_id] = request
+        self._num_background += request.is_background
         self.policy.add(request)
         self._refused_until_step = 0
 
     def remove(self, request: Request) -> None:
         """The request has ended, for whatever reason; its blocks are free at once."""
         if self.requests.pop(request.request_id, None) is not None:  # else it was never added
+            self._num_background -= request.is_background
             self.policy.finish(request)
             self._refused_until_step = 0
             self.kv.forget(request)
@@ -147,7 +150,7 @@ class Scheduler:
         """
         chunks: list[Request] = []
         starts, append = step.starts, step.scheduled.append
-        for request in tuple(self.running):
+        for request in takers(self.running, self._num_background, self._num_steps):
             start = request.num_computed_tokens
             outputs = request.output_token_ids
             num_known = len(request.prompt_token_ids) + len(outputs)

@@ -72,7 +72,8 @@ class Tenancy:
         self._scheduler.kv.prepare(first)
         num_tokens = first.num_prompt_tokens - self._scheduler.kv.match(first).num_tokens
         self._check_deadline(submission, num_tokens, now_s)
-        self.sessions.arrive(submission, requests)
+        if submission.sampling.pooling is None:  # an embedding is no turn of a conversation
+            self.sessions.arrive(submission, requests)
         for request in requests:
             self._num_alive[request.tenant_id] += 1
             self.load.add(request, num_tokens if request is first else 0)

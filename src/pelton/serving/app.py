@@ -21,6 +21,8 @@ from starlette.types import Scope
 from pelton.core.errors import PeltonError
 from pelton.engine.client import EngineClient
 from pelton.serving.anthropic.errors import error_answer
+from pelton.serving.batches.file_store import FileStore
+from pelton.serving.batches.runner import BatchRunner
 from pelton.serving.config import ServerConfig
 from pelton.serving.context import NUM_PREPARE_THREADS, ModelCard, ServingContext
 from pelton.serving.dialect import Dialect
@@ -30,7 +32,9 @@ from pelton.serving.metrics import ServerMetrics
 from pelton.serving.middleware import RequestMiddleware
 from pelton.serving.openai.logprobs import TokenSpelling
 from pelton.serving.openai.responses_api.service import ResponseService
+from pelton.serving.openai.logprobs import TokenIdSpelling, TokenSpelling
 from pelton.serving.routes import ROUTES, Handler
+from pelton.serving.scoring import check_score_tokens
 from pelton.serving.status import PELTON_VERSION
 from pelton.serving.template_error import ChatTemplateError
 from pelton.serving.template_process import TemplateRenderer
@@ -58,6 +62,7 @@ def create_app(
 
     `chat_template` is a template's source; without one, chat is refused with a reason.
     """
+    check_score_tokens(config, tokenizer)
     metrics = ServerMetrics(model.names[0])
     store = store or Store()
     tenants = TenantService(client, store, api_key=config.api_key, admin_key=config.admin_api_key)
@@ -81,11 +86,13 @@ def create_app(
         metrics=metrics,
         timelines=timelines,
         spelling=TokenSpelling(tokenizer),
+        spelling_of_ids=TokenIdSpelling(tokenizer),
         pool=ThreadPoolExecutor(NUM_PREPARE_THREADS, "pelton-prepare"),
         store=store,
         responses=_response_service(store, config),
         tenants=tenants,
     )
+    context.batches = BatchRunner(context, FileStore(context.store.config.data_path))
     routes = [_Route(route.path, _endpoint(context, route.handler), methods=[route.method]) for route in ROUTES]
     routes += [
         _Route("/openapi.json", _show_openapi(tenants.access), methods=["GET"]),
@@ -171,10 +178,12 @@ def _lifespan(context: ServingContext) -> Callable[[Starlette], Any]:
         if context.template is not None:
             # A helper process ahead of the first chat; nobody waits for it here.
             context.pool.submit(_start_template, context.template)
+        context.batches.start_if_used()
         try:
             yield
         finally:
             await context.responses.close()
+            await context.batches.close()
             context.pool.shutdown(wait=False, cancel_futures=True)
             await context.tenants.close()
             if context.template is not None:

@@ -16,11 +16,13 @@ from starlette.requests import Request
 from pelton.core.errors import InvalidRequestError
 from pelton.core.request import DEFAULT_TENANT
 from pelton.serving.errors import HTTPProblemError
+from pelton.serving.openai.pooling_requests import PoolingRequest
 from pelton.serving.openai.requests import ChatMessage, GenerationRequest
 from pelton.serving.tenants.access import ANYBODY, Identity
 
 LOG_KEY = "pelton.log"  # of an ASGI scope: what the request's log line says beyond HTTP
 REQUEST_ID_KEY = "pelton.request_id"  # of an ASGI scope
+BACKGROUND_KEY = "pelton.background"  # of an ASGI scope
 IDENTITY_KEY = "pelton.identity"  # of an ASGI scope: whose key it was
 RESPONSE_HEADERS_KEY = "pelton.response_headers"  # of an ASGI scope: what every answer to it carries
 TENANT_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}"
@@ -39,6 +41,7 @@ class Caller:
     log: dict[str, Any]
     key_id: str = ""  # of the API key; empty where none of ours was sent
     response_headers: dict[str, str] = field(default_factory=dict)
+    is_background: bool = False  # a line of a batch
 
     def salt(self, cache_salt: str | None, cache_group: str | None = None) -> str:
         """Prefixes are shared within a tenant and, where it sends one, a salt; across tenants within a group only."""
@@ -49,7 +52,7 @@ class Caller:
         return f"{len(self.tenant_id)}:{self.tenant_id}:{cache_salt or ''}"
 
 
-def caller_of(request: Request, body: GenerationRequest) -> Caller:
+def caller_of(request: Request, body: GenerationRequest | PoolingRequest) -> Caller:
     """Raises `InvalidRequestError` for a header that is malformed or there twice."""
     tenant_id = tenant_of(request)
     session_id = _header(request, "X-Session-Id", ID_PATTERN, "1 to 512 printable ASCII characters without spaces")
@@ -67,6 +70,7 @@ def caller_of(request: Request, body: GenerationRequest) -> Caller:
         log,
         identity_of(request).key_id,
         request.scope.setdefault(RESPONSE_HEADERS_KEY, {}),
+        is_background=request.scope.get(BACKGROUND_KEY, False),
     )
 
 

@@ -24,6 +24,18 @@ class ServerConfig:
     max_body_bytes: int = setting(32 * 2**20, "largest request body")
     response_retention_days: float = setting(30.0, "how long /v1/responses keeps what it stores")
     max_stored_responses: int = setting(100_000, "how many responses are kept of a tenant, the latest")
+    pooling: str | None = setting(
+        None,
+        "embeddings: last, mean or cls; default: what the model's folder says, or last",
+        choices=("last", "mean", "cls"),
+    )
+    max_file_bytes: int = setting(100 * 2**20, "largest file that may be uploaded")
+    max_stored_bytes: int = setting(10 * 2**30, "most bytes of a tenant's files, those that batches wrote included")
+    max_batch_lines: int = setting(50_000, "most lines of a batch")
+    batch_concurrency: int = setting(16, "most lines of batches that run at a time, while nobody else uses the engine")
+    score_tokens: tuple[str, ...] = setting(
+        (), "two words that a reranker answers with, the good one first, such as yes,no; default: cosine of embeddings"
+    )
     cors_origins: tuple[str, ...] = setting(
         (), "origins that browsers may call from; default: none", alias="--allowed-origins"
     )
@@ -44,6 +56,11 @@ class ServerConfig:
             from pelton.serving.reasoning import REASONING_NAMES
 
             _check_name("reasoning_parser", self.reasoning_parser, REASONING_NAMES)
+        if len(self.score_tokens) not in (0, 2):
+            raise ConfigError(f"score_tokens names {len(self.score_tokens)} words; it must be two, such as yes,no")
+        for name in ("max_file_bytes", "max_stored_bytes", "max_batch_lines", "batch_concurrency"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             raise ConfigError("ssl_certfile and ssl_keyfile go together")
         for name in ("max_header_bytes", "header_timeout_s", "max_body_bytes", "max_stored_responses"):

@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from pelton.core.errors import (
@@ -21,6 +21,7 @@ from pelton.core.grammar import Grammar
 from pelton.core.request import Submission
 from pelton.core.sampling_params import SamplingParams
 from pelton.engine.client import EngineClient, EngineState
+from pelton.serving.batches.runner import BatchRunner
 from pelton.serving.caller import Caller
 from pelton.serving.config import ServerConfig
 from pelton.serving.dialect import Dialect
@@ -28,6 +29,7 @@ from pelton.serving.generation import Generation
 from pelton.serving.grammar.checker import GrammarChecker
 from pelton.serving.metrics import ServerMetrics
 from pelton.serving.openai.logprobs import TokenSpelling
+from pelton.serving.openai.pooling_requests import PoolingRequest
 from pelton.serving.openai.requests import GenerationRequest
 from pelton.serving.openai.responses_api.service import ResponseService
 from pelton.serving.template_process import TemplateRenderer
@@ -53,6 +55,7 @@ class ModelCard:
     root: str  # what was asked for: a catalog name, a folder, a file
     max_model_len: int  # the model's own; the engine's may be smaller
     created: int
+    pooling: str = "last"  # of embeddings, where a request does not say
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -69,10 +72,12 @@ class ServingContext:
     spelling: TokenSpelling
     pool: ThreadPoolExecutor
     responses: ResponseService
+    spelling_of_ids: TokenSpelling
     tenants: TenantService
     store: Store  # of what outlives the process; opened at first use
     grammars: GrammarChecker | None = None  # made on first use
     num_preparing: int = 0
+    batches: BatchRunner = field(init=False)  # which needs the context itself
 
     def check_ready(self) -> EngineInfo:
         """Raises `ServiceUnavailableError` unless the engine takes requests."""
@@ -128,7 +133,7 @@ class ServingContext:
         self,
         answer_id: str,
         prompts: Sequence[list[int]],
-        request: GenerationRequest,
+        request: GenerationRequest | PoolingRequest,
         sampling: SamplingParams,
         caller: Caller,
         tool_names: tuple[str, ...] = (),
@@ -154,6 +159,7 @@ class ServingContext:
                     tool_names=tool_names,
                     cache_salt=caller.salt(request.cache_salt, self.tenants.cache_group(caller.tenant_id)),
                     priority=request.priority,
+                    is_background=caller.is_background,
                     timeout_s=timeout_s,
                 )
                 self.tenants.begin(ticket, submission_id, len(prompt), sampling.n)

@@ -130,6 +130,7 @@ class SequenceResult:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     usage: Usage | None = None
+    pooled: bytes | None = None
 
     @property
     def text(self) -> str:
@@ -165,6 +166,7 @@ def _add(sequence: SequenceResult, output: RequestOutput) -> None:
     if output.logprobs:
         sequence.logprobs += output.logprobs
     if output.finish_reason is not None:
+        sequence.pooled = output.pooled
         sequence.finish_reason = output.finish_reason
         sequence.stop_reason = output.stop_reason
         sequence.usage = output.usage

@@ -18,6 +18,7 @@ _ERROR_TEXTS = {
     403: "The API key does not allow this",
     404: "There is none of that name",
     408: "The deadline passed",
+    409: "It is in use, or has ended",
     413: "The body is too large",
     415: "The body is not JSON",
     429: "The tenant has too much waiting, or the deadline cannot be met; see Retry-After",
@@ -50,6 +51,7 @@ def build_openapi(routes: tuple[Route, ...], version: str, *, has_key: bool) -> 
         )
     _, schemas = msgspec.json.schema_components(structs.values(), ref_template="#/components/schemas/{name}")
     schemas["CompletionRequest"]["properties"]["prompt"] = _PROMPT
+    schemas["EmbeddingRequest"]["properties"]["input"] = _PROMPT
     components: dict[str, Any] = {"schemas": schemas}
     components["securitySchemes"] = {"ApiKey": {"type": "http", "scheme": "bearer"}}
     paths: dict[str, Any] = {}
@@ -81,7 +83,9 @@ def _operation(route: Route, *, has_key: bool) -> dict[str, Any]:
         operation["parameters"] = parameters
     if route.body is not None:
         operation["requestBody"] = {"required": True, "content": {"application/json": _schema(route.body)}}
-    content: dict[str, Any] = {"text/plain": {"schema": {"type": "string"}}}
+    if route.form is not None:
+        operation["requestBody"] = {"required": True, "content": {"multipart/form-data": {"schema": route.form}}}
+    content: dict[str, Any] = {route.media_type: {"schema": {"type": "string"}}}
     if route.answer is not None:
         content = {"application/json": _schema(route.answer)}
     if route.chunk is not None:
@@ -107,7 +111,7 @@ def _operation(route: Route, *, has_key: bool) -> dict[str, Any]:
 
 
 def _suffix(route: Route) -> str:
-    return "_health" if route.path == "/health" else ""
+    return {"/health": "_health", "/score": "_root", "/rerank": "_root", "/v2/rerank": "_v2"}.get(route.path, "")
 
 
 def _schema(struct: type[msgspec.Struct]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 from starlette.requests import Request
@@ -26,6 +27,13 @@ from pelton.serving.openai.responses_api.requests import (
     ResponseRequest,
     RetrieveQuery,
 )
+from pelton.serving.batches import batches, files, objects
+from pelton.serving.context import ServingContext
+from pelton.serving.openai import pooling_requests, requests, responses, tokenization
+from pelton.serving.openai.chat import create_chat_completion
+from pelton.serving.openai.completions import create_completion
+from pelton.serving.openai.embeddings import create_embeddings
+from pelton.serving.scoring import create_ranking, create_score
 from pelton.serving.tenants.admin_routes import ADMIN_ROUTES
 
 Handler = Callable[[ServingContext, Request], Awaitable[Response]]
@@ -46,10 +54,109 @@ class Route:
     is_admin: bool = False  # needs a key of the scope `admin`, always
     is_open: bool = False  # needs no key
     has_tenant: bool = False  # is answered for the tenant that asks
+    form: dict[str, Any] | None = None  # schema of a body that is a multipart form
+    media_type: str = "text/plain"  # of an answer that is no JSON
 
 
+_UPLOAD = {
+    "type": "object",
+    "required": ["file", "purpose"],
+    "additionalProperties": False,
+    "properties": {
+        "file": {"type": "string", "format": "binary"},
+        "purpose": {"type": "string", "enum": ["batch"]},
+    },
+}
 _BODY_ERRORS = (400, 401, 403, 404, 408, 413, 415)
 _GENERATION_ERRORS = (*_BODY_ERRORS, 429, 500, 503)
+
+FILE_ROUTES = (
+    Route(
+        method="POST",
+        path="/v1/files",
+        handler=files.upload_file,
+        summary="Upload the input of a batch",
+        form=_UPLOAD,
+        answer=objects.FileObject,
+        errors=(400, 401, 403, 408, 413, 415, 503),
+        has_tenant=True,
+    ),
+    Route(
+        method="GET",
+        path="/v1/files",
+        handler=files.list_files,
+        summary="The tenant's files",
+        query=objects.FilesQuery,
+        answer=objects.FileList,
+        errors=(400, 401, 403, 503),
+        has_tenant=True,
+    ),
+    Route(
+        method="GET",
+        path="/v1/files/{file_id}",
+        handler=files.show_file,
+        summary="A file",
+        answer=objects.FileObject,
+        errors=(400, 401, 403, 404, 503),
+        has_tenant=True,
+    ),
+    Route(
+        method="DELETE",
+        path="/v1/files/{file_id}",
+        handler=files.delete_file,
+        summary="Delete a file",
+        answer=objects.DeletedFile,
+        errors=(400, 401, 403, 404, 409, 503),
+        has_tenant=True,
+    ),
+    Route(
+        method="GET",
+        path="/v1/files/{file_id}/content",
+        handler=files.show_content,
+        summary="What is in a file",
+        media_type="application/octet-stream",
+        errors=(400, 401, 403, 404, 503),
+        has_tenant=True,
+    ),
+    Route(
+        method="POST",
+        path="/v1/batches",
+        handler=batches.create_batch,
+        summary="Run the lines of a file when there is time",
+        body=objects.BatchRequest,
+        answer=objects.BatchObject,
+        errors=(*_BODY_ERRORS, 429, 503),
+        has_tenant=True,
+    ),
+    Route(
+        method="GET",
+        path="/v1/batches",
+        handler=batches.list_batches,
+        summary="The tenant's batches, the newest first",
+        query=objects.BatchesQuery,
+        answer=objects.BatchList,
+        errors=(400, 401, 403, 503),
+        has_tenant=True,
+    ),
+    Route(
+        method="GET",
+        path="/v1/batches/{batch_id}",
+        handler=batches.show_batch,
+        summary="A batch",
+        answer=objects.BatchObject,
+        errors=(400, 401, 403, 404, 503),
+        has_tenant=True,
+    ),
+    Route(
+        method="POST",
+        path="/v1/batches/{batch_id}/cancel",
+        handler=batches.cancel_batch,
+        summary="End a batch early",
+        answer=objects.BatchObject,
+        errors=(400, 401, 403, 404, 409, 503),
+        has_tenant=True,
+    ),
+)
 
 ROUTES = (
     Route(
@@ -157,6 +264,41 @@ ROUTES = (
         errors=(*_BODY_ERRORS, 503),
         has_tenant=True,
     ),
+        path="/v1/embeddings",
+        handler=create_embeddings,
+        summary="Vectors of texts",
+        body=pooling_requests.EmbeddingRequest,
+        answer=pooling_requests.EmbeddingList,
+        errors=_GENERATION_ERRORS,
+        has_tenant=True,
+    ),
+    *(
+        Route(
+            method="POST",
+            path=path,
+            handler=create_score,
+            summary="How well texts go with each other",
+            body=pooling_requests.ScoreRequest,
+            answer=pooling_requests.ScoreList,
+            errors=_GENERATION_ERRORS,
+            has_tenant=True,
+        )
+        for path in ("/v1/score", "/score")
+    ),
+    *(
+        Route(
+            method="POST",
+            path=path,
+            handler=create_ranking,
+            summary="Documents in the order of their relevance to a query",
+            body=pooling_requests.RerankRequest,
+            answer=pooling_requests.Ranking,
+            errors=_GENERATION_ERRORS,
+            has_tenant=True,
+        )
+        for path in ("/v1/rerank", "/v2/rerank", "/rerank")
+    ),
+    *FILE_ROUTES,
     Route(
         method="GET",
         path="/v1/models",

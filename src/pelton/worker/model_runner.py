@@ -18,6 +18,7 @@ from pelton.worker.forward_batch import Floats, ForwardBatch, GroupBatch
 from pelton.worker.kv_storage import KVStorage
 from pelton.worker.layers.rotary import RotaryTable, rotary_tables
 from pelton.worker.models.registry import Model, compile_model
+from pelton.worker.pooling.pooler import Pooler
 from pelton.worker.request_state import RequestState, RequestStates
 from pelton.worker.sampling.grammar import GrammarMasks, GrammarMatchers
 from pelton.worker.sampling.sampler import Sampler, TokenMask
@@ -36,6 +37,10 @@ class StepRow:
     state: RequestState
     token_ids: tuple[int, ...]
 
+    @property
+    def samples(self) -> bool:
+        return self.scheduled.samples and self.state.pooler is None
+
 
 @dataclass(slots=True)
 class _Answers:
@@ -46,6 +51,7 @@ class _Answers:
     prompt_logprobs: list[tuple[TokenLogprobs, ...] | None]
     complete_ids: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
+    pooled: dict[str, bytes] = field(default_factory=dict)
 
 
 class ModelRunner:
@@ -97,6 +103,7 @@ class ModelRunner:
             prompt_logprobs=tuple(answers.prompt_logprobs),
             complete_ids=tuple(answers.complete_ids),
             failed=answers.failed or None,
+            pooled=answers.pooled or None,
             elapsed_s=time.perf_counter() - start_s,
             kv_copy_s=kv_copy_s,
         )
@@ -116,10 +123,17 @@ class ModelRunner:
         for row, start in zip(rows, batch.query_start_loc.tolist(), strict=False):
             if row.state.sampling.prompt_logprobs is not None:
                 self._add_prompt_logprobs(row, start, answers)
-        sampling_rows = [row for row in rows if row.scheduled.samples]
+            if row.state.pooler is not None:
+                self._pool(row, row.state.pooler, start, answers)
+        sampling_rows = [row for row in rows if row.samples]
         for low in range(0, len(sampling_rows), _MAX_LOGITS_ROWS):
             here = slice(low, low + _MAX_LOGITS_ROWS)
             self._sample(sampling_rows[here], self._program.logits(batch.logits_indices[here]), answers)
+
+    def _masks_of(self, states: Sequence[RequestState], vocab_size: int) -> list[TokenMask | None] | None:
+        """What each row may sample: by its grammar, without banned words, or the end of thinking alone."""
+        masks = _without_banned(states, self._masks.fill([state.grammar for state in states]))
+        return with_forced_tokens(masks, states, vocab_size)
 
     def _sample(self, rows: Sequence[StepRow], logits: Floats, answers: _Answers) -> None:
         """The next token of each of `rows`, from their logits [S, V]."""
@@ -128,7 +142,7 @@ class ModelRunner:
             logits,
             [state.sampling_row for state in states],
             [len(state.output_token_ids) for state in states],
-            with_forced_tokens(self._masks.fill([state.grammar for state in states]), states, logits.shape[1]),
+            self._masks_of(states, logits.shape[1]),
         )
         for row, token_id in zip(rows, samples.token_ids, strict=True):
             if token_id >= 0:
@@ -141,6 +155,21 @@ class ModelRunner:
             answers.failed[rows[i].scheduled.request_id] = (grammar and grammar.problem) or problem
         for i, logprobs in samples.logprobs.items():
             answers.logprobs[rows[i].index] = (logprobs,)
+
+    def _pool(self, row: StepRow, pooler: Pooler, start: int, answers: _Answers) -> None:
+        """Hand the hidden states of this step to a pooling request; `start` is its first row."""
+        request_id, num_rows = row.scheduled.request_id, len(row.token_ids)
+        if pooler.params.needs_all_tokens and pooler.num_tokens != row.scheduled.num_computed_tokens:
+            answers.failed[request_id] = "tokens that pooling needs were taken from the cache"
+            return
+        pooler.add(self._program.hidden(start, num_rows))
+        if row.scheduled.samples:
+            logits = self._program.logits(np.array([start + num_rows - 1]))[0] if pooler.reads_logits else None
+            values = pooler.finish(logits)
+            if np.isfinite(values).all():
+                answers.pooled[request_id] = values.astype("<f4").tobytes()
+            else:
+                answers.failed[request_id] = "the model's hidden states are not finite"
 
     def _add_prompt_logprobs(self, row: StepRow, start: int, answers: _Answers) -> None:
         """Logprobs of the prompt tokens that follow this step's positions; `start` is the request's first row."""
@@ -170,6 +199,19 @@ def with_forced_tokens(
     return masks
 
 
+def _without_banned(
+    states: Sequence[RequestState], masks: list[TokenMask | None] | None
+) -> list[TokenMask | None] | None:
+    """The grammars' masks without tokens that would complete a banned word."""
+    if all(state.banned is None for state in states):
+        return masks
+    known = masks or [None] * len(states)
+    return [
+        mask if state.banned is None else state.banned.narrow(mask, state.output_token_ids)
+        for state, mask in zip(states, known, strict=True)
+    ]
+
+
 def prepare_forward_batch(
     rows: Sequence[StepRow], rotary_tables: Sequence[RotaryTable], block_size: int
 ) -> ForwardBatch:
@@ -192,5 +234,5 @@ def prepare_forward_batch(
         slots = padded[row_of_token, block_of_token] * block_size + offset
         groups.append(GroupBatch(slots, padded, *rotary[rotary_table]))
     token_ids = np.fromiter(chain.from_iterable(row.token_ids for row in rows), dtype=np.int64, count=num_tokens)
-    samples = np.array([row.scheduled.samples for row in rows])
+    samples = np.array([row.samples for row in rows])
     return ForwardBatch(token_ids, query_start_loc, seq_lens, tuple(groups), query_start_loc[1:][samples] - 1)

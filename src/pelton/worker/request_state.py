@@ -13,6 +13,8 @@ import numpy.typing as npt
 
 from pelton.core.batch import PENDING_TOKEN_ID, RequestContext, ScheduledBatch, ScheduledRequest
 from pelton.core.sampling_params import SamplingParams
+from pelton.worker.pooling import make_pooler
+from pelton.worker.sampling.banned_sequences import BannedSequences
 from pelton.worker.sampling.grammar import GrammarMatchers, RequestGrammar
 from pelton.worker.sampling.sampler import Sampler, SamplingRow
 from pelton.worker.sampling.thinking import ThinkingLimit
@@ -23,8 +25,10 @@ class RequestState:
 
     __slots__ = (
         "_tables",
+        "banned",
         "grammar",
         "output_token_ids",
+        "pooler",
         "prompt_token_ids",
         "sampling",
         "sampling_row",
@@ -44,6 +48,8 @@ class RequestState:
         self.thinking = None if sampling.thinking is None else ThinkingLimit(sampling.thinking)
         if self.thinking is not None:
             self.thinking.add_output(self.output_token_ids)
+        self.banned: BannedSequences | None = None
+        self.pooler = make_pooler(sampling.pooling) if sampling.pooling is not None else None
         self._tables: dict[int, tuple[tuple[int, ...], npt.NDArray[np.int64]]] = {}
 
     def add_output(self, token_id: int) -> None:
@@ -127,5 +133,7 @@ class RequestStates:
             if self._matchers is None:
                 return "the worker has no vocabulary to apply a grammar with"
             grammar = self._matchers.follow(sampling, context.output_token_ids)
-        self._states[scheduled.request_id] = RequestState(context, sampling, self._sampler, grammar)
+        state = self._states[scheduled.request_id] = RequestState(context, sampling, self._sampler, grammar)
+        if sampling.banned_sequences:
+            state.banned = BannedSequences(sampling.banned_sequences, self._vocab_size)
         return None

@@ -59,8 +59,10 @@ class KVManager:
         """Longest known prefix, always leaving at least one token to compute.
 
         Whole blocks, and what a preempted request has computed beyond them. A request that is still to
-        tell logprobs of its prompt has to compute it.
+        tell logprobs of its prompt, or that pools the hidden states of all of it, has to compute it.
         """
+        if request.sampling.pooling is not None and request.sampling.pooling.needs_all_tokens:
+            return self.prefixes.no_match
         if request.sampling.prompt_logprobs is not None and request.num_prompt_logprobs < request.num_prompt_tokens - 1:
             return self.prefixes.no_match
         num_most = request.num_known_tokens - 1

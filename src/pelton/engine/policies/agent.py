@@ -24,4 +24,5 @@ class AgentPolicy(FairPolicy):
 
     def request_key(self, request: Request) -> Key:
         program = self._programs.of(request)
-        return (max(program.arrival_time_s, request.arrival_time_s - MAX_AGE_S), request.arrival_time_s)
+        start_s = max(program.arrival_time_s, request.arrival_time_s - MAX_AGE_S)
+        return (start_s + request.rank_time_s - request.arrival_time_s, request.arrival_time_s)

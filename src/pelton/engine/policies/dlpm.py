@@ -31,7 +31,7 @@ class DLPMPolicy(ByTenantPolicy):
         self._matches: dict[str, tuple[float, int]] = {}  # by request: when it was looked up, cached tokens
 
     def request_key(self, request: Request) -> Key:
-        return (request.arrival_time_s,)
+        return (request.rank_time_s,)
 
     def enters(self, tenant: Tenant) -> None:
         self._in_line[tenant.tenant_id] = tenant
@@ -82,7 +82,7 @@ class DLPMPolicy(ByTenantPolicy):
             for tenant in tenants
             for request in islice(tenant.waiting, num_each)
         ]
-        found.sort(key=lambda entry: (entry[0], entry[1] if entry[0] else 0, entry[2].arrival_time_s))
+        found.sort(key=lambda entry: (entry[0], entry[1] if entry[0] else 0, entry[2].rank_time_s))
         return [request for _, _, request in found]
 
     def _num_cached_tokens(self, request: Request, now_s: float) -> int:

@@ -33,7 +33,7 @@ class FairPolicy(ByTenantPolicy):
         self._latest_s = self._other_s = -ABOUT_S  # when, and when another one was
 
     def request_key(self, request: Request) -> Key:
-        return (request.arrival_time_s,)
+        return (request.rank_time_s,)
 
     def tenant_key(self, tenant: Tenant) -> Key:
         # Others of nearly equal service go before a second choice. Of equals, who has less under way is first.

@@ -11,4 +11,4 @@ class FCFSPolicy(ByTenantPolicy):
     """A preempted request keeps its arrival time and so returns to the front."""
 
     def request_key(self, request: Request) -> Key:
-        return (request.arrival_time_s,)
+        return (request.rank_time_s,)

@@ -38,7 +38,7 @@ class ProgramPolicy(ByTenantPolicy):
         super().finish(request)
 
     def request_key(self, request: Request) -> Key:
-        return (request.arrival_time_s + LEVEL_DELAY_S * self._level(request), request.arrival_time_s)
+        return (request.rank_time_s + LEVEL_DELAY_S * self._level(request), request.arrival_time_s)
 
     def _level(self, request: Request) -> int:
         """0 up to `FIRST_LEVEL_SERVICE`, then one more for each doubling."""

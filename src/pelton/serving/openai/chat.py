@@ -19,6 +19,7 @@ from pelton.serving.openai.answers import finish_reason_name, response_message
 from pelton.serving.openai.chunks import AnswerOptions, ChatChunkEncoder, UsageCounter
 from pelton.serving.openai.logprobs import chat_logprobs, prompt_logprobs
 from pelton.serving.openai.messages import template_messages
+from pelton.serving.openai.parameters import truncated, without_bad_words
 from pelton.serving.openai.requests import ChatRequest, TokenizeRequest, check_supported
 from pelton.serving.openai.responses import ChatChoice, ChatCompletion
 from pelton.serving.openai.sampling import chat_sampling
@@ -38,7 +39,9 @@ async def create_chat_completion(context: ServingContext, http_request: Request)
     caller = caller_of(http_request, request)
     conversation = chat_conversation(context, request)
     sampling = await constrained(context, request, chat_sampling(request, context.defaults))
+    sampling = await without_bad_words(context, request, sampling)
     turn = await context.prepare(prepare_turn, context, conversation)
+    turn = replace(turn, token_ids=truncated(context, turn.token_ids, request, sampling))
     sampling = await constrain_turn(context, turn, sampling)
     options = _answer_options(context, request, sampling, turn, is_named_tool=conversation.tool_use.is_named)
     tool_names = answered_tools(request.messages)
@@ -103,7 +106,7 @@ def _answer_options(
         model=request.model or context.model.names[0],
         prompts=[turn.token_ids],
         n=sampling.n,
-        spelling=context.spelling,
+        spelling=context.spelling_of_ids if request.return_tokens_as_token_ids else context.spelling,
         logprobs=sampling.logprobs,
         skip_special_tokens=sampling.skip_special_tokens,
         return_token_ids=bool(request.return_token_ids),

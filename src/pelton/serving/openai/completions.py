@@ -15,7 +15,8 @@ from pelton.serving.context import ServingContext, new_answer_id, now_unix_s
 from pelton.serving.generation import PromptResult
 from pelton.serving.openai.chunks import FINISH_REASONS, AnswerOptions, CompletionChunkEncoder, UsageCounter
 from pelton.serving.openai.logprobs import CompletionLogprobsBuilder, prompt_logprobs
-from pelton.serving.openai.requests import CompletionRequest, check_supported
+from pelton.serving.openai.parameters import best_sequences, truncated, without_bad_words
+from pelton.serving.openai.requests import MAX_LISTED_TOKENS, CompletionRequest, check_supported
 from pelton.serving.openai.responses import Completion, CompletionChoice
 from pelton.serving.openai.sampling import completion_sampling
 from pelton.serving.openai.structured_output import constrained
@@ -32,7 +33,8 @@ async def create_completion(context: ServingContext, http_request: Request) -> R
     context.check_model(request.model)
     caller = caller_of(http_request, request)
     sampling = await constrained(context, request, completion_sampling(request, context.defaults))
-    prompts = await _token_ids(context, request)
+    sampling = await without_bad_words(context, request, sampling)
+    prompts = [truncated(context, prompt, request, sampling) for prompt in await _token_ids(context, request)]
     options = _answer_options(context, request, sampling, prompts)
     generation = context.submit(options.answer_id, prompts, request, sampling, caller)
     if request.stream:
@@ -42,8 +44,9 @@ async def create_completion(context: ServingContext, http_request: Request) -> R
 
 async def _token_ids(context: ServingContext, request: CompletionRequest) -> list[list[int]]:
     """Token ids of every prompt, tokenized one by one so that other requests get their turn."""
-    _check_prompt_length(context, request.prompt)
-    parts = _prompt_parts(request)
+    most = context.max_model_len if request.truncate_prompt_tokens is None else MAX_LISTED_TOKENS
+    _check_prompt_length(most, request.prompt)
+    parts = prompt_parts(request.prompt, "prompt")
 
     def encode(text: str) -> list[int]:
         return context.encode(text, add_special_tokens=request.add_special_tokens, param="prompt")
@@ -51,32 +54,30 @@ async def _token_ids(context: ServingContext, request: CompletionRequest) -> lis
     return [await context.prepare(encode, part) if isinstance(part, str) else part for part in parts]
 
 
-def _check_prompt_length(context: ServingContext, prompt: str | Sequence[object]) -> None:
+def _check_prompt_length(most: int, prompt: str | Sequence[object]) -> None:
     """Before anything loops over it."""
     if isinstance(prompt, str) or not prompt:
         return
     if isinstance(prompt[0], int):
-        if len(prompt) >= context.max_model_len:
+        if len(prompt) >= most:
             raise ContextLengthExceededError(
-                f"the prompt has {len(prompt)} tokens, but the context holds {context.max_model_len} "
-                "with at least one output token",
+                f"the prompt has {len(prompt)} tokens, but the context holds {most} with at least one output token",
                 param="prompt",
             )
     elif len(prompt) > MAX_PROMPTS:
         raise InvalidRequestError(f"{len(prompt)} prompts in one request; at most {MAX_PROMPTS}", param="prompt")
 
 
-def _prompt_parts(request: CompletionRequest) -> list[str] | list[list[int]]:
+def prompt_parts(prompt: str | list[str | int | list[int]], param: str) -> list[str] | list[list[int]]:
     """The prompts in one of the four forms, as a list of prompts."""
-    prompt = request.prompt
     if isinstance(prompt, str):
         return [prompt]
     if not prompt:
-        raise InvalidRequestError("prompt is empty", param="prompt")
+        raise InvalidRequestError(f"{param} is empty", param=param)
     kinds = {type(part) for part in prompt}
     if len(kinds) > 1:
         raise InvalidRequestError(
-            "prompt mixes texts, token ids and lists of token ids; it must be of one kind", param="prompt"
+            f"{param} mixes texts, token ids and lists of token ids; it must be of one kind", param=param
         )
     (kind,) = kinds
     if kind is int:
@@ -92,7 +93,7 @@ def _answer_options(
     stream_options = request.stream_options
     echo_texts = None
     if request.echo:
-        parts = _prompt_parts(request)
+        parts = prompts if request.truncate_prompt_tokens is not None else prompt_parts(request.prompt, "prompt")
         echo_texts = [
             part if isinstance(part, str) else context.tokenizer.decode(part, skip_special_tokens=False)
             for part in parts
@@ -102,8 +103,8 @@ def _answer_options(
         created=now_unix_s(),
         model=request.model or context.model.names[0],
         prompts=prompts,
-        n=sampling.n,
-        spelling=context.spelling,
+        n=request.n or 1,
+        spelling=context.spelling_of_ids if request.return_tokens_as_token_ids else context.spelling,
         logprobs=request.logprobs,
         skip_special_tokens=sampling.skip_special_tokens,
         return_token_ids=bool(request.return_token_ids),
@@ -125,7 +126,11 @@ def _completion_builder(
                 if options.drop_output:
                     sequence.deltas, sequence.token_ids, sequence.logprobs = [], [], []
                 usage.add(index, len(sequence.token_ids), sequence.usage)
-                choices.append(_choice(options, prompt_index, index, result, num_prompt_logprobs))
+            if len(result.sequences) > options.n:
+                result.sequences = best_sequences(result.sequences, options.n)
+            choices += [
+                _choice(options, prompt_index, index, result, num_prompt_logprobs) for index in range(options.n)
+            ]
         return Completion(
             id=options.answer_id,
             created=options.created,

@@ -45,6 +45,13 @@ class TokenSpelling:
         return self._tokenizer.is_special(token_id)
 
 
+class TokenIdSpelling(TokenSpelling):
+    """Token ids as `token_id:NUMBER`, which no two tokens share (`return_tokens_as_token_ids`)."""
+
+    def text(self, token_id: int) -> str:
+        return f"token_id:{token_id}"
+
+
 def chat_logprobs(logprobs: Iterable[TokenLogprobs], num_top: int, spelling: TokenSpelling) -> ChatLogprobs:
     return ChatLogprobs(
         content=[

@@ -24,6 +24,7 @@ MAX_LISTED_TOKENS = 1 << 20
 MAX_STOP_TOKENS = 1024
 MAX_BIASED_TOKENS = 1 << 14
 INT32_MAX = 2**31 - 1
+MAX_BAD_WORDS = 256
 
 
 def neutral(*values: Any) -> Meta:
@@ -39,6 +40,7 @@ TokenId = Annotated[int, Meta(ge=0, le=INT32_MAX)]
 Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
 ShortText = Annotated[str, Meta(max_length=512)]
 StopString = Annotated[str, Meta(min_length=1)]
+BadWord = Annotated[str, Meta(min_length=1, max_length=256)]
 Logprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 Seed = Annotated[int, Meta(extra_json_schema={"minimum": -(2**63), "maximum": MAX_SEED})]
 LogitBias = Annotated[
@@ -125,9 +127,18 @@ class GenerationRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     skip_special_tokens: bool = True
     prompt_logprobs: Logprobs | None = None
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: Annotated[bool, Meta(description="Logprobs spell tokens token_id:NUMBER.")] | None = (
+        None
+    )
+    truncate_prompt_tokens: (
+        Annotated[int, Meta(ge=-1, le=INT32_MAX, description="Keep so many of the last; -1: as many as fit.")] | None
+    ) = None
+    bad_words: Annotated[list[BadWord], Meta(max_length=MAX_BAD_WORDS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    priority: Annotated[int, Meta(ge=-(2**31), le=INT32_MAX, description="Lower runs first.")] = 0
+    priority: Annotated[
+        int, Meta(ge=-(2**31), le=INT32_MAX, description="Lower runs first, among the requests of a tenant.")
+    ] = 0
     cache_salt: Annotated[str, Meta(min_length=1, max_length=512)] | None = None
     prompt_cache_key: Annotated[ShortText, Meta(description="Names the session, as X-Session-Id does.")] | None = None
     previous_response_id: (
@@ -148,15 +159,14 @@ class GenerationRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     store: Annotated[Any, neutral(False)] = None
     service_tier: Annotated[Any, neutral("auto", "default")] = None
     prompt_cache_retention: Annotated[Any, neutral("in_memory", "in-memory")] = None
+    prompt_cache_options: Annotated[Any, neutral()] = None
+    moderation: Annotated[Any, neutral()] = None
     use_beam_search: Annotated[Any, neutral(False)] = None
     length_penalty: Annotated[Any, neutral(1.0)] = None
     spaces_between_special_tokens: Annotated[Any, neutral(True)] = None
-    truncate_prompt_tokens: Annotated[Any, neutral()] = None
-    bad_words: Annotated[Any, neutral([])] = None
     guided_decoding_backend: Annotated[Any, neutral("auto", "guidance")] = None
     guided_whitespace_pattern: Annotated[Any, neutral()] = None
     logits_processors: Annotated[Any, neutral([])] = None
-    return_tokens_as_token_ids: Annotated[Any, neutral(False)] = None
     kv_transfer_params: Annotated[Any, neutral()] = None
     vllm_xargs: Annotated[Any, neutral()] = None
     request_id: Annotated[Any, neutral()] = None
@@ -169,9 +179,12 @@ class CompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=T
     max_tokens: Annotated[Count, Meta(description="Default 16, as OpenAI has it; 0 needs echo.")] | None = None
     logprobs: Logprobs | None = None
     echo: bool | None = None
-    best_of: Annotated[int, Meta(ge=1, le=MAX_N, description="Must equal n.")] | None = None
+    best_of: (
+        Annotated[int, Meta(ge=1, le=MAX_N, description="Make so many, answer with the n of best mean logprob.")] | None
+    ) = None
     add_special_tokens: bool = True
     suffix: Annotated[Any, neutral("")] = None
+    prompt_embeds: Annotated[Any, neutral()] = None
 
 
 class FunctionCall(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -244,6 +257,7 @@ class ChatRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
     chat_template: Annotated[Any, neutral()] = None
     documents: Annotated[Any, neutral([])] = None
     mm_processor_kwargs: Annotated[Any, neutral()] = None
+    media_io_kwargs: Annotated[Any, neutral()] = None
 
 
 class TokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -282,7 +296,28 @@ def _neutral_values(struct: type[Struct]) -> tuple[tuple[str, list[Any]], ...]:
 # Refused with more than the general reason.
 _REASONS = {
     "suffix": "fill-in-the-middle is not supported: the model continues a prompt, it does not join two ends",
-    "chat_template": "the server renders its own template only; a template is code",
+    "chat_template": "the server renders its own template only (a template is code); start it with --chat-template",
+    "store": "completions are not stored; keep the answer, or use /v1/responses where it is served",
+    "service_tier": "there are no service tiers; priority orders the requests of a tenant",
+    "prompt_cache_retention": "cached prompts are kept while there is room, longer within a session",
+    "prompt_cache_options": "prompts are cached without being asked for; prompt_cache_key names the session",
+    "moderation": "answers are not moderated here; do that on your side",
+    "use_beam_search": "beam search is not supported; n samples several answers, best_of picks among them",
+    "length_penalty": "length_penalty belongs to beam search, which is not supported; best_of ranks by mean logprob",
+    "spaces_between_special_tokens": "special tokens are written as they stand, without spaces that no token has",
+    "logits_processors": "code from clients is not run; see logit_bias, bad_words, allowed_token_ids",
+    "kv_transfer_params": "KV is not transferred between engines by a parameter of a request",
+    "vllm_xargs": "there are no extra arguments beside the documented parameters",
+    "request_id": "the server makes the ids of answers; send your own as the header X-Request-Id",
+    "prompt_embeds": "prompts are texts or token ids, not embeddings",
+    "modalities": "the model writes text only",
+    "audio": "the model neither hears nor speaks",
+    "prediction": "predicted outputs are not used; repeated prompts are cached without being asked for",
+    "verbosity": "the model has no such setting; ask for short or long answers in the messages",
+    "web_search_options": "the server does not search the web; give the model a tool that does",
+    "documents": "documents are not supported; put them into the messages",
+    "mm_processor_kwargs": "the model reads text only",
+    "media_io_kwargs": "the model reads text only",
     "functions": "functions are deprecated and not supported; send tools",
     "function_call": "function_call is deprecated and not supported; send tool_choice",
 }

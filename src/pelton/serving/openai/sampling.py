@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from pelton.core.errors import InvalidRequestError
@@ -44,18 +44,29 @@ def completion_sampling(request: CompletionRequest, defaults: GenerationDefaults
         if not request.echo:
             raise InvalidRequestError("max_tokens is 0; without echo it must be at least 1", param="max_tokens")
         max_tokens = 1
-    n = request.n or 1
-    if request.best_of not in (None, n):
-        raise InvalidRequestError(
-            f"best_of is {request.best_of} and n is {n}; choosing among more sequences than are returned is "
-            "not supported, so best_of must equal n",
-            param="best_of",
-            code="unsupported_parameter",
-        )
+    logprobs = request.logprobs
+    if _best_of(request) > (request.n or 1) and logprobs is None:
+        logprobs = 0  # what the sequences are ranked by
     prompt_logprobs = request.prompt_logprobs
     if request.echo and request.logprobs is not None:
         prompt_logprobs = max(prompt_logprobs or 0, request.logprobs)
-    return _sampling(request, defaults, _Lengths(max_tokens, request.logprobs, prompt_logprobs))
+    sampling = _sampling(request, defaults, _Lengths(max_tokens, logprobs, prompt_logprobs))
+    return replace(sampling, n=_best_of(request))
+
+
+def _best_of(request: CompletionRequest) -> int:
+    """How many sequences a prompt gets. Raises `InvalidRequestError` where fewer than are wanted, or a stream."""
+    n = request.n or 1
+    best_of = request.best_of or n
+    if best_of < n:
+        raise InvalidRequestError(f"best_of is {best_of} and n is {n}; best_of must be at least n", param="best_of")
+    if best_of > n and request.stream:
+        raise InvalidRequestError(
+            f"best_of is {best_of} and n is {n}: which {n} are best is known at the end, so they cannot be streamed; "
+            "send stream=false, or best_of equal to n",
+            param="best_of",
+        )
+    return best_of
 
 
 def _sampling(request: GenerationRequest, defaults: GenerationDefaults, lengths: _Lengths) -> SamplingParams:

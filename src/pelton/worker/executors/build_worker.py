@@ -77,6 +77,7 @@ def build_executor(
         max_num_waiting=engine_config.max_num_waiting,
         dtype=dtype,
         vocab_size=spec.vocab_size,
+        hidden_size=spec.hidden_size,
         device="cpu",
         kernels=kernels.name,
         num_threads=num_threads,

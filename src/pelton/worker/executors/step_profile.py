@@ -75,6 +75,9 @@ class _TimedProgram:
         self._split(time.perf_counter() - start_s)
         return logits
 
+    def hidden(self, first: int, num_rows: int) -> Floats:
+        return self._program.hidden(first, num_rows)
+
     def _split(self, call_s: float) -> None:
         ops_s = 0.0
         for label, seconds in self._program.take_times():

@@ -41,3 +41,6 @@ class EagerProgram:
     def logits(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         hidden = self._kernels.select_rows(self._hidden, rows)
         return self._kernels.to_numpy(self._model.compute_logits(self._kernels, hidden))
+
+    def hidden(self, first: int, num_rows: int) -> npt.NDArray[np.float32]:
+        return self._kernels.to_numpy(self._kernels.select_rows(self._hidden, np.arange(first, first + num_rows)))

@@ -177,6 +177,10 @@ class Program(Protocol):
         """[S, V] of `rows` [S] among the tokens of the last step; may be overwritten by the next call."""
         ...
 
+    def hidden(self, first: int, num_rows: int) -> npt.NDArray[np.float32]:
+        """Hidden states [num_rows, H] of tokens of the last step; may be overwritten by the next `forward`."""
+        ...
+
 
 class Kernels(Ops, Protocol):
     name: str

@@ -56,6 +56,9 @@ class NativeProgram:
         self._head.run_rows(self._hidden.taken, rows, logits)
         return logits
 
+    def hidden(self, first: int, num_rows: int) -> Floats:
+        return self._hidden.taken[first : first + num_rows]
+
 
 def _recorded_context(cache: LayerCache) -> AttentionContext:
     group = GroupInput(cache.group_id)

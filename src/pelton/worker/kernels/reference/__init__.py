@@ -96,3 +96,4 @@ class ReferenceKernels:
 class ReferenceProgram(EagerProgram):
     forward = torch.inference_mode()(EagerProgram.forward)
     logits = torch.inference_mode()(EagerProgram.logits)
+    hidden = torch.inference_mode()(EagerProgram.hidden)

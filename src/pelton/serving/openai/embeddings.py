@@ -1,0 +1,56 @@
+"""POST /v1/embeddings."""
+
+from __future__ import annotations
+
+import base64
+import sys
+from array import array
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from pelton.core.errors import InvalidRequestError
+from pelton.core.pooling import PoolingParams
+from pelton.serving.context import ServingContext, new_answer_id
+from pelton.serving.openai.completions import prompt_parts
+from pelton.serving.openai.pooling_requests import MAX_INPUTS, Embedding, EmbeddingList, EmbeddingRequest
+from pelton.serving.openai.requests import check_supported
+from pelton.serving.pooling import ComputedAnswer, Pooling
+from pelton.serving.request_body import read_json_body
+
+
+async def create_embeddings(context: ServingContext, http_request: Request) -> Response:
+    context.check_ready()
+    request = await read_json_body(http_request, EmbeddingRequest, context.config.max_body_bytes)
+    check_supported(request)
+    context.check_model(request.model)
+    parts = prompt_parts(request.input, "input")
+    if len(parts) > MAX_INPUTS:
+        raise InvalidRequestError(f"{len(parts)} inputs in one request; at most {MAX_INPUTS}", param="input")
+    pooling = Pooling(context, request, http_request, new_answer_id("embd"))
+    prompts = await pooling.tokenize(parts, "input")
+    params = PoolingParams(
+        method=request.pooling or context.model.pooling, normalize=request.normalize, dimensions=request.dimensions
+    )
+
+    async def compute() -> EmbeddingList:
+        pooled = await pooling.run(prompts, params)
+        encode = as_base64 if request.encoding_format == "base64" else as_floats
+        return EmbeddingList(
+            data=[Embedding(index=index, embedding=encode(values)) for index, values in enumerate(pooled.values)],
+            model=request.model or context.model.names[0],
+            usage=pooled.usage,
+        )
+
+    return ComputedAnswer(compute)
+
+
+def as_base64(values: bytes) -> str:
+    return base64.b64encode(values).decode()
+
+
+def as_floats(values: bytes) -> list[float]:
+    numbers = array("f", values)
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return numbers.tolist()

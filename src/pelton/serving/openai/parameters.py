@@ -1,0 +1,50 @@
+"""Parameters that need more than to be passed on: `bad_words`, `truncate_prompt_tokens`, `best_of`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from pelton.core.sampling_params import SamplingParams
+from pelton.serving.context import ServingContext
+from pelton.serving.generation import SequenceResult
+from pelton.serving.openai.requests import GenerationRequest
+from pelton.weights.tokenizer import Tokenizer
+
+
+def truncated(
+    context: ServingContext, prompt: list[int], request: GenerationRequest, sampling: SamplingParams
+) -> list[int]:
+    """The last tokens of `prompt` that `truncate_prompt_tokens` keeps; -1: as many as leave room for the answer."""
+    num_kept = request.truncate_prompt_tokens
+    if num_kept is None:
+        return prompt
+    if num_kept < 0:
+        num_kept = max(1, context.max_model_len - (sampling.max_tokens or 1))
+    return prompt[len(prompt) - num_kept :] if num_kept < len(prompt) else prompt
+
+
+async def without_bad_words(
+    context: ServingContext, request: GenerationRequest, sampling: SamplingParams
+) -> SamplingParams:
+    """`sampling` with the token ids of `request.bad_words`."""
+    if not request.bad_words:
+        return sampling
+    sequences = await context.prepare(bad_word_sequences, context.tokenizer, request.bad_words)
+    return replace(sampling, banned_sequences=sequences)
+
+
+def bad_word_sequences(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """How the words are written: at the start of a text, and after a space. Slow: runs in the pool."""
+    texts = {text: None for word in words for text in (word, " " + word.lstrip())}
+    found = (tuple(tokenizer.encode(text, add_special_tokens=False)) for text in texts)
+    return tuple(dict.fromkeys(token_ids for token_ids in found if token_ids))
+
+
+def best_sequences(sequences: Sequence[SequenceResult], num_best: int) -> list[SequenceResult]:
+    """Those of highest mean logprob, the best first; equal ones in order."""
+    return sorted(sequences, key=_mean_logprob, reverse=True)[:num_best]
+
+
+def _mean_logprob(sequence: SequenceResult) -> float:
+    return sum(entry.logprob for entry in sequence.logprobs) / max(1, len(sequence.logprobs))
