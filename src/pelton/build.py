@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pelton.bench.step_profile import StepProfile, StepProfilePlan
     from pelton.core.events import EngineInfo
     from pelton.core.model_spec import KVGroupSpec
-    from pelton.core.protocols import BlockStore, Clock, Executor, TokenDecoder
+    from pelton.core.protocols import AdapterStore, BlockStore, Clock, Executor, TokenDecoder
     from pelton.engine.client import EngineClient
     from pelton.engine.engine import Engine
     from pelton.engine.kv.costs import KVCosts
@@ -90,7 +90,9 @@ def build_engine(config: PeltonConfig, decoder: TokenDecoder | None = None) -> E
 
         executor = StepLogExecutor(worker, Path(config.engine.step_log), info.block_size)
     clock, groups = MonotonicClock(), files.spec.kv_groups
-    return join_engine(config.engine, executor, info, decoder, clock, groups, block_store=worker.block_store)
+    return join_engine(
+        config.engine, executor, info, decoder, clock, groups, block_store=worker.block_store, adapters=worker.adapters
+    )
 
 
 def join_engine(
@@ -102,9 +104,11 @@ def join_engine(
     groups: tuple[KVGroupSpec, ...],
     *,
     block_store: BlockStore | None = None,
+    adapters: AdapterStore | None = None,
 ) -> Engine:
     """The control plane that `config` asks for, over whatever executes and tells the time."""
     from pelton.core.tenant import parse_tenants
+    from pelton.engine.adapters import AdapterTable
     from pelton.engine.engine import Engine
     from pelton.engine.kv.costs import KVCosts
     from pelton.engine.policies import POLICIES
@@ -134,7 +138,7 @@ def join_engine(
         long_prefill_chunk=config.long_prefill_chunk,
         budget=make_budget(config.tpot_slo_ms, info.max_num_batched_tokens),
     )
-    return Engine(
+    engine = Engine(
         scheduler,
         executor,
         decoder,
@@ -144,6 +148,8 @@ def join_engine(
         costs=costs,
         enable_overlap=config.enable_overlap,
     )
+    engine.adapters = AdapterTable(adapters, (adapter for _, adapter in info.lora_modules))
+    return engine
 
 
 def build_simulated_server(config: EngineConfig, cost: StepCost) -> SimulatedServer:

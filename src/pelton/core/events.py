@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from pelton.core.lora import LoraAdapter
+
 
 class EventKind(StrEnum):
     QUEUED = "queued"
@@ -98,3 +100,4 @@ class EngineInfo:
     num_host_blocks: int = 0  # of host memory behind the KV cache, the null block included; 0: none
     kv_block_bytes: int = 0
     kv_identity: str = ""  # of all that KV depends on but its tokens
+    lora_modules: tuple[tuple[str, LoraAdapter], ...] = ()  # adapters loaded at the start, by name

@@ -16,8 +16,10 @@ from pelton.engine.wire import (
     DescribeTenants,
     EngineUpdate,
     ListSessions,
+    LoadAdapter,
     Shutdown,
     Submit,
+    UnloadAdapter,
 )
 
 
@@ -66,7 +68,7 @@ class EngineLoop:
                     self.engine.submit(submission)
                 case Cancel(request_id=request_id):
                     self.engine.cancel(request_id)
-                case ListSessions() | DeleteSession() | DescribeTenants():
+                case ListSessions() | DeleteSession() | DescribeTenants() | LoadAdapter() | UnloadAdapter():
                     self.engine.ask(command)
                 case Shutdown():
                     return False

@@ -19,11 +19,12 @@ from pelton.worker.sampling.sampler import Sampler, SamplingRow
 class RequestState:
     """One request: its tokens so far, and what its sampling needs."""
 
-    __slots__ = ("_tables", "output_token_ids", "prompt_token_ids", "sampling", "sampling_row")
+    __slots__ = ("_tables", "lora_id", "output_token_ids", "prompt_token_ids", "sampling", "sampling_row")
 
     def __init__(self, context: RequestContext, sampling: SamplingParams, sampler: Sampler) -> None:
         self.prompt_token_ids = context.prompt_token_ids
         self.output_token_ids = list(context.output_token_ids)
+        self.lora_id = context.lora_id
         self.sampling = sampling
         self.sampling_row: SamplingRow = sampler.make_row(sampling, context.seed)
         self.sampling_row.add_prompt(self.prompt_token_ids)

@@ -9,6 +9,7 @@ from queue import SimpleQueue
 from pelton.core.batch import ScheduledBatch, StepResult
 from pelton.core.errors import EngineStepError
 from pelton.core.protocols import BlockStore
+from pelton.worker.adapters import LoadedAdapters
 from pelton.worker.model_runner import ModelRunner
 
 _Job = tuple[ScheduledBatch, "Future[StepResult]"]
@@ -21,8 +22,11 @@ class InProcessExecutor:
     because later ones were scheduled on the ground that it runs.
     """
 
-    def __init__(self, runner: ModelRunner, block_store: BlockStore | None = None) -> None:
-        self.block_store = block_store  # closed with the executor
+    def __init__(
+        self, runner: ModelRunner, block_store: BlockStore | None = None, adapters: LoadedAdapters | None = None
+    ) -> None:
+        self.block_store = block_store  # closed with the executor, as is the next
+        self.adapters = adapters
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._closed = False
@@ -48,6 +52,8 @@ class InProcessExecutor:
         self._thread.join()
         if self.block_store is not None:
             self.block_store.close()
+        if self.adapters is not None:
+            self.adapters.close()
 
     def _run(self, runner: ModelRunner) -> None:
         while (job := self._jobs.get()) is not None:

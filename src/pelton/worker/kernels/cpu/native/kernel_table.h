@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "attention.h"
+#include "lora_matrix.h"
 #include "packed_matrix.h"
 #include "tiles.h"
 
@@ -54,6 +55,14 @@ struct KernelTable {
     void (*block_weights)(const float* x, int64_t size, float greatest, float inverse_temperature, int64_t* weights);
     int64_t (*num_above)(const float* x, int64_t size, int64_t index);
     void (*mask_row)(float* x, int64_t size, const uint32_t* words);
+
+    // Ranks `ranks` of A x, for num_rows <= kLoraRows rows x [I] into out [ranks].
+    void (*lora_shrink)(const LoraMatrix& matrix, int num_inputs, LoraRange ranks, const float* const* x, int num_rows,
+                        float* const* out);
+
+    // Panels of out [O] += scale * B shrunk [ranks], for as many rows.
+    void (*lora_expand)(const LoraPart& part, LoraRange panels, const float* const* shrunk, int num_rows,
+                        float* const* out);
 
     // Null: no tiles, activations in 8 bits.
     const TileKernels* tiles = nullptr;
