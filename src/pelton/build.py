@@ -16,7 +16,7 @@ from pelton.core.config import setting_names
 from pelton.core.errors import ConfigError
 from pelton.engine.config import EngineConfig
 from pelton.serving.config import ServerConfig
-from pelton.weights.config import ModelConfig
+from pelton.weights.config import ModelConfig, parse_lora_modules
 from pelton.worker.config import WorkerConfig
 
 # Parts are imported where they are joined: each process loads only its own.
@@ -255,11 +255,15 @@ def build_app(config: PeltonConfig, path: Path, client: EngineClient) -> Starlet
     from pelton.weights.tokenizer import load_tokenizer
 
     files = open_model(path)
+    names = config.server.served_model_name or (model_name(config.model.model),)
+    for module in parse_lora_modules(config.model.lora_modules):
+        if module.name in names:
+            raise ConfigError(f"lora_modules: {module.name!r} is the name of the model itself")
     return create_app(
         client,
         load_tokenizer(path, config.model.tokenizer, files),
         ModelCard(
-            names=config.server.served_model_name or (model_name(config.model.model),),
+            names=names,
             root=config.model.model,
             max_model_len=files.spec.max_model_len,
             created=int(path.stat().st_mtime),

@@ -13,8 +13,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 from pelton.build import PeltonConfig, build_thread_client, read_chat_template
-from pelton.core.errors import InvalidRequestError, PeltonError
+from pelton.core.errors import InvalidRequestError, ModelNotFoundError, PeltonError
 from pelton.core.events import EngineStats
+from pelton.core.lora import LoraAdapter
 from pelton.core.output import RequestOutput, TokenLogprobs
 from pelton.core.request import FinishReason, Submission
 from pelton.core.sampling_params import SamplingParams
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[int]
 Conversation = Sequence[Message]
+# The name of an adapter for all prompts, or one (or none) for each.
+Lora = str | Sequence[str | None] | None
 
 # Without sampling parameters an answer ends here at the latest.
 DEFAULT_MAX_TOKENS = 256
@@ -111,23 +114,25 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        lora: Lora = None,
         progress: bool = False,
     ) -> list[Generation]:
         """Complete one prompt or many, all in one batch; answers in the order of the prompts.
 
-        A prompt is text or token ids. `sampling` is for all of them, or one for each. Raises the first
-        typed error; the other prompts are then cancelled.
+        A prompt is text or token ids. `sampling` is for all of them, or one for each, and so is `lora`, the name
+        of an adapter. Raises the first typed error; the other prompts are then cancelled.
         """
         all_prompts = [prompts] if _is_prompt(prompts) else cast("Sequence[Prompt]", prompts)
         samplings = self._samplings(sampling, len(all_prompts))
         all_ids = [self._token_ids(prompt) for prompt in all_prompts]
-        return self._generate(all_ids, samplings, progress)
+        return self._generate(all_ids, samplings, lora, progress)
 
     def chat(
         self,
         conversations: Conversation | Sequence[Conversation],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        lora: Lora = None,
         progress: bool = False,
         **template_options: Any,
     ) -> list[Generation]:
@@ -136,10 +141,15 @@ class LLM:
         all_conversations = cast("Sequence[Conversation]", [conversations] if one else conversations)
         samplings = self._samplings(sampling, len(all_conversations))
         all_ids = [self._chat_token_ids(conversation, template_options) for conversation in all_conversations]
-        return self._generate(all_ids, samplings, progress)
+        return self._generate(all_ids, samplings, lora, progress)
 
     def stream(
-        self, prompt: Prompt | Conversation, sampling: SamplingParams | None = None, **template_options: Any
+        self,
+        prompt: Prompt | Conversation,
+        sampling: SamplingParams | None = None,
+        *,
+        lora: str | None = None,
+        **template_options: Any,
     ) -> Iterator[RequestOutput]:
         """The deltas of one prompt or conversation as they come. Leaving the loop early cancels the request."""
         if _is_conversation(prompt):
@@ -147,7 +157,8 @@ class LLM:
         else:
             token_ids = self._token_ids(cast("Prompt", prompt))
         deltas: queue.SimpleQueue[list[RequestOutput] | PeltonError | None] = queue.SimpleQueue()
-        task = self._run(self._pump(self._submission(token_ids, sampling or self.default_sampling), deltas))
+        submission = self._submission(token_ids, sampling or self.default_sampling, lora)
+        task = self._run(self._pump(submission, deltas))
         try:
             while (delta := deltas.get()) is not None:
                 if isinstance(delta, PeltonError):
@@ -155,6 +166,17 @@ class LLM:
                 yield from delta
         finally:
             task.cancel()
+
+    def load_adapter(self, name: str, path: str, *, replace: bool = False) -> LoraAdapter:
+        """Load a LoRA adapter, to be asked for as `lora=name`; `replace` takes the name from the one that has it."""
+        assert self._client is not None
+        adapter: LoraAdapter = self._run(self._client.load_adapter(name, path, replace=replace)).result()
+        return adapter
+
+    def unload_adapter(self, name: str) -> None:
+        """Prompts that are being completed with it go on."""
+        assert self._client is not None
+        self._run(self._client.unload_adapter(name)).result()
 
     @property
     def stats(self) -> EngineStats:
@@ -199,13 +221,22 @@ class LLM:
             raise InvalidRequestError(f"there are {num_prompts} prompts but {len(samplings)} sampling parameters")
         return samplings
 
-    def _submission(self, token_ids: list[int], sampling: SamplingParams) -> Submission:
-        return Submission(request_id=f"llm-{next(self._ids)}", prompt_token_ids=token_ids, sampling=sampling)
+    def _submission(self, token_ids: list[int], sampling: SamplingParams, lora: str | None) -> Submission:
+        request_id = f"llm-{next(self._ids)}"
+        if lora is None:
+            return Submission(request_id=request_id, prompt_token_ids=token_ids, sampling=sampling)
+        adapter = self._client.adapters.get(lora) if self._client is not None else None
+        if adapter is None:
+            raise ModelNotFoundError(f"no adapter {lora!r} is loaded")
+        return Submission(request_id=request_id, prompt_token_ids=token_ids, sampling=sampling, lora_id=adapter.lora_id)
 
     def _generate(
-        self, all_ids: Sequence[list[int]], samplings: Sequence[SamplingParams], progress: bool
+        self, all_ids: Sequence[list[int]], samplings: Sequence[SamplingParams], lora: Lora, progress: bool
     ) -> list[Generation]:
-        submissions = [self._submission(ids, sampling) for ids, sampling in zip(all_ids, samplings, strict=True)]
+        loras = [lora] * len(all_ids) if lora is None or isinstance(lora, str) else list(lora)
+        if len(loras) != len(all_ids):
+            raise InvalidRequestError(f"there are {len(all_ids)} prompts but {len(loras)} adapters")
+        submissions = [self._submission(*each) for each in zip(all_ids, samplings, loras, strict=True)]
         with _ProgressBar(len(submissions)) if progress else _NoProgress() as bar:
             task = self._run(self._collect_all(submissions, bar))
             try:

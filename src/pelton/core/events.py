@@ -101,3 +101,4 @@ class EngineInfo:
     kv_block_bytes: int = 0
     kv_identity: str = ""  # of all that KV depends on but its tokens
     lora_modules: tuple[tuple[str, LoraAdapter], ...] = ()  # adapters loaded at the start, by name
+    max_loras: int = 0

@@ -134,6 +134,10 @@ class EngineClient:
         """`listener` hears every update, on the event loop, before streams wake."""
         self._listeners.append(listener)
 
+    def is_open(self, request_id: str) -> bool:
+        """Whether a submission has not ended."""
+        return request_id in self._streams
+
     @property
     def num_requests(self) -> int:
         """Submissions that have not ended."""

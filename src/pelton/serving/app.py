@@ -22,6 +22,7 @@ from pelton.serving.config import ServerConfig
 from pelton.serving.context import NUM_PREPARE_THREADS, ModelCard, ServingContext
 from pelton.serving.errors import HTTPProblemError, error_response
 from pelton.serving.logs import Logger
+from pelton.serving.lora_metrics import LoraMetrics
 from pelton.serving.metrics import ServerMetrics
 from pelton.serving.middleware import RequestMiddleware
 from pelton.serving.openai.logprobs import TokenSpelling
@@ -53,6 +54,9 @@ def create_app(
     timelines = Timelines()
     client.add_listener(metrics.take_update)
     client.add_listener(timelines.take_update)
+    lora_metrics = LoraMetrics(client, metrics.labels)
+    metrics.registry.register(lora_metrics)
+    client.add_listener(lora_metrics.take_update)
     context = ServingContext(
         client=client,
         tokenizer=tokenizer,
@@ -61,6 +65,7 @@ def create_app(
         template=_template_renderer(chat_template, tokenizer),
         defaults=generation_defaults or GenerationDefaults(),
         metrics=metrics,
+        lora_metrics=lora_metrics,
         timelines=timelines,
         spelling=TokenSpelling(tokenizer),
         pool=ThreadPoolExecutor(NUM_PREPARE_THREADS, "pelton-prepare"),

@@ -19,6 +19,9 @@ class ServerConfig:
     drain_timeout_s: float = setting(30.0, "on SIGTERM, how long running requests may take to finish")
     max_body_bytes: int = setting(32 * 2**20, "largest request body")
     cors_origins: tuple[str, ...] = setting((), "origins that browsers may call from; default: none")
+    allow_runtime_lora_updating: bool = setting(
+        False, "let clients load and unload LoRA adapters from this machine's files: /v1/load_lora_adapter"
+    )
     log_level: str = setting("info", "debug, info, warning or error", choices=("debug", "info", "warning", "error"))
 
     def __post_init__(self) -> None:

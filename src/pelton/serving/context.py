@@ -23,6 +23,7 @@ from pelton.engine.client import EngineClient, EngineState
 from pelton.serving.caller import Caller
 from pelton.serving.config import ServerConfig
 from pelton.serving.generation import Generation
+from pelton.serving.lora_metrics import LoraMetrics
 from pelton.serving.metrics import ServerMetrics
 from pelton.serving.openai.logprobs import TokenSpelling
 from pelton.serving.openai.requests import GenerationRequest
@@ -58,6 +59,7 @@ class ServingContext:
     template: TemplateRenderer | None
     defaults: GenerationDefaults
     metrics: ServerMetrics
+    lora_metrics: LoraMetrics
     timelines: Timelines
     spelling: TokenSpelling
     pool: ThreadPoolExecutor
@@ -72,9 +74,15 @@ class ServingContext:
         return self.client.info
 
     def check_model(self, name: str | None) -> None:
-        if name is not None and name not in self.model.names:
-            served = ", ".join(self.model.names)
+        """Raises `ModelNotFoundError` unless it is the model's or an adapter's."""
+        if name is not None and name not in self.model.names and name not in self.client.adapters:
+            served = ", ".join((*self.model.names, *self.client.adapters))
             raise ModelNotFoundError(f"the model {name!r} is not served here; served: {served}")
+
+    def lora_id(self, name: str | None) -> str:
+        """Of the adapter that goes by `name`; empty for the model's own. Raises `ModelNotFoundError`."""
+        self.check_model(name)  # again: it may have been unloaded since the request came
+        return "" if name is None or name in self.model.names else self.client.adapters[name].lora_id
 
     @property
     def max_model_len(self) -> int:
@@ -116,6 +124,7 @@ class ServingContext:
     ) -> Generation:
         """One submission per prompt, all or none."""
         timeout_s = request.timeout_s or self.config.request_timeout_s or None
+        lora_id = self.lora_id(request.model)
         streams = []
         try:
             for index, prompt in enumerate(prompts):
@@ -129,6 +138,7 @@ class ServingContext:
                     previous_request_id=caller.previous_answer_id,
                     tool_names=tool_names,
                     cache_salt=caller.salt(request.cache_salt),
+                    lora_id=lora_id,
                     priority=request.priority,
                     timeout_s=timeout_s,
                 )
@@ -137,6 +147,9 @@ class ServingContext:
             for stream in streams:
                 stream.cancel()
             raise
+        if lora_id and request.model is not None:
+            for stream in streams:
+                self.lora_metrics.begin(request.model, stream.request_id, sampling.n)
         timeline = new_timeline(answer_id, caller.request_id, caller.session_id, caller.program_id)
         self.timelines.begin(caller.tenant_id, timeline, [stream.request_id for stream in streams], sampling.n)
         generation = Generation(streams, self.metrics.observe_gap)

@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from pelton.serving import sessions, status, timelines
 from pelton.serving.context import ServingContext
-from pelton.serving.openai import requests, responses, tokenization
+from pelton.serving.openai import adapters, requests, responses, tokenization
 from pelton.serving.openai.chat import create_chat_completion
 from pelton.serving.openai.completions import create_completion
 
@@ -73,6 +73,22 @@ ROUTES = (
         summary="One served model",
         answer=responses.ModelInfo,
         errors=(401, 404),
+    ),
+    Route(
+        method="POST",
+        path="/v1/load_lora_adapter",
+        handler=adapters.load_lora_adapter,
+        summary="Load a LoRA adapter and give it a name",
+        body=adapters.LoadAdapterRequest,
+        errors=(*_BODY_ERRORS, 403, 500, 503),
+    ),
+    Route(
+        method="POST",
+        path="/v1/unload_lora_adapter",
+        handler=adapters.unload_lora_adapter,
+        summary="Take an adapter's name back; requests that run with it go on",
+        body=adapters.UnloadAdapterRequest,
+        errors=(*_BODY_ERRORS, 403, 500, 503),
     ),
     Route(
         method="POST",

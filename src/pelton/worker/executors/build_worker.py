@@ -84,6 +84,7 @@ def build_executor(
         kv_block_bytes=block_bytes,
         kv_identity=_kv_identity(files, model_config, worker_config, kernels, (kv_dtype, engine_config.block_size)),
         lora_modules=lora_modules,
+        max_loras=model_config.max_loras,
     )
     return InProcessExecutor(runner, _open_block_store(engine_config, info, kv), adapters), info
 
