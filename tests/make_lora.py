@@ -68,3 +68,24 @@ def random_module(
 
 def random_weights(modules: Mapping[str, LoraModule], lora_id: str = "x") -> LoraWeights:
     return LoraWeights(lora_id, dict(modules), None)
+
+
+def save_adapter_for(
+    config: Any, folder: Path, *, seed: int = 0, std: float = 0.05, dtype: Any = None, **options: Any
+) -> None:
+    """The same for a model of `config` whose own weights are never made: for a large one."""
+    import peft
+    import torch
+    import transformers
+
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options))
+    generator = torch.Generator().manual_seed(seed)
+    for module in adapted.modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            for side in (module.lora_A, module.lora_B):
+                for linear in side.values():
+                    values = torch.empty(linear.weight.shape).normal_(std=std, generator=generator)
+                    linear.weight = torch.nn.Parameter(values.to(dtype or torch.float32))
+    adapted.save_pretrained(folder)

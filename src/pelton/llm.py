@@ -8,7 +8,7 @@ import queue
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
@@ -19,7 +19,7 @@ from pelton.core.lora import LoraAdapter
 from pelton.core.output import RequestOutput, TokenLogprobs
 from pelton.core.request import FinishReason, Submission
 from pelton.core.sampling_params import SamplingParams
-from pelton.engine.client import EngineClient
+from pelton.engine.client import EngineClient, RequestStream
 from pelton.serving.template_error import Message
 from pelton.weights.catalog import resolve_model
 from pelton.weights.config import DEFAULT_MODEL
@@ -157,8 +157,8 @@ class LLM:
         else:
             token_ids = self._token_ids(cast("Prompt", prompt))
         deltas: queue.SimpleQueue[list[RequestOutput] | PeltonError | None] = queue.SimpleQueue()
-        submission = self._submission(token_ids, sampling or self.default_sampling, lora)
-        task = self._run(self._pump(submission, deltas))
+        submission = self._submission(token_ids, sampling or self.default_sampling)
+        task = self._run(self._pump(submission, lora, deltas))
         try:
             while (delta := deltas.get()) is not None:
                 if isinstance(delta, PeltonError):
@@ -221,14 +221,8 @@ class LLM:
             raise InvalidRequestError(f"there are {num_prompts} prompts but {len(samplings)} sampling parameters")
         return samplings
 
-    def _submission(self, token_ids: list[int], sampling: SamplingParams, lora: str | None) -> Submission:
-        request_id = f"llm-{next(self._ids)}"
-        if lora is None:
-            return Submission(request_id=request_id, prompt_token_ids=token_ids, sampling=sampling)
-        adapter = self._client.adapters.get(lora) if self._client is not None else None
-        if adapter is None:
-            raise ModelNotFoundError(f"no adapter {lora!r} is loaded")
-        return Submission(request_id=request_id, prompt_token_ids=token_ids, sampling=sampling, lora_id=adapter.lora_id)
+    def _submission(self, token_ids: list[int], sampling: SamplingParams) -> Submission:
+        return Submission(request_id=f"llm-{next(self._ids)}", prompt_token_ids=token_ids, sampling=sampling)
 
     def _generate(
         self, all_ids: Sequence[list[int]], samplings: Sequence[SamplingParams], lora: Lora, progress: bool
@@ -236,9 +230,9 @@ class LLM:
         loras = [lora] * len(all_ids) if lora is None or isinstance(lora, str) else list(lora)
         if len(loras) != len(all_ids):
             raise InvalidRequestError(f"there are {len(all_ids)} prompts but {len(loras)} adapters")
-        submissions = [self._submission(*each) for each in zip(all_ids, samplings, loras, strict=True)]
+        submissions = [self._submission(ids, sampling) for ids, sampling in zip(all_ids, samplings, strict=True)]
         with _ProgressBar(len(submissions)) if progress else _NoProgress() as bar:
-            task = self._run(self._collect_all(submissions, bar))
+            task = self._run(self._collect_all(submissions, loras, bar))
             try:
                 generations: list[Generation] = task.result()
                 return generations
@@ -254,25 +248,41 @@ class LLM:
 
     # -- on the event loop ------------------------------------------------------------------------
 
-    async def _collect_all(self, submissions: Sequence[Submission], bar: _NoProgress) -> list[Generation]:
+    async def _collect_all(
+        self, submissions: Sequence[Submission], loras: Sequence[str | None], bar: _NoProgress
+    ) -> list[Generation]:
         assert self._client is not None
         assert self._client.info is not None
         # As many as the engine runs and as many again waiting: never more than its bounded queue takes.
         info = self._client.info
         room = asyncio.Semaphore(info.max_num_seqs + min(info.max_num_seqs, info.max_num_waiting))
-        tasks = [asyncio.create_task(self._collect(submission, room, bar)) for submission in submissions]
+        tasks = [
+            asyncio.create_task(self._collect(submission, lora, room, bar))
+            for submission, lora in zip(submissions, loras, strict=True)
+        ]
         try:
             return await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
 
-    async def _collect(self, submission: Submission, room: asyncio.Semaphore, bar: _NoProgress) -> Generation:
+    def _submit(self, submission: Submission, lora: str | None) -> RequestStream:
+        """Raises `ModelNotFoundError` for an adapter that is not, or no longer, loaded."""
         assert self._client is not None
+        if lora is not None:
+            adapter = self._client.adapters.get(lora)
+            if adapter is None:
+                raise ModelNotFoundError(f"no adapter {lora!r} is loaded")
+            submission = replace(submission, lora_id=adapter.lora_id)
+        return self._client.submit(submission)
+
+    async def _collect(
+        self, submission: Submission, lora: str | None, room: asyncio.Semaphore, bar: _NoProgress
+    ) -> Generation:
         sequences = [GeneratedSequence(index) for index in range(submission.sampling.n)]
         generation = Generation(submission.prompt_token_ids, sequences)
         async with room:
-            stream = self._client.submit(submission)
+            stream = self._submit(submission, lora)
             try:
                 async for outputs in stream:
                     for output in outputs:
@@ -284,11 +294,13 @@ class LLM:
         return generation
 
     async def _pump(
-        self, submission: Submission, deltas: queue.SimpleQueue[list[RequestOutput] | PeltonError | None]
+        self,
+        submission: Submission,
+        lora: str | None,
+        deltas: queue.SimpleQueue[list[RequestOutput] | PeltonError | None],
     ) -> None:
-        assert self._client is not None
         try:
-            stream = self._client.submit(submission)
+            stream = self._submit(submission, lora)
             try:
                 async for outputs in stream:
                     deltas.put(outputs)
