@@ -170,13 +170,13 @@ class LLM:
     def load_adapter(self, name: str, path: str, *, replace: bool = False) -> LoraAdapter:
         """Load a LoRA adapter, to be asked for as `lora=name`; `replace` takes the name from the one that has it."""
         assert self._client is not None
-        adapter: LoraAdapter = self._run(self._client.load_adapter(name, path, replace=replace)).result()
+        adapter: LoraAdapter = self._run(self._client.adapters.load(name, path, replace=replace)).result()
         return adapter
 
     def unload_adapter(self, name: str) -> None:
         """Prompts that are being completed with it go on."""
         assert self._client is not None
-        self._run(self._client.unload_adapter(name)).result()
+        self._run(self._client.adapters.unload(name)).result()
 
     @property
     def stats(self) -> EngineStats:

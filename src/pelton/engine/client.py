@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import time
 from collections.abc import Callable
 from enum import StrEnum
@@ -17,18 +16,16 @@ from typing import Protocol
 
 from pelton.core.errors import (
     EngineDeadError,
-    InvalidRequestError,
-    ModelNotFoundError,
     PeltonError,
     QueueFullError,
     RequestCancelledError,
     ServiceUnavailableError,
 )
 from pelton.core.events import EngineInfo, EngineStats
-from pelton.core.lora import LoraAdapter
 from pelton.core.output import RequestOutput
 from pelton.core.request import Submission
 from pelton.core.session import SessionInfo, TenancyStats
+from pelton.engine.adapter_names import AdapterNames
 from pelton.engine.admission import check_submission
 from pelton.engine.service_rate import ServiceRate
 from pelton.engine.wire import (
@@ -39,7 +36,6 @@ from pelton.engine.wire import (
     DescribeTenants,
     EngineUpdate,
     ListSessions,
-    LoadAdapter,
     Query,
     Reply,
     SessionDeleted,
@@ -47,14 +43,11 @@ from pelton.engine.wire import (
     Shutdown,
     Submit,
     TenantReport,
-    UnloadAdapter,
 )
 
 MAX_RESTART_DELAY_S = 30.0
 # The engine answers between two steps.
 REPLY_TIMEOUT_S = 10.0
-LOAD_TIMEOUT_S = 120.0
-_log = logging.getLogger("pelton.engine")
 
 
 class EngineState(StrEnum):
@@ -89,8 +82,6 @@ class EngineClient:
         self.info: EngineInfo | None = None
         self.stats = EngineStats()
         self.num_restarts = 0
-        self.adapters: dict[str, LoraAdapter] = {}  # LoRA adapters by the names that clients use
-        self._adapter_lock = asyncio.Lock()
         self._transport = transport
         self._restart = restart
         self._streams: dict[str, RequestStream] = {}
@@ -98,6 +89,7 @@ class EngineClient:
         self._listeners: list[Callable[[EngineUpdate], None]] = []
         self._rate = ServiceRate()
         self._query_ids = count(1)
+        self.adapters = AdapterNames(self._ask, transport.send, self._query_ids)
         self._replies: dict[int, asyncio.Future[Reply]] = {}
         self._restart_task: asyncio.Task[None] | None = None
         self._idle = asyncio.Event()
@@ -108,7 +100,7 @@ class EngineClient:
         self.state = EngineState.STARTING
         try:
             self.info = await self._transport.start(self._take_update, self._take_exit)
-            self.adapters = dict(self.info.lora_modules)
+            await self.adapters.restore(self.info, self._exchange)
         except BaseException:
             self.state = EngineState.STOPPED
             await self._transport.stop()
@@ -185,54 +177,6 @@ class EngineClient:
         assert isinstance(reply, TenantReport)
         return reply.stats
 
-    async def load_adapter(self, name: str, path: str, *, replace: bool = False) -> LoraAdapter:
-        """Load a LoRA adapter and give it a name; with `replace`, that may be another's, whose requests go on.
-
-        Raises `InvalidRequestError` for a name in use, and what was wrong with the files.
-        """
-        async with self._adapter_lock:
-            if name in self.adapters and not replace:
-                raise InvalidRequestError(f"the adapter {name!r} is loaded already", param="lora_name")
-            reply = await self._ask(LoadAdapter(next(self._query_ids), path), LOAD_TIMEOUT_S)
-            assert isinstance(reply, AdapterLoaded)
-            if reply.adapter is None:
-                raise reply.error.to_error() if reply.error is not None else PeltonError("the adapter was not loaded")
-            old = self.adapters.get(name)
-            self.adapters[name] = reply.adapter
-            await self._unload_unnamed(old)
-            return reply.adapter
-
-    async def unload_adapter(self, name: str) -> None:
-        """Take a name back; requests that run with the adapter go on. Raises `ModelNotFoundError`."""
-        async with self._adapter_lock:
-            adapter = self.adapters.pop(name, None)
-            if adapter is None:
-                raise ModelNotFoundError(f"no adapter {name!r} is loaded")
-            await self._unload_unnamed(adapter)
-
-    async def _unload_unnamed(self, adapter: LoraAdapter | None) -> None:
-        """One content may have several names."""
-        if adapter is not None and not self._is_named(adapter):
-            await self._ask(UnloadAdapter(next(self._query_ids), adapter.lora_id))
-
-    def _is_named(self, adapter: LoraAdapter) -> bool:
-        return any(other.lora_id == adapter.lora_id for other in self.adapters.values())
-
-    async def _restore_adapters(self, named: dict[str, LoraAdapter]) -> None:
-        """In a new engine, which has those of its settings, what the names stood for in the old one."""
-        assert self.info is not None
-        found = {adapter.path: adapter for _, adapter in self.info.lora_modules}
-        self.adapters = {}
-        for name, adapter in named.items():
-            if adapter.path not in found:
-                reply = await self._exchange(LoadAdapter(next(self._query_ids), adapter.path), LOAD_TIMEOUT_S)
-                assert isinstance(reply, AdapterLoaded)
-                if reply.adapter is None:
-                    _log.warning("adapter %s was not loaded again: %s", name, reply.error and reply.error.message)
-                    continue
-                found[adapter.path] = reply.adapter
-            self.adapters[name] = found[adapter.path]
-
     async def _ask(self, query: Query, timeout_s: float = REPLY_TIMEOUT_S) -> Reply:
         if self.state not in (EngineState.READY, EngineState.DRAINING):
             raise ServiceUnavailableError(f"the engine is {self.state}; try again", retry_after_s=2.0)
@@ -270,9 +214,8 @@ class EngineClient:
             asked = self._replies.get(reply.query_id)
             if asked is not None and not asked.done():
                 asked.set_result(reply)
-            elif isinstance(reply, AdapterLoaded) and reply.adapter is not None and not self._is_named(reply.adapter):
-                # Nobody waits for it any more.
-                self._transport.send(UnloadAdapter(next(self._query_ids), reply.adapter.lora_id))
+            elif isinstance(reply, AdapterLoaded):
+                self.adapters.take_unasked(reply)
         touched: dict[str, RequestStream] = {}
         for output in update.outputs:
             stream = self._streams.get(output.request_id)
@@ -306,7 +249,7 @@ class EngineClient:
             await self._transport.stop()
             try:
                 self.info = await self._transport.start(self._take_update, self._take_exit)
-                await self._restore_adapters(self.adapters)
+                await self.adapters.restore(self.info, self._exchange)
             except PeltonError:
                 await asyncio.sleep(delay_s)
                 delay_s = min(2 * delay_s, MAX_RESTART_DELAY_S)

@@ -46,7 +46,7 @@ async def load_lora_adapter(context: ServingContext, http_request: Request) -> R
     if "\0" in request.lora_path:
         raise InvalidRequestError("lora_path is no path", param="lora_path")
     try:
-        adapter = await context.client.load_adapter(name, request.lora_path, replace=request.load_inplace)
+        adapter = await context.client.adapters.load(name, request.lora_path, replace=request.load_inplace)
     except PeltonError as error:
         if error.code in _FILE_ERRORS:
             raise InvalidRequestError(str(error), param="lora_path", code=error.code) from error
@@ -60,7 +60,7 @@ async def unload_lora_adapter(context: ServingContext, http_request: Request) ->
     request = await read_json_body(http_request, UnloadAdapterRequest, context.config.max_body_bytes)
     check_supported(request)
     context.check_ready()
-    await context.client.unload_adapter(request.lora_name)
+    await context.client.adapters.unload(request.lora_name)
     _log.info("adapter unloaded", name=request.lora_name)
     return PlainTextResponse(f"Success: LoRA adapter '{request.lora_name}' removed successfully.")
 
