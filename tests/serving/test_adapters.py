@@ -65,7 +65,7 @@ def test_a_server_that_was_not_told_to_refuses() -> None:
     with running_server() as server, httpx2.Client(base_url=server.url) as http:
         for path in (LOAD, UNLOAD):
             answer = http.post(path, json={"lora_name": "a", "lora_path": "/a"})
-            assert answer.status_code == 403
+            assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_enabled")
             assert "--allow-runtime-lora-updating" in answer.json()["error"]["message"]
         assert "vllm:lora_requests_info{" not in http.get("/metrics").text
 

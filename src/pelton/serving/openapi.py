@@ -15,7 +15,6 @@ _PATH_PARAMETER = re.compile(r"\{(\w+)(?::\w+)?\}")
 _ERROR_TEXTS = {
     400: "The request is not valid",
     401: "The API key is missing or wrong",
-    403: "The server's settings do not allow it",
     404: "There is none of that name",
     408: "The deadline passed",
     413: "The body is too large",

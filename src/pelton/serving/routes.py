@@ -80,7 +80,7 @@ ROUTES = (
         handler=adapters.load_lora_adapter,
         summary="Load a LoRA adapter and give it a name",
         body=adapters.LoadAdapterRequest,
-        errors=(*_BODY_ERRORS, 403, 500, 503),
+        errors=(*_BODY_ERRORS, 500, 503),
     ),
     Route(
         method="POST",
@@ -88,7 +88,7 @@ ROUTES = (
         handler=adapters.unload_lora_adapter,
         summary="Take an adapter's name back; requests that run with it go on",
         body=adapters.UnloadAdapterRequest,
-        errors=(*_BODY_ERRORS, 403, 500, 503),
+        errors=(*_BODY_ERRORS, 500, 503),
     ),
     Route(
         method="POST",

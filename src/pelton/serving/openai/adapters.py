@@ -68,7 +68,7 @@ async def unload_lora_adapter(context: ServingContext, http_request: Request) ->
 def _check_allowed(context: ServingContext) -> None:
     if not context.config.allow_runtime_lora_updating:
         raise HTTPProblemError(
-            403,
+            404,
             "adapters of this server are not changed while it runs: start it with --allow-runtime-lora-updating",
-            code="not_allowed",
+            code="not_enabled",
         )
