@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from pelton.core.errors import ConfigError, ModelFileError
+from pelton.weights.channel_quantization import ChannelQuantizedFiles
 from pelton.weights.lora import open_adapter
 from pelton.weights.model_files import open_model
 from pelton.worker.adapters import LoadedAdapters
@@ -200,3 +201,23 @@ def test_loaded_adapters_are_bounded_shared_and_freed(folders: tuple[Path, list[
 def test_the_versions_of_peft_that_are_read_are_those_that_are_tested(folders: tuple[Path, list[Path]]) -> None:
     config = json.loads((folders[1][0] / "adapter_config.json").read_text())
     assert config["peft_version"] == peft.__version__
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_rows_without_an_adapter_keep_their_bits_where_weights_are_rounded_by_channel(
+    folders: tuple[Path, list[Path]], isa: str
+) -> None:
+    """There the fused feed-forward layer rounds otherwise than its products one by one."""
+    model = load_model(ChannelQuantizedFiles(open_model(folders[0])), native(isa, 2))
+    everything, attention = (adapt(model, path) for path in folders[1][:2])
+    work = [(prompt(1, 30), everything), (prompt(2, 40), None), (prompt(3, 20), attention)]
+    expected = []
+    for tokens, adapter in work:
+        alone = PagedModel(model, kv_dtype="bfloat16")
+        expected.append(alone.run(alone.add(tokens, adapter), 7))
+    mixed = PagedModel(model, kv_dtype="bfloat16")
+    requests = [mixed.add(tokens, adapter) for tokens, adapter in work]
+    for chunk in (1, 5, 40, 40):
+        mixed.step([(request, chunk) for request in requests])
+    for request, logits in zip(requests, expected, strict=True):
+        assert torch.equal(torch.cat(request.logits), logits)

@@ -108,17 +108,45 @@ void Program::gated_mlp(const GatedWeights& weights, std::pair<int, int> sites, 
     });
 }
 
-// One product after another: between them, adapters change rows of what `Runtime::gated_mlp` never writes out.
+// One product after another: between them, adapters change rows of what `Runtime::gated_mlp` never writes out. Where
+// that rounds otherwise (weights by channel), rows without an adapter must still go its way, so both are run.
 void Program::run_adapted_mlp(const GatedWeights& weights, std::pair<int, int> sites, View x, View out) {
-    const int num_rows = inputs_.num_rows, size = weights.down->num_inputs;
     const Matrix from = at(x), to = at(out);
+    if (!Runtime::rounds_by_channel(weights)) {
+        run_mlp_parts(weights, sites, from.data, inputs_.num_rows, inputs_.adapters, to.data);
+        return;
+    }
+    runtime_.gated_mlp(weights, from.data, inputs_.num_rows, to.data);
+    std::vector<int64_t> rows, places(inputs_.num_rows);
+    for (int row = 0; row < inputs_.num_rows; ++row) places[row] = row;
+    std::vector<LoraRows> groups;
+    for (const auto& group : inputs_.adapters) {
+        if (group.adapter->site(sites.first) == nullptr && group.adapter->site(sites.second) == nullptr) continue;
+        groups.push_back({group.adapter, places.data() + rows.size(), group.num_rows});
+        rows.insert(rows.end(), group.rows, group.rows + group.num_rows);
+    }
+    const size_t num_inputs = weights.gate_up->num_inputs, num_outputs = weights.down->num_outputs;
+    auto* own = static_cast<float*>(adapted_rows_.reserve(sizeof(float) * rows.size() * (num_inputs + num_outputs)));
+    float* results = own + rows.size() * num_inputs;
+    for (size_t i = 0; i < rows.size(); ++i) {
+        std::memcpy(own + i * num_inputs, from.row(rows[i]), sizeof(float) * num_inputs);
+    }
+    run_mlp_parts(weights, sites, own, static_cast<int>(rows.size()), groups, results);
+    for (size_t i = 0; i < rows.size(); ++i) {
+        std::memcpy(to.row(rows[i]), results + i * num_outputs, sizeof(float) * num_outputs);
+    }
+}
+
+void Program::run_mlp_parts(const GatedWeights& weights, std::pair<int, int> sites, const float* x, int num_rows,
+                            std::span<const LoraRows> adapters, float* out) {
+    const int num_inputs = weights.gate_up->num_inputs, size = weights.down->num_inputs;
     auto* wide = static_cast<float*>(adapted_.reserve(sizeof(float) * 3 * size * num_rows));
     float* narrow = wide + static_cast<int64_t>(2) * size * num_rows;
-    runtime_.linear(*weights.gate_up, from.data, num_rows, weights.gate_up_bias, wide);
-    lora_.add(runtime_, inputs_.adapters, sites.first, from.data, from.ld, wide, 2 * size);
+    runtime_.linear(*weights.gate_up, x, num_rows, weights.gate_up_bias, wide);
+    lora_.add(runtime_, adapters, sites.first, x, num_inputs, wide, 2 * size);
     runtime_.gated(weights.gelu, wide, num_rows, size, narrow);
-    runtime_.linear(*weights.down, narrow, num_rows, weights.down_bias, to.data);
-    lora_.add(runtime_, inputs_.adapters, sites.second, narrow, size, to.data, to.ld);
+    runtime_.linear(*weights.down, narrow, num_rows, weights.down_bias, out);
+    lora_.add(runtime_, adapters, sites.second, narrow, size, out, weights.down->num_outputs);
 }
 
 void Program::gated(bool gelu, View gate_up, int size, View out) {

@@ -110,6 +110,8 @@ private:
     void check_inputs() const;
     void check_adapters() const;
     void run_adapted_mlp(const GatedWeights& weights, std::pair<int, int> sites, View x, View out);
+    void run_mlp_parts(const GatedWeights& weights, std::pair<int, int> sites, const float* x, int num_rows,
+                       std::span<const LoraRows> adapters, float* out);
 
     Runtime& runtime_;
     std::vector<AttentionShape> groups_;
@@ -132,7 +134,7 @@ private:
     };
     std::vector<Site> sites_;
     LoraProducts lora_;
-    Buffer adapted_;
+    Buffer adapted_, adapted_rows_;
 };
 
 }  // namespace pelton
