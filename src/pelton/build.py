@@ -17,7 +17,7 @@ from pelton.core.errors import ConfigError
 from pelton.engine.config import EngineConfig
 from pelton.serving.config import ServerConfig
 from pelton.store.config import StoreConfig
-from pelton.weights.config import ModelConfig
+from pelton.weights.config import ModelConfig, parse_lora_modules
 from pelton.worker.config import WorkerConfig
 
 # Parts are imported where they are joined: each process loads only its own.
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pelton.bench.step_profile import StepProfile, StepProfilePlan
     from pelton.core.events import EngineInfo
     from pelton.core.model_spec import KVGroupSpec
-    from pelton.core.protocols import BlockStore, Clock, Executor, TokenDecoder
+    from pelton.core.protocols import AdapterStore, BlockStore, Clock, Executor, TokenDecoder
     from pelton.engine.client import EngineClient
     from pelton.engine.engine import Engine
     from pelton.engine.kv.costs import KVCosts
@@ -93,7 +93,9 @@ def build_engine(config: PeltonConfig, decoder: TokenDecoder | None = None) -> E
 
         executor = StepLogExecutor(worker, Path(config.engine.step_log), info.block_size)
     clock, groups = MonotonicClock(), files.spec.kv_groups
-    engine = join_engine(config.engine, executor, info, decoder, clock, groups, block_store=worker.block_store)
+    engine = join_engine(
+        config.engine, executor, info, decoder, clock, groups, block_store=worker.block_store, adapters=worker.adapters
+    )
     if worker.matchers is not None:
         engine.grammars.prepare = worker.matchers.prepare
     return engine
@@ -108,9 +110,11 @@ def join_engine(
     groups: tuple[KVGroupSpec, ...],
     *,
     block_store: BlockStore | None = None,
+    adapters: AdapterStore | None = None,
 ) -> Engine:
     """The control plane that `config` asks for, over whatever executes and tells the time."""
     from pelton.core.tenant import parse_tenants
+    from pelton.engine.adapters import AdapterTable
     from pelton.engine.engine import Engine
     from pelton.engine.kv.costs import KVCosts
     from pelton.engine.policies import POLICIES
@@ -140,7 +144,7 @@ def join_engine(
         long_prefill_chunk=config.long_prefill_chunk,
         budget=make_budget(config.tpot_slo_ms, info.max_num_batched_tokens),
     )
-    return Engine(
+    engine = Engine(
         scheduler,
         executor,
         decoder,
@@ -150,6 +154,8 @@ def join_engine(
         costs=costs,
         enable_overlap=config.enable_overlap,
     )
+    engine.adapters = AdapterTable(adapters, (adapter for _, adapter in info.lora_modules))
+    return engine
 
 
 def build_simulated_server(config: EngineConfig, cost: StepCost) -> SimulatedServer:
@@ -257,11 +263,15 @@ def build_app(config: PeltonConfig, path: Path, client: EngineClient) -> Starlet
     from pelton.weights.tokenizer import load_tokenizer
 
     files = open_model(path)
+    names = config.server.served_model_name or (model_name(config.model.model),)
+    for module in parse_lora_modules(config.model.lora_modules):
+        if module.name in names:
+            raise ConfigError(f"lora_modules: {module.name!r} is the name of the model itself")
     return create_app(
         client,
         load_tokenizer(path, config.model.tokenizer, files),
         ModelCard(
-            names=config.server.served_model_name or (model_name(config.model.model),),
+            names=names,
             root=config.model.model,
             max_model_len=files.spec.max_model_len,
             created=int(path.stat().st_mtime),

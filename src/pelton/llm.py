@@ -13,12 +13,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 from pelton.build import PeltonConfig, build_thread_client, read_chat_template
-from pelton.core.errors import InvalidRequestError, PeltonError
+from pelton.core.errors import InvalidRequestError, ModelNotFoundError, PeltonError
 from pelton.core.events import EngineStats
+from pelton.core.lora import LoraAdapter
 from pelton.core.output import RequestOutput, TokenLogprobs
 from pelton.core.request import FinishReason, Submission
 from pelton.core.sampling_params import SamplingParams
-from pelton.engine.client import EngineClient
+from pelton.engine.client import EngineClient, RequestStream
 from pelton.serving.template_error import Message
 from pelton.weights.catalog import resolve_model
 from pelton.weights.config import DEFAULT_MODEL
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[int]
 Conversation = Sequence[Message]
+# The name of an adapter for all prompts, or one (or none) for each.
+Lora = str | Sequence[str | None] | None
 
 # Without sampling parameters an answer ends here at the latest.
 DEFAULT_MAX_TOKENS = 256
@@ -111,23 +114,25 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        lora: Lora = None,
         progress: bool = False,
     ) -> list[Generation]:
         """Complete one prompt or many, all in one batch; answers in the order of the prompts.
 
-        A prompt is text or token ids. `sampling` is for all of them, or one for each. Raises the first
-        typed error; the other prompts are then cancelled.
+        A prompt is text or token ids. `sampling` is for all of them, or one for each, and so is `lora`, the name
+        of an adapter. Raises the first typed error; the other prompts are then cancelled.
         """
         all_prompts = [prompts] if _is_prompt(prompts) else cast("Sequence[Prompt]", prompts)
         samplings = self._samplings(sampling, len(all_prompts))
         all_ids = [self._token_ids(prompt) for prompt in all_prompts]
-        return self._generate(all_ids, samplings, progress)
+        return self._generate(all_ids, samplings, lora, progress)
 
     def chat(
         self,
         conversations: Conversation | Sequence[Conversation],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        lora: Lora = None,
         progress: bool = False,
         **template_options: Any,
     ) -> list[Generation]:
@@ -136,10 +141,15 @@ class LLM:
         all_conversations = cast("Sequence[Conversation]", [conversations] if one else conversations)
         samplings = self._samplings(sampling, len(all_conversations))
         all_ids = [self._chat_token_ids(conversation, template_options) for conversation in all_conversations]
-        return self._generate(all_ids, samplings, progress)
+        return self._generate(all_ids, samplings, lora, progress)
 
     def stream(
-        self, prompt: Prompt | Conversation, sampling: SamplingParams | None = None, **template_options: Any
+        self,
+        prompt: Prompt | Conversation,
+        sampling: SamplingParams | None = None,
+        *,
+        lora: str | None = None,
+        **template_options: Any,
     ) -> Iterator[RequestOutput]:
         """The deltas of one prompt or conversation as they come. Leaving the loop early cancels the request."""
         if _is_conversation(prompt):
@@ -147,7 +157,8 @@ class LLM:
         else:
             token_ids = self._token_ids(cast("Prompt", prompt))
         deltas: queue.SimpleQueue[list[RequestOutput] | PeltonError | None] = queue.SimpleQueue()
-        task = self._run(self._pump(self._submission(token_ids, sampling or self.default_sampling), deltas))
+        submission = self._submission(token_ids, sampling or self.default_sampling)
+        task = self._run(self._pump(submission, lora, deltas))
         try:
             while (delta := deltas.get()) is not None:
                 if isinstance(delta, PeltonError):
@@ -155,6 +166,17 @@ class LLM:
                 yield from delta
         finally:
             task.cancel()
+
+    def load_adapter(self, name: str, path: str, *, replace: bool = False) -> LoraAdapter:
+        """Load a LoRA adapter, to be asked for as `lora=name`; `replace` takes the name from the one that has it."""
+        assert self._client is not None
+        adapter: LoraAdapter = self._run(self._client.adapters.load(name, path, replace=replace)).result()
+        return adapter
+
+    def unload_adapter(self, name: str) -> None:
+        """Prompts that are being completed with it go on."""
+        assert self._client is not None
+        self._run(self._client.adapters.unload(name)).result()
 
     @property
     def stats(self) -> EngineStats:
@@ -207,11 +229,14 @@ class LLM:
         return Submission(request_id=f"llm-{next(self._ids)}", prompt_token_ids=token_ids, sampling=sampling)
 
     def _generate(
-        self, all_ids: Sequence[list[int]], samplings: Sequence[SamplingParams], progress: bool
+        self, all_ids: Sequence[list[int]], samplings: Sequence[SamplingParams], lora: Lora, progress: bool
     ) -> list[Generation]:
+        loras = [lora] * len(all_ids) if lora is None or isinstance(lora, str) else list(lora)
+        if len(loras) != len(all_ids):
+            raise InvalidRequestError(f"there are {len(all_ids)} prompts but {len(loras)} adapters")
         submissions = [self._submission(ids, sampling) for ids, sampling in zip(all_ids, samplings, strict=True)]
         with _ProgressBar(len(submissions)) if progress else _NoProgress() as bar:
-            task = self._run(self._collect_all(submissions, bar))
+            task = self._run(self._collect_all(submissions, loras, bar))
             try:
                 generations: list[Generation] = task.result()
                 return generations
@@ -227,25 +252,41 @@ class LLM:
 
     # -- on the event loop ------------------------------------------------------------------------
 
-    async def _collect_all(self, submissions: Sequence[Submission], bar: _NoProgress) -> list[Generation]:
+    async def _collect_all(
+        self, submissions: Sequence[Submission], loras: Sequence[str | None], bar: _NoProgress
+    ) -> list[Generation]:
         assert self._client is not None
         assert self._client.info is not None
         # As many as the engine runs and as many again waiting: never more than its bounded queue takes.
         info = self._client.info
         room = asyncio.Semaphore(info.max_num_seqs + min(info.max_num_seqs, info.max_num_waiting))
-        tasks = [asyncio.create_task(self._collect(submission, room, bar)) for submission in submissions]
+        tasks = [
+            asyncio.create_task(self._collect(submission, lora, room, bar))
+            for submission, lora in zip(submissions, loras, strict=True)
+        ]
         try:
             return await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
 
-    async def _collect(self, submission: Submission, room: asyncio.Semaphore, bar: _NoProgress) -> Generation:
+    def _submit(self, submission: Submission, lora: str | None) -> RequestStream:
+        """Raises `ModelNotFoundError` for an adapter that is not, or no longer, loaded."""
         assert self._client is not None
+        if lora is not None:
+            adapter = self._client.adapters.get(lora)
+            if adapter is None:
+                raise ModelNotFoundError(f"no adapter {lora!r} is loaded")
+            submission = replace(submission, lora_id=adapter.lora_id)
+        return self._client.submit(submission)
+
+    async def _collect(
+        self, submission: Submission, lora: str | None, room: asyncio.Semaphore, bar: _NoProgress
+    ) -> Generation:
         sequences = [GeneratedSequence(index) for index in range(submission.sampling.n)]
         generation = Generation(submission.prompt_token_ids, sequences)
         async with room:
-            stream = self._client.submit(submission)
+            stream = self._submit(submission, lora)
             try:
                 async for outputs in stream:
                     for output in outputs:
@@ -257,11 +298,13 @@ class LLM:
         return generation
 
     async def _pump(
-        self, submission: Submission, deltas: queue.SimpleQueue[list[RequestOutput] | PeltonError | None]
+        self,
+        submission: Submission,
+        lora: str | None,
+        deltas: queue.SimpleQueue[list[RequestOutput] | PeltonError | None],
     ) -> None:
-        assert self._client is not None
         try:
-            stream = self._client.submit(submission)
+            stream = self._submit(submission, lora)
             try:
                 async for outputs in stream:
                     deltas.put(outputs)

@@ -309,6 +309,16 @@ void check_program(std::vector<Runtime*> runtimes) {
     const Exact<int64_t> token_ids = {1, 39, 0}, starts = {0, 2, 3}, seq_lens = {2, 1}, slots = {4, 5, 8};
     const Exact<int64_t> tables = {1, 2}, rows = {2, 0};
     const auto angles = random_floats(kTokens * kDim / 2);
+    // Of query and value, and of the layer's end; one row of three.
+    const auto shrink = random_floats(5 * lora_stride(kHidden)), expand = random_floats(3 * kLoraPanel);
+    const Exact<uint16_t> narrow_shrink(3 * lora_stride(40), 0x3c23), narrow_expand(2 * kLoraPanel, 0xbc42);
+    LoraAdapter adapter(2);
+    adapter.set_site(0, {kHidden, 5, {shrink.data(), false},
+                         {{0, 3, 0, kHeads * kDim, 0.5f, {expand.data(), false}},
+                          {3, 2, (kHeads + kKVHeads) * kDim, kKVHeads * kDim, 2.0f, {narrow_expand.data(), true}}}});
+    adapter.set_site(1, {40, 3, {narrow_shrink.data(), true}, {{0, 3, 0, kHidden, 0.5f, {expand.data(), false}}}});
+    const Exact<int64_t> adapted = {1};
+    const LoraRows adapters = {&adapter, adapted.data(), 1};
     Exact<float> first;
     for (Runtime* runtime : runtimes) {
         Exact<uint8_t> keys(3 * 4 * kKVHeads * kDim * 2), values(keys.size());
@@ -319,6 +329,7 @@ void check_program(std::vector<Runtime*> runtimes) {
         body.embedding(table, {1, 0});
         body.rms_norm({1, 0}, 1, norm.data(), kHidden, 1e-6f, {0, 0});
         body.linear(qkv, {0, 0}, nullptr, {2, 0});
+        body.adapt(0, {0, 0}, kHidden, {2, 0}, 64);
         body.rms_norm(query, kHeads, norm.data(), kDim, 1e-6f, {3, 0});
         body.rotate_and_store(0, {3, 0}, key, value, cache);
         body.attend(0, {3, 0}, cache, 0.3f, 5.0f, {0, 0});
@@ -327,6 +338,7 @@ void check_program(std::vector<Runtime*> runtimes) {
         body.linear(gate_up, {0, 0}, nullptr, {4, 0});
         body.gated(true, {4, 0}, 40, {5, 0});
         body.linear(down, {5, 0}, nullptr, {0, 0});
+        body.adapt(1, {5, 0}, 40, {0, 0}, kHidden);
         const GroupInputs group = {slots.data(), angles.data(), angles.data(), kDim / 2, tables.data(), 1};
         ProgramInputs inputs;
         inputs.num_rows = kTokens;
@@ -335,6 +347,7 @@ void check_program(std::vector<Runtime*> runtimes) {
         inputs.query_start_loc = starts.data();
         inputs.seq_lens = seq_lens.data();
         inputs.groups = std::span(&group, 1);
+        inputs.adapters = std::span(&adapters, 1);
         Exact<float> hidden(kTokens * kHidden), out(2 * kHidden);
         body.run(inputs, hidden.data());
 

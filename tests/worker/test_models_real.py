@@ -57,7 +57,7 @@ def prompts(model_path: Path) -> list[list[int]]:
 def reference_model(files: ModelFiles) -> transformers.PreTrainedModel:
     """The model of `transformers` with the file's weights, decoded to float32."""
     spec = files.spec
-    config = _qwen2_config(spec) if spec.architecture == "qwen2" else _gemma3_config(spec)
+    config = reference_config(spec)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     state = {name: torch.from_numpy(dequantize(files.tensor(name))) for name in files.tensor_names()}
@@ -70,6 +70,10 @@ def reference_model(files: ModelFiles) -> transformers.PreTrainedModel:
     if hasattr(model.model.embed_tokens, "embed_scale"):
         model.model.embed_tokens.embed_scale = torch.tensor(spec.embedding_scale)
     return model.eval()
+
+
+def reference_config(spec: ModelSpec) -> transformers.PretrainedConfig:
+    return _qwen2_config(spec) if spec.architecture == "qwen2" else _gemma3_config(spec)
 
 
 def _qwen2_config(spec: ModelSpec) -> transformers.PretrainedConfig:

@@ -148,7 +148,7 @@ def test_gated_layer(isa: str, gelu: bool) -> None:
         program = pelton_cpu.Program(kernels.runtime, [], 0)
         out, into = program.add_slot(96), program.add_slot(96)
         program.select_rows(96, (into, 0))
-        program.gated_mlp(gelu, wide, 0, narrow, 0, (into, 0), (out, 0))
+        program.gated_mlp(gelu, wide, 0, narrow, 0, (-1, -1), (into, 0), (out, 0))
         result = np.empty_like(rows)
         program.run_rows(rows, np.arange(len(rows)), result)
         return result

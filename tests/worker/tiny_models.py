@@ -120,6 +120,7 @@ class PagedRequest:
     block_tables: list[list[int]]  # one per KV group
     num_computed_tokens: int = 0
     logits: list[torch.Tensor] = field(default_factory=list)  # [tokens, V] of each step
+    adapter: Any = None  # of the model's kernels
 
 
 class PagedModel:
@@ -145,10 +146,10 @@ class PagedModel:
         self._free = list(range(1, num_blocks))
         random.Random(seed).shuffle(self._free)
 
-    def add(self, token_ids: list[int]) -> PagedRequest:
+    def add(self, token_ids: list[int], adapter: Any = None) -> PagedRequest:
         num_blocks = -(-len(token_ids) // self.block_size)
         tables = [[self._free.pop() for _ in range(num_blocks)] for _ in self.spec.kv_groups]
-        return PagedRequest(token_ids, tables)
+        return PagedRequest(token_ids, tables, adapter=adapter)
 
     def step(self, work: Iterable[tuple[PagedRequest, int]]) -> None:
         """Compute the next so many tokens of each request; keeps the logits of all of them."""
@@ -158,7 +159,7 @@ class PagedModel:
             return
         batch = self.make_batch(pairs)
         self.program.forward(batch)
-        logits = torch.from_numpy(self.program.logits(batch.logits_indices))
+        logits = torch.from_numpy(self.program.logits(batch.logits_indices, batch.adapters))
         for (request, num_tokens), rows in zip(pairs, logits.split([n for _, n in pairs]), strict=True):
             request.num_computed_tokens += num_tokens
             request.logits.append(rows.clone())  # the next step's are written over them
@@ -173,17 +174,22 @@ class PagedModel:
         token_ids: list[int] = []
         positions: list[int] = []
         query_start_loc = [0]
+        adapters: dict[int, tuple[Any, list[int]]] = {}
         for request, num_tokens in pairs:
             start = request.num_computed_tokens
             token_ids += request.token_ids[start : start + num_tokens]
             positions += range(start, start + num_tokens)
             query_start_loc.append(len(token_ids))
+            if request.adapter is not None:
+                own = adapters.setdefault(id(request.adapter), (request.adapter, []))[1]
+                own += range(len(token_ids) - num_tokens, len(token_ids))
         return ForwardBatch(
             token_ids=np.array(token_ids),
             query_start_loc=np.array(query_start_loc),
             seq_lens=np.array([request.num_computed_tokens + n for request, n in pairs]),
             groups=tuple(self._group_batch(index, pairs, positions) for index in range(len(self.spec.kv_groups))),
             logits_indices=np.arange(len(token_ids)),
+            adapters=tuple((adapter, np.array(rows)) for adapter, rows in adapters.values()),
         )
 
     def _group_batch(self, index: int, pairs: list[tuple[PagedRequest, int]], positions: list[int]) -> GroupBatch:

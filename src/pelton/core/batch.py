@@ -41,6 +41,7 @@ class RequestContext:
     prompt_token_ids: tuple[int, ...]
     output_token_ids: tuple[int, ...]
     seed: int
+    lora_id: str = ""  # of its adapter; empty: none
 
 
 class ScheduledRequest(NamedTuple):

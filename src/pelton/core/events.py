@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from pelton.core.lora import LoraAdapter
+
 
 class EventKind(StrEnum):
     QUEUED = "queued"
@@ -99,3 +101,5 @@ class EngineInfo:
     kv_block_bytes: int = 0
     kv_identity: str = ""  # of all that KV depends on but its tokens
     hidden_size: int = 0  # values of an embedding
+    lora_modules: tuple[tuple[str, LoraAdapter], ...] = ()  # adapters loaded at the start, by name
+    max_loras: int = 0

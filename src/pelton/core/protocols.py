@@ -10,6 +10,7 @@ from typing import Protocol
 
 from pelton.core.batch import BlockKey, ScheduledBatch, StepResult
 from pelton.core.events import TenantStats
+from pelton.core.lora import LoraAdapter
 from pelton.core.request import Request
 
 
@@ -168,6 +169,18 @@ class BlockStore(Protocol):
 
     def close(self) -> None:
         """End what is being moved; what waits is dropped."""
+        ...
+
+
+class AdapterStore(Protocol):
+    """Keeps LoRA adapters in the worker's memory; requests name them by `lora_id`."""
+
+    def load(self, path: str) -> Future[LoraAdapter]:
+        """Read an adapter's files on a thread of its own. The future fails with a `PeltonError`."""
+        ...
+
+    def remove(self, lora_id: str) -> None:
+        """Free one that no step names any more."""
         ...
 
 

@@ -44,6 +44,7 @@ class Request:
     program_id: str | None = None  # the agent run that this call belongs to
     program_arrival_s: float = 0.0  # when that began
     cache_salt: str = ""
+    lora_id: str = ""  # of the adapter that it runs with; part of every block's hash
     priority: int = 0  # lower runs first, as in vLLM
     is_background: bool = False
     deadline_s: float | None = None  # on the engine's clock
@@ -134,6 +135,7 @@ class Submission:
     previous_request_id: str | None = None  # names the session by an earlier answer, where session_id is None
     tool_names: tuple[str, ...] = ()  # of the tools whose results the prompt ends with
     cache_salt: str = ""  # requests share cached prefixes only with those of equal tenant salt
+    lora_id: str = ""  # of a loaded adapter; empty: the model alone
     priority: int = 0
     timeout_s: float | None = None  # from the moment the engine receives it
     is_background: bool = False  # most steps go without it while others have work (a batch's line)

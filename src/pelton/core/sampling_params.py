@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from pelton.core.errors import InvalidRequestError
 from pelton.core.grammar import Grammar
-from pelton.core.thinking import ThinkingBudget
 from pelton.core.pooling import PoolingParams
+from pelton.core.thinking import ThinkingBudget
 
 MAX_LOGPROBS = 20
 MAX_N = 128

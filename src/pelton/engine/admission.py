@@ -87,6 +87,7 @@ def make_requests(submission: Submission, now_s: float, max_model_len: int) -> l
                 program_id=submission.program_id or submission.session_id,
                 program_arrival_s=now_s,
                 cache_salt=submission.cache_salt,
+                lora_id=submission.lora_id,
                 priority=submission.priority,
                 is_background=submission.is_background,
                 deadline_s=None if submission.timeout_s is None else now_s + submission.timeout_s,

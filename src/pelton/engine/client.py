@@ -25,9 +25,11 @@ from pelton.core.events import EngineInfo, EngineStats
 from pelton.core.output import RequestOutput
 from pelton.core.request import Submission
 from pelton.core.session import SessionInfo, TenancyStats
+from pelton.engine.adapter_names import AdapterNames
 from pelton.engine.admission import check_submission
 from pelton.engine.service_rate import ServiceRate
 from pelton.engine.wire import (
+    AdapterLoaded,
     Cancel,
     Command,
     DeleteSession,
@@ -88,6 +90,7 @@ class EngineClient:
         self._listeners: list[Callable[[EngineUpdate], None]] = []
         self._rate = ServiceRate()
         self._query_ids = count(1)
+        self.adapters = AdapterNames(self._ask, transport.send, self._query_ids)
         self._replies: dict[int, asyncio.Future[Reply]] = {}
         self._restart_task: asyncio.Task[None] | None = None
         self._idle = asyncio.Event()
@@ -98,6 +101,7 @@ class EngineClient:
         self.state = EngineState.STARTING
         try:
             self.info = await self._transport.start(self._take_update, self._take_exit)
+            await self.adapters.restore(self.info, self._exchange)
         except BaseException:
             self.state = EngineState.STOPPED
             await self._transport.stop()
@@ -122,6 +126,10 @@ class EngineClient:
     def add_listener(self, listener: Callable[[EngineUpdate], None]) -> None:
         """`listener` hears every update, on the event loop, before streams wake."""
         self._listeners.append(listener)
+
+    def is_open(self, request_id: str) -> bool:
+        """Whether a submission has not ended."""
+        return request_id in self._streams
 
     @property
     def num_requests(self) -> int:
@@ -175,13 +183,16 @@ class EngineClient:
         assert isinstance(reply, TenantReport)
         return reply.stats
 
-    async def _ask(self, query: Query) -> Reply:
+    async def _ask(self, query: Query, timeout_s: float = REPLY_TIMEOUT_S) -> Reply:
         if self.state not in (EngineState.READY, EngineState.DRAINING):
             raise ServiceUnavailableError(f"the engine is {self.state}; try again", retry_after_s=2.0)
+        return await self._exchange(query, timeout_s)
+
+    async def _exchange(self, query: Query, timeout_s: float) -> Reply:
         future = self._replies[query.query_id] = asyncio.get_running_loop().create_future()
         try:
             self._transport.send(query)
-            return await asyncio.wait_for(future, REPLY_TIMEOUT_S)
+            return await asyncio.wait_for(future, timeout_s)
         except TimeoutError:
             raise ServiceUnavailableError("the engine did not answer in time; try again", retry_after_s=2.0) from None
         finally:
@@ -209,6 +220,8 @@ class EngineClient:
             asked = self._replies.get(reply.query_id)
             if asked is not None and not asked.done():
                 asked.set_result(reply)
+            elif isinstance(reply, AdapterLoaded):
+                self.adapters.take_unasked(reply)
         touched: dict[str, RequestStream] = {}
         for output in update.outputs:
             stream = self._streams.get(output.request_id)
@@ -242,6 +255,7 @@ class EngineClient:
             await self._transport.stop()
             try:
                 self.info = await self._transport.start(self._take_update, self._take_exit)
+                await self.adapters.restore(self.info, self._exchange)
             except PeltonError:
                 await asyncio.sleep(delay_s)
                 delay_s = min(2 * delay_s, MAX_RESTART_DELAY_S)

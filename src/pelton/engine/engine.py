@@ -26,6 +26,7 @@ from pelton.core.output import RequestOutput
 from pelton.core.protocols import Clock, Executor, TokenDecoder
 from pelton.core.request import FinishReason, Request, Submission
 from pelton.core.tenant import Tenants
+from pelton.engine.adapters import AdapterTable
 from pelton.engine.admission import check_submission, make_requests
 from pelton.engine.grammar_hold import GrammarHold
 from pelton.engine.kv.costs import KVCosts
@@ -33,7 +34,7 @@ from pelton.engine.kv.read_ahead import ReadAhead
 from pelton.engine.output_processor import OutputProcessor, error_output, pooled_output, prompt_logprobs_output
 from pelton.engine.scheduler import Scheduler
 from pelton.engine.tenancy import Tenancy
-from pelton.engine.wire import EngineUpdate, Query, Reply
+from pelton.engine.wire import EngineUpdate, LoadAdapter, Query, Reply, UnloadAdapter
 
 # Part of a step's expected time after which the next one is scheduled: late, but so that the executor never waits.
 SCHEDULE_AFTER = 0.75
@@ -66,6 +67,7 @@ class Engine:
         self.tenancy = Tenancy(
             scheduler, clock, info, tenants or Tenants(), costs or KVCosts(chunk=info.max_num_batched_tokens)
         )
+        self.adapters = AdapterTable()
         self._processor = OutputProcessor(decoder)
         self._max_in_flight = 2 if enable_overlap else 1
         self._in_flight: deque[tuple[ScheduledBatch, Future[StepResult]]] = deque()
@@ -88,6 +90,7 @@ class Engine:
         """Admit a submission to the queue; what is wrong with it comes out as its output."""
         try:
             check_submission(submission, self.info)
+            self.adapters.check(submission.lora_id)
             if submission.request_id in self._submissions:
                 raise PeltonError(f"request id {submission.request_id} is in use")
             requests = self.tenancy.admit(
@@ -103,6 +106,7 @@ class Engine:
         self._submissions[submission.request_id] = list(requests)
         for request in requests:
             self._processor.add(request)
+            self.adapters.begin(request)
             self._record(request, EventKind.QUEUED, request.num_prompt_tokens, request.tenant_id)
         if len(requests) > 1:
             self._forks[requests[0].request_id] = requests[1:]
@@ -120,8 +124,11 @@ class Engine:
         self._fail(request_id, RequestCancelledError("the request was cancelled"), FinishReason.CANCELLED)
 
     def ask(self, query: Query) -> None:
-        """The reply comes with the next update."""
-        self._replies.append(self.tenancy.answer(query))
+        """The reply comes with the next update, or a later one."""
+        if isinstance(query, LoadAdapter | UnloadAdapter):
+            self.adapters.ask(query)
+        else:
+            self._replies.append(self.tenancy.answer(query))
 
     def expire(self) -> None:
         """End the submissions whose deadline has passed, and what else has had its time."""
@@ -188,6 +195,7 @@ class Engine:
     def wake_with(self, wake: Callable[[], None]) -> None:
         """`wake` is called, on another thread, when `dispatch` has something to do that no step tells of."""
         self.grammars.wake = wake
+        self.adapters.on_done = wake
         tiers = self.scheduler.kv.tiers
         if tiers is not None and tiers.disk is not None:
             tiers.disk.on_done = wake
@@ -235,7 +243,8 @@ class Engine:
         """What happened since the last call; None where nothing did."""
         outputs, self._outputs = self._outputs, []
         events, self.scheduler.events = self.scheduler.events, []
-        replies, self._replies = self._replies, []
+        replies, self._replies = self._replies + self.adapters.take_replies(), []
+        self.adapters.settle(self._in_flight[0][0].step_id if self._in_flight else None)
         if not outputs and not events and not replies:
             return None
         return EngineUpdate(tuple(outputs), tuple(events), self.stats(), tuple(replies))
@@ -312,6 +321,7 @@ class Engine:
             self._record(request, EventKind.PINNED, request.num_computed_tokens, f"{keep_s:.3f}")
         self.scheduler.remove(request)
         self._processor.remove(request)
+        self.adapters.end(request, self._in_flight[-1][0].step_id if self._in_flight else -1)
         self._record(request, EventKind.FINISHED, request.num_output_tokens, detail)
         submission_id = request.parent_id or request.request_id
         siblings = self._submissions[submission_id]

@@ -16,9 +16,11 @@ from pelton.engine.wire import (
     DescribeTenants,
     EngineUpdate,
     ListSessions,
+    LoadAdapter,
     SetTenant,
     Shutdown,
     Submit,
+    UnloadAdapter,
 )
 
 
@@ -67,7 +69,7 @@ class EngineLoop:
                     self.engine.submit(submission)
                 case Cancel(request_id=request_id):
                     self.engine.cancel(request_id)
-                case ListSessions() | DeleteSession() | DescribeTenants():
+                case ListSessions() | DeleteSession() | DescribeTenants() | LoadAdapter() | UnloadAdapter():
                     self.engine.ask(command)
                 case SetTenant(tenant_id=tenant_id, changes=changes):
                     self.engine.tenancy.set_tenant(tenant_id, changes)

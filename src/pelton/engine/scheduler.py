@@ -285,7 +285,10 @@ class Scheduler:
         self.running.append(request)
         request.status = RequestStatus.RUNNING
         context = RequestContext(
-            tuple(request.prompt_token_ids), tuple(request.output_token_ids), request.sampling.seed or 0
+            tuple(request.prompt_token_ids),
+            tuple(request.output_token_ids),
+            request.sampling.seed or 0,
+            request.lora_id,
         )
         self._choose(request, num_tokens, kv_ops, step, context)
         return True

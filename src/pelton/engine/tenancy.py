@@ -26,10 +26,10 @@ from pelton.engine.wire import (
     DeleteSession,
     DescribeTenants,
     ListSessions,
-    Query,
-    Reply,
     SessionDeleted,
     SessionList,
+    TenancyQuery,
+    TenancyReply,
     TenantReport,
 )
 
@@ -206,7 +206,7 @@ class Tenancy:
 
     # -- questions --------------------------------------------------------------------------------
 
-    def answer(self, query: Query) -> Reply:
+    def answer(self, query: TenancyQuery) -> TenancyReply:
         match query:
             case ListSessions(query_id=query_id, tenant_id=tenant_id):
                 return SessionList(query_id, tuple(self.sessions.infos(tenant_id)))

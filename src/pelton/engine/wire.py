@@ -6,6 +6,7 @@ import msgspec
 
 from pelton.core.errors import ErrorInfo
 from pelton.core.events import EngineInfo, EngineStats, RequestEvent
+from pelton.core.lora import LoraAdapter
 from pelton.core.output import RequestOutput
 from pelton.core.request import Submission
 from pelton.core.session import SessionInfo, TenancyStats
@@ -49,6 +50,20 @@ class SetTenant(msgspec.Struct, tag="set_tenant", frozen=True):
     changes: dict[str, int | float]
 
 
+class LoadAdapter(msgspec.Struct, tag="load_adapter", frozen=True):
+    """Read a LoRA adapter's files; answered by `AdapterLoaded`, steps later."""
+
+    query_id: int
+    path: str
+
+
+class UnloadAdapter(msgspec.Struct, tag="unload_adapter", frozen=True):
+    """No new request may name it; it is freed after the last that does. Answered by `AdapterUnloaded`."""
+
+    query_id: int
+    lora_id: str
+
+
 class Shutdown(msgspec.Struct, tag="shutdown", frozen=True):
     """End at once; what still runs is dropped."""
 
@@ -76,8 +91,20 @@ class TenantReport(msgspec.Struct, tag="tenant_report", frozen=True):
     stats: TenancyStats
 
 
-Query = ListSessions | DeleteSession | DescribeTenants
-Reply = SessionList | SessionDeleted | TenantReport
+class AdapterLoaded(msgspec.Struct, tag="adapter_loaded", frozen=True):
+    query_id: int
+    adapter: LoraAdapter | None = None
+    error: ErrorInfo | None = None
+
+
+class AdapterUnloaded(msgspec.Struct, tag="adapter_unloaded", frozen=True):
+    query_id: int
+
+
+TenancyQuery = ListSessions | DeleteSession | DescribeTenants
+TenancyReply = SessionList | SessionDeleted | TenantReport
+Query = TenancyQuery | LoadAdapter | UnloadAdapter
+Reply = TenancyReply | AdapterLoaded | AdapterUnloaded
 
 
 class EngineUpdate(msgspec.Struct, tag="update", frozen=True):

@@ -28,11 +28,11 @@ from pelton.serving.context import NUM_PREPARE_THREADS, ModelCard, ServingContex
 from pelton.serving.dialect import Dialect
 from pelton.serving.errors import HTTPProblemError
 from pelton.serving.logs import Logger
+from pelton.serving.lora_metrics import LoraMetrics
 from pelton.serving.metrics import ServerMetrics
 from pelton.serving.middleware import RequestMiddleware
-from pelton.serving.openai.logprobs import TokenSpelling
-from pelton.serving.openai.responses_api.service import ResponseService
 from pelton.serving.openai.logprobs import TokenIdSpelling, TokenSpelling
+from pelton.serving.openai.responses_api.service import ResponseService
 from pelton.serving.routes import ROUTES, Handler
 from pelton.serving.scoring import check_score_tokens
 from pelton.serving.status import PELTON_VERSION
@@ -69,6 +69,9 @@ def create_app(
     timelines = Timelines()
     client.add_listener(metrics.take_update)
     client.add_listener(timelines.take_update)
+    lora_metrics = LoraMetrics(client, metrics.labels)
+    metrics.registry.register(lora_metrics)
+    client.add_listener(lora_metrics.take_update)
     context = ServingContext(
         client=client,
         tokenizer=tokenizer,
@@ -84,6 +87,7 @@ def create_app(
         ),
         defaults=generation_defaults or GenerationDefaults(),
         metrics=metrics,
+        lora_metrics=lora_metrics,
         timelines=timelines,
         spelling=TokenSpelling(tokenizer),
         spelling_of_ids=TokenIdSpelling(tokenizer),

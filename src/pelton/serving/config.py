@@ -43,6 +43,9 @@ class ServerConfig:
     ssl_keyfile: str | None = setting(None, "PEM file with the certificate's private key")
     max_header_bytes: int = setting(64 * 2**10, "largest head of a request: its line and all its headers")
     header_timeout_s: float = setting(20.0, "how long a client may take to send the head of a request")
+    allow_runtime_lora_updating: bool = setting(
+        False, "let clients load and unload LoRA adapters from this machine's files: /v1/load_lora_adapter"
+    )
     log_level: str = setting("info", "debug, info, warning or error", choices=("debug", "info", "warning", "error"))
 
     def __post_init__(self) -> None:

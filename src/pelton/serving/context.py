@@ -27,6 +27,7 @@ from pelton.serving.config import ServerConfig
 from pelton.serving.dialect import Dialect
 from pelton.serving.generation import Generation
 from pelton.serving.grammar.checker import GrammarChecker
+from pelton.serving.lora_metrics import LoraMetrics
 from pelton.serving.metrics import ServerMetrics
 from pelton.serving.openai.logprobs import TokenSpelling
 from pelton.serving.openai.pooling_requests import PoolingRequest
@@ -68,6 +69,7 @@ class ServingContext:
     dialect: Dialect
     defaults: GenerationDefaults
     metrics: ServerMetrics
+    lora_metrics: LoraMetrics
     timelines: Timelines
     spelling: TokenSpelling
     pool: ThreadPoolExecutor
@@ -90,9 +92,15 @@ class ServingContext:
         return self.client.info
 
     def check_model(self, name: str | None) -> None:
-        if name is not None and name not in self.model.names:
-            served = ", ".join(self.model.names)
+        """Raises `ModelNotFoundError` unless it is the model's or an adapter's."""
+        if name is not None and name not in self.model.names and name not in self.client.adapters:
+            served = ", ".join((*self.model.names, *self.client.adapters))
             raise ModelNotFoundError(f"the model {name!r} is not served here; served: {served}")
+
+    def lora_id(self, name: str | None) -> str:
+        """Of the adapter that goes by `name`; empty for the model's own. Raises `ModelNotFoundError`."""
+        self.check_model(name)  # again: it may have been unloaded since the request came
+        return "" if name is None or name in self.model.names else self.client.adapters[name].lora_id
 
     @property
     def max_model_len(self) -> int:
@@ -143,6 +151,7 @@ class ServingContext:
         if ticket is not None and ticket.reservation is not None:
             caller.response_headers.update(ticket.reservation.headers)
         timeout_s = request.timeout_s or self.config.request_timeout_s or None
+        lora_id = self.lora_id(request.model)
         streams = ticket.streams if ticket is not None else []
         submission_id = answer_id
         try:
@@ -158,6 +167,7 @@ class ServingContext:
                     previous_request_id=caller.previous_answer_id,
                     tool_names=tool_names,
                     cache_salt=caller.salt(request.cache_salt, self.tenants.cache_group(caller.tenant_id)),
+                    lora_id=lora_id,
                     priority=request.priority,
                     is_background=caller.is_background,
                     timeout_s=timeout_s,
@@ -169,6 +179,9 @@ class ServingContext:
             for stream in streams:
                 stream.cancel()
             raise
+        if lora_id and request.model is not None:
+            for stream in streams:
+                self.lora_metrics.begin(request.model, stream.request_id, sampling.n)
         timeline = new_timeline(answer_id, caller.request_id, caller.session_id, caller.program_id)
         self.timelines.begin(caller.tenant_id, timeline, [stream.request_id for stream in streams], sampling.n)
         generation = Generation(streams, self.metrics.observe_gap)

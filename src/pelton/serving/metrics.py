@@ -87,7 +87,7 @@ class ServerMetrics:
         self._kv_usage = self._gauge("vllm:kv_cache_usage_perc", "Part of the KV blocks in use, 0 to 1")
         self._kv_cached = self._gauge("pelton:kv_cache_cached_blocks", "Unused KV blocks that hold a prefix")
         self._counters = {field: self._counter(name, text) for name, (field, text) in _COUNTERS.items()}
-        labels = dict(zip(_LABELS, self._label_values, strict=True))
+        self.labels = labels = dict(zip(_LABELS, self._label_values, strict=True))
         self._histograms = {
             name: BucketCounts(name, text, labels, buckets) for name, (text, buckets) in _REQUEST_HISTOGRAMS.items()
         }

@@ -15,11 +15,14 @@ from pelton.serving.anthropic.errors import AnthropicError
 from pelton.serving.anthropic.handlers import count_tokens, create_message
 from pelton.serving.anthropic.objects import Message, MessageEvent, TokenCount
 from pelton.serving.anthropic.requests import CountTokensRequest, MessageRequest
+from pelton.serving.batches import batches, files
+from pelton.serving.batches import objects as batch_objects
 from pelton.serving.context import ServingContext
 from pelton.serving.errors import ErrorResponse
-from pelton.serving.openai import requests, responses, tokenization
+from pelton.serving.openai import adapters, pooling_requests, requests, responses, tokenization
 from pelton.serving.openai.chat import create_chat_completion
 from pelton.serving.openai.completions import create_completion
+from pelton.serving.openai.embeddings import create_embeddings
 from pelton.serving.openai.responses_api import handlers, objects
 from pelton.serving.openai.responses_api.requests import (
     InputItemsQuery,
@@ -27,12 +30,6 @@ from pelton.serving.openai.responses_api.requests import (
     ResponseRequest,
     RetrieveQuery,
 )
-from pelton.serving.batches import batches, files, objects
-from pelton.serving.context import ServingContext
-from pelton.serving.openai import pooling_requests, requests, responses, tokenization
-from pelton.serving.openai.chat import create_chat_completion
-from pelton.serving.openai.completions import create_completion
-from pelton.serving.openai.embeddings import create_embeddings
 from pelton.serving.scoring import create_ranking, create_score
 from pelton.serving.tenants.admin_routes import ADMIN_ROUTES
 
@@ -77,7 +74,7 @@ FILE_ROUTES = (
         handler=files.upload_file,
         summary="Upload the input of a batch",
         form=_UPLOAD,
-        answer=objects.FileObject,
+        answer=batch_objects.FileObject,
         errors=(400, 401, 403, 408, 413, 415, 503),
         has_tenant=True,
     ),
@@ -86,8 +83,8 @@ FILE_ROUTES = (
         path="/v1/files",
         handler=files.list_files,
         summary="The tenant's files",
-        query=objects.FilesQuery,
-        answer=objects.FileList,
+        query=batch_objects.FilesQuery,
+        answer=batch_objects.FileList,
         errors=(400, 401, 403, 503),
         has_tenant=True,
     ),
@@ -96,7 +93,7 @@ FILE_ROUTES = (
         path="/v1/files/{file_id}",
         handler=files.show_file,
         summary="A file",
-        answer=objects.FileObject,
+        answer=batch_objects.FileObject,
         errors=(400, 401, 403, 404, 503),
         has_tenant=True,
     ),
@@ -105,7 +102,7 @@ FILE_ROUTES = (
         path="/v1/files/{file_id}",
         handler=files.delete_file,
         summary="Delete a file",
-        answer=objects.DeletedFile,
+        answer=batch_objects.DeletedFile,
         errors=(400, 401, 403, 404, 409, 503),
         has_tenant=True,
     ),
@@ -123,8 +120,8 @@ FILE_ROUTES = (
         path="/v1/batches",
         handler=batches.create_batch,
         summary="Run the lines of a file when there is time",
-        body=objects.BatchRequest,
-        answer=objects.BatchObject,
+        body=batch_objects.BatchRequest,
+        answer=batch_objects.BatchObject,
         errors=(*_BODY_ERRORS, 429, 503),
         has_tenant=True,
     ),
@@ -133,8 +130,8 @@ FILE_ROUTES = (
         path="/v1/batches",
         handler=batches.list_batches,
         summary="The tenant's batches, the newest first",
-        query=objects.BatchesQuery,
-        answer=objects.BatchList,
+        query=batch_objects.BatchesQuery,
+        answer=batch_objects.BatchList,
         errors=(400, 401, 403, 503),
         has_tenant=True,
     ),
@@ -143,7 +140,7 @@ FILE_ROUTES = (
         path="/v1/batches/{batch_id}",
         handler=batches.show_batch,
         summary="A batch",
-        answer=objects.BatchObject,
+        answer=batch_objects.BatchObject,
         errors=(400, 401, 403, 404, 503),
         has_tenant=True,
     ),
@@ -152,7 +149,7 @@ FILE_ROUTES = (
         path="/v1/batches/{batch_id}/cancel",
         handler=batches.cancel_batch,
         summary="End a batch early",
-        answer=objects.BatchObject,
+        answer=batch_objects.BatchObject,
         errors=(400, 401, 403, 404, 409, 503),
         has_tenant=True,
     ),
@@ -264,6 +261,8 @@ ROUTES = (
         errors=(*_BODY_ERRORS, 503),
         has_tenant=True,
     ),
+    Route(
+        method="POST",
         path="/v1/embeddings",
         handler=create_embeddings,
         summary="Vectors of texts",
@@ -314,6 +313,22 @@ ROUTES = (
         summary="One served model",
         answer=responses.ModelInfo,
         errors=(401, 403, 404),
+    ),
+    Route(
+        method="POST",
+        path="/v1/load_lora_adapter",
+        handler=adapters.load_lora_adapter,
+        summary="Load a LoRA adapter and give it a name",
+        body=adapters.LoadAdapterRequest,
+        errors=(*_BODY_ERRORS, 500, 503),
+    ),
+    Route(
+        method="POST",
+        path="/v1/unload_lora_adapter",
+        handler=adapters.unload_lora_adapter,
+        summary="Take an adapter's name back; requests that run with it go on",
+        body=adapters.UnloadAdapterRequest,
+        errors=(*_BODY_ERRORS, 500, 503),
     ),
     Route(
         method="POST",

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from starlette.requests import Request
 from starlette.responses import Response
 
-from pelton.core.errors import ModelNotFoundError, ServiceUnavailableError
+from pelton.core.errors import ServiceUnavailableError
 from pelton.engine.client import EngineState
 from pelton.serving.context import ServingContext
 from pelton.serving.errors import json_response
@@ -18,19 +18,22 @@ PELTON_VERSION = version("pelton")
 
 
 async def list_models(context: ServingContext, _: Request) -> Response:
-    return json_response(ModelList(data=[_model_info(context, name) for name in context.model.names]))
+    names = (*context.model.names, *context.client.adapters)
+    return json_response(ModelList(data=[_model_info(context, name) for name in names]))
 
 
 async def show_model(context: ServingContext, request: Request) -> Response:
     name = request.path_params["model"]
-    if name not in context.model.names:
-        raise ModelNotFoundError(f"the model {name!r} is not served here; served: {', '.join(context.model.names)}")
+    context.check_model(name)
     return json_response(_model_info(context, name))
 
 
 def _model_info(context: ServingContext, name: str) -> ModelInfo:
     model = context.model
-    return ModelInfo(id=name, created=model.created, root=model.root, max_model_len=context.max_model_len)
+    info = ModelInfo(id=name, created=model.created, root=model.root, max_model_len=context.max_model_len)
+    if name not in model.names:
+        info.root, info.parent = context.client.adapters[name].path, model.names[0]
+    return info
 
 
 async def show_version(_context: ServingContext, _: Request) -> Response:

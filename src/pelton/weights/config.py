@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from pelton.core.config import setting
+from pelton.core.errors import ConfigError
+from pelton.core.lora import NamedLora
 
 DEFAULT_MODEL = "qwen2.5-coder-0.5b-instruct"
 QUANTIZATIONS = ("w8a8",)
@@ -27,6 +31,36 @@ class ModelConfig:
         "activations one per token: faster in batches and prompts, slower for a single stream than 4 or 5 bits",
         choices=QUANTIZATIONS,
     )
+    lora_modules: tuple[str, ...] = setting(
+        (), "LoRA adapters to load, as NAME=PATH (a folder of peft or a .gguf file); NAME is what clients ask for"
+    )
+    max_loras: int = setting(16, "most LoRA adapters in memory; any number of them may share a step")
+    max_lora_rank: int = setting(64, "largest rank of a LoRA adapter")
+
+    def __post_init__(self) -> None:
+        for name in ("max_loras", "max_lora_rank"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        parse_lora_modules(self.lora_modules)
+
+
+def parse_lora_modules(entries: tuple[str, ...]) -> tuple[NamedLora, ...]:
+    """NAME=PATH, or vLLM's JSON: {"name": ..., "path": ..., "base_model_name": ...}. Raises `ConfigError`."""
+    modules: list[NamedLora] = []
+    for entry in entries:
+        value: object = None
+        if entry.lstrip().startswith("{"):
+            with contextlib.suppress(ValueError, RecursionError):
+                value = json.loads(entry)
+        else:
+            value = dict(zip(("name", "path"), entry.split("=", 1), strict=False))
+        name, path = (value.get("name"), value.get("path")) if isinstance(value, dict) else (None, None)
+        if not (isinstance(name, str) and isinstance(path, str) and name and path):
+            raise ConfigError(f'lora_modules: {entry!r} is not NAME=PATH, nor {{"name": NAME, "path": PATH}}')
+        if name in (module.name for module in modules):
+            raise ConfigError(f"lora_modules: the name {name!r} is there twice")
+        modules.append(NamedLora(name, path))
+    return tuple(modules)
 
 
 def model_cache_root(cache_dir: str | Path | None) -> Path:

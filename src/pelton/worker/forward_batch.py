@@ -6,12 +6,15 @@ Legend: T tokens in the step, R requests, S rows whose logits are wanted, B bloc
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
+# LoRA adapters in a backend's layout, each with the rows [.] that it changes; no row has two.
+Adapters = tuple[tuple[Any, Ints], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,3 +36,10 @@ class ForwardBatch:
     seq_lens: Ints  # [R]: KV length of each request once this step is written
     groups: tuple[GroupBatch, ...]
     logits_indices: Ints  # [S], rows of T
+    adapters: Adapters = ()
+
+
+def adapters_among(adapters: Adapters, rows: Ints) -> Adapters:
+    """`adapters` of all rows, as those of `rows` [S] alone, counted from 0 on."""
+    found = ((adapter, np.flatnonzero(np.isin(rows, own))) for adapter, own in adapters)
+    return tuple((adapter, own) for adapter, own in found if len(own))

@@ -9,12 +9,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Any
 
 import numpy as np
 
 from pelton.core.batch import NULL_BLOCK_ID, ScheduledBatch, ScheduledRequest, StepResult
 from pelton.core.output import TokenLogprobs
-from pelton.worker.forward_batch import Floats, ForwardBatch, GroupBatch
+from pelton.worker.adapters import LoadedAdapters
+from pelton.worker.forward_batch import Adapters, Floats, ForwardBatch, GroupBatch, Ints
 from pelton.worker.kv_storage import KVStorage
 from pelton.worker.layers.rotary import RotaryTable, rotary_tables
 from pelton.worker.models.registry import Model, compile_model
@@ -36,6 +38,7 @@ class StepRow:
     scheduled: ScheduledRequest
     state: RequestState
     token_ids: tuple[int, ...]
+    adapter: Any = None  # in the kernels' layout
 
     @property
     def samples(self) -> bool:
@@ -69,6 +72,7 @@ class ModelRunner:
         *,
         block_size: int,
         matchers: GrammarMatchers | None = None,
+        adapters: LoadedAdapters | None = None,
     ) -> None:
         """Without `matchers` requests with a grammar fail."""
         self._kv = kv
@@ -78,6 +82,7 @@ class ModelRunner:
         self._block_size = block_size
         self._states = RequestStates(sampler, model.spec.vocab_size, matchers)
         self._masks = GrammarMasks(model.spec.vocab_size, matchers.eos_token_ids if matchers is not None else ())
+        self._adapters = adapters
 
     def run_step(self, batch: ScheduledBatch) -> StepResult:
         """KV operations, then one forward pass, then sampling. Raises what the model or the kernels raise."""
@@ -89,7 +94,7 @@ class ModelRunner:
             self._kv.move(batch.kv_ops)
             kv_copy_s = time.perf_counter() - start_s if batch.kv_ops else 0.0
             answers.failed.update(self._states.update(batch))
-            rows = self._select_rows(batch)
+            rows = self._select_rows(batch, answers)
             if rows:
                 self._forward(rows, answers)
         except BaseException:
@@ -108,13 +113,20 @@ class ModelRunner:
             kv_copy_s=kv_copy_s,
         )
 
-    def _select_rows(self, batch: ScheduledBatch) -> list[StepRow]:
+    def _select_rows(self, batch: ScheduledBatch, answers: _Answers) -> list[StepRow]:
         """The requests that can run, with their tokens known."""
         rows = []
         for index, scheduled in enumerate(batch.requests):
             state = self._states.get(scheduled.request_id)
-            if state is not None:
-                rows.append(StepRow(index, scheduled, state, state.known_token_ids(scheduled)))
+            if state is None:
+                continue
+            adapter = None
+            if state.lora_id:
+                adapter = self._adapters.get(state.lora_id) if self._adapters is not None else None
+                if adapter is None:
+                    answers.failed[scheduled.request_id] = f"the adapter {state.lora_id} is not loaded"
+                    continue
+            rows.append(StepRow(index, scheduled, state, state.known_token_ids(scheduled), adapter))
         return rows
 
     def _forward(self, rows: Sequence[StepRow], answers: _Answers) -> None:
@@ -122,13 +134,14 @@ class ModelRunner:
         self._program.forward(batch)
         for row, start in zip(rows, batch.query_start_loc.tolist(), strict=False):
             if row.state.sampling.prompt_logprobs is not None:
-                self._add_prompt_logprobs(row, start, answers)
+                self._add_prompt_logprobs(row, start, batch.adapters, answers)
             if row.state.pooler is not None:
-                self._pool(row, row.state.pooler, start, answers)
+                self._pool(row, row.state.pooler, start, batch.adapters, answers)
         sampling_rows = [row for row in rows if row.samples]
         for low in range(0, len(sampling_rows), _MAX_LOGITS_ROWS):
             here = slice(low, low + _MAX_LOGITS_ROWS)
-            self._sample(sampling_rows[here], self._program.logits(batch.logits_indices[here]), answers)
+            logits = self._program.logits(batch.logits_indices[here], batch.adapters)
+            self._sample(sampling_rows[here], logits, answers)
 
     def _masks_of(self, states: Sequence[RequestState], vocab_size: int) -> list[TokenMask | None] | None:
         """What each row may sample: by its grammar, without banned words, or the end of thinking alone."""
@@ -156,7 +169,7 @@ class ModelRunner:
         for i, logprobs in samples.logprobs.items():
             answers.logprobs[rows[i].index] = (logprobs,)
 
-    def _pool(self, row: StepRow, pooler: Pooler, start: int, answers: _Answers) -> None:
+    def _pool(self, row: StepRow, pooler: Pooler, start: int, adapters: Adapters, answers: _Answers) -> None:
         """Hand the hidden states of this step to a pooling request; `start` is its first row."""
         request_id, num_rows = row.scheduled.request_id, len(row.token_ids)
         if pooler.params.needs_all_tokens and pooler.num_tokens != row.scheduled.num_computed_tokens:
@@ -164,14 +177,16 @@ class ModelRunner:
             return
         pooler.add(self._program.hidden(start, num_rows))
         if row.scheduled.samples:
-            logits = self._program.logits(np.array([start + num_rows - 1]))[0] if pooler.reads_logits else None
+            logits = (
+                self._program.logits(np.array([start + num_rows - 1]), adapters)[0] if pooler.reads_logits else None
+            )
             values = pooler.finish(logits)
             if np.isfinite(values).all():
                 answers.pooled[request_id] = values.astype("<f4").tobytes()
             else:
                 answers.failed[request_id] = "the model's hidden states are not finite"
 
-    def _add_prompt_logprobs(self, row: StepRow, start: int, answers: _Answers) -> None:
+    def _add_prompt_logprobs(self, row: StepRow, start: int, adapters: Adapters, answers: _Answers) -> None:
         """Logprobs of the prompt tokens that follow this step's positions; `start` is the request's first row."""
         first = row.scheduled.num_computed_tokens + 1
         targets = row.state.prompt_token_ids[first : first + len(row.token_ids)]
@@ -179,7 +194,7 @@ class ModelRunner:
         entries: list[TokenLogprobs] = []
         for low in range(0, len(targets), _MAX_LOGITS_ROWS):
             targets_here = targets[low : low + _MAX_LOGITS_ROWS]
-            logits = self._program.logits(np.arange(start + low, start + low + len(targets_here)))
+            logits = self._program.logits(np.arange(start + low, start + low + len(targets_here)), adapters)
             found = self._sampler.token_logprobs(logits, targets_here, num_top)
             if found is None:
                 answers.failed[row.scheduled.request_id] = "the model's logits for the prompt are not finite"
@@ -235,4 +250,15 @@ def prepare_forward_batch(
         groups.append(GroupBatch(slots, padded, *rotary[rotary_table]))
     token_ids = np.fromiter(chain.from_iterable(row.token_ids for row in rows), dtype=np.int64, count=num_tokens)
     samples = np.array([row.samples for row in rows])
-    return ForwardBatch(token_ids, query_start_loc, seq_lens, tuple(groups), query_start_loc[1:][samples] - 1)
+    logits_indices = query_start_loc[1:][samples] - 1
+    adapters = _adapters_of(rows, row_of_token)
+    return ForwardBatch(token_ids, query_start_loc, seq_lens, tuple(groups), logits_indices, adapters)
+
+
+def _adapters_of(rows: Sequence[StepRow], row_of_token: Ints) -> Adapters:
+    """The adapters of a step, each with its tokens."""
+    found: dict[int, tuple[Any, list[int]]] = {}
+    for index, row in enumerate(rows):
+        if row.adapter is not None:
+            found.setdefault(id(row.adapter), (row.adapter, []))[1].append(index)
+    return tuple((adapter, np.flatnonzero(np.isin(row_of_token, own))) for adapter, own in found.values())

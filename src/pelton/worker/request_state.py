@@ -27,6 +27,7 @@ class RequestState:
         "_tables",
         "banned",
         "grammar",
+        "lora_id",
         "output_token_ids",
         "pooler",
         "prompt_token_ids",
@@ -40,6 +41,7 @@ class RequestState:
     ) -> None:
         self.prompt_token_ids = context.prompt_token_ids
         self.output_token_ids = list(context.output_token_ids)
+        self.lora_id = context.lora_id
         self.sampling = sampling
         self.grammar = grammar
         self.sampling_row: SamplingRow = sampler.make_row(sampling, context.seed)

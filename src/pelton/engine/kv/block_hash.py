@@ -10,10 +10,10 @@ from pelton.core.request import Request
 HASH_BYTES = 16
 
 
-def root_hash(identity: str, cache_salt: str) -> bytes:
-    """Start of a chain. `identity` names model, KV type, adapter and compressor; the salt the tenant."""
+def root_hash(identity: str, cache_salt: str, lora_id: str = "") -> bytes:
+    """Start of a chain. `identity` names model, KV type and compressor; the salt the tenant; the last the adapter."""
     digest = blake2b(digest_size=HASH_BYTES)
-    for part in (identity, cache_salt):
+    for part in (identity, cache_salt, lora_id) if lora_id else (identity, cache_salt):
         data = part.encode("utf-8", "surrogatepass")
         digest.update(len(data).to_bytes(8, "little") + data)
     return digest.digest()

@@ -41,7 +41,7 @@ class KVManager:
         self.pins: PinTable | None = None  # blocks kept between turns; they yield before a request does
         self._identity = identity
         self._has_windows = any(group.sliding_window is not None for group in groups)
-        self._roots: dict[str, bytes] = {}
+        self._roots: dict[tuple[str, str], bytes] = {}
         self.tiers = tiers
         self.prefixes = PrefixIndex(groups, pool, block_size, tiers)
         if tiers is not None:
@@ -53,7 +53,7 @@ class KVManager:
     def prepare(self, request: Request) -> None:
         """Hash what is known of the request; called before it waits, so that `match` only looks up."""
         if self.enable_prefix_caching:
-            extend_block_hashes(request, self._root(request.cache_salt), self.block_size)
+            extend_block_hashes(request, self._root(request), self.block_size)
 
     def match(self, request: Request) -> PrefixMatch:
         """Longest known prefix, always leaving at least one token to compute.
@@ -230,7 +230,7 @@ class KVManager:
         """The KV of positions [start, end) has been computed: publish the blocks it filled."""
         if not self.enable_prefix_caching or start // self.block_size == end // self.block_size:
             return
-        extend_block_hashes(request, self._root(request.cache_salt), self.block_size)
+        extend_block_hashes(request, self._root(request), self.block_size)
         num_full = min(end // self.block_size, len(request.block_hashes))
         for group_id, table in enumerate(request.block_tables):
             for index in range(start // self.block_size, num_full):
@@ -356,10 +356,11 @@ class KVManager:
         if self.tiers is not None:
             self.tiers.check()
 
-    def _root(self, cache_salt: str) -> bytes:
-        root = self._roots.get(cache_salt)
+    def _root(self, request: Request) -> bytes:
+        key = (request.cache_salt, request.lora_id)
+        root = self._roots.get(key)
         if root is None:
             if len(self._roots) >= 4096:  # salts come from clients
                 self._roots.clear()
-            root = self._roots[cache_salt] = root_hash(self._identity, cache_salt)
+            root = self._roots[key] = root_hash(self._identity, *key)
         return root

@@ -173,7 +173,7 @@ class ModelInfo(Struct, kw_only=True):
     max_model_len: int
     object: Literal["model"] = "model"
     owned_by: str = "pelton"
-    parent: None = None
+    parent: str | None = None  # of an adapter: the model's name
 
 
 class ModelList(Struct, kw_only=True):

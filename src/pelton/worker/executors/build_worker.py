@@ -15,13 +15,15 @@ from pathlib import Path
 
 from pelton.core.errors import ConfigError
 from pelton.core.events import EngineInfo
+from pelton.core.lora import LoraAdapter
 from pelton.core.model_spec import ModelSpec
 from pelton.core.protocols import TokenDecoder
 from pelton.engine.config import EngineConfig
 from pelton.weights.channel_quantization import ChannelQuantizedFiles, GroupedFiles
-from pelton.weights.config import ModelConfig
+from pelton.weights.config import ModelConfig, parse_lora_modules
 from pelton.weights.packed_files import content_identity, packed_folder, packed_path
 from pelton.weights.tensors import ModelFiles
+from pelton.worker.adapters import LoadedAdapters
 from pelton.worker.config import WorkerConfig
 from pelton.worker.executors.host_resources import num_available_cores, num_available_memory_bytes
 from pelton.worker.executors.in_process import InProcessExecutor
@@ -67,7 +69,8 @@ def build_executor(
     sampler = kernels.make_sampler(spec.vocab_size, eos_token_ids)
     threading.Thread(target=kv.warm_up, name="pelton-kv-warm-up", daemon=True).start()
     matchers = GrammarMatchers(decoder, spec.vocab_size) if decoder is not None else None
-    runner = ModelRunner(model, kv, sampler, block_size=engine_config.block_size, matchers=matchers)
+    adapters, lora_modules = load_adapters(model_config, model)
+    runner = ModelRunner(model, kv, sampler, block_size=engine_config.block_size, matchers=matchers, adapters=adapters)
     info = EngineInfo(
         max_model_len=plan.max_model_len,
         num_blocks=plan.num_blocks,
@@ -86,8 +89,25 @@ def build_executor(
         num_host_blocks=plan.num_host_blocks,
         kv_block_bytes=block_bytes,
         kv_identity=_kv_identity(files, model_config, worker_config, kernels, (kv_dtype, engine_config.block_size)),
+        lora_modules=lora_modules,
+        max_loras=model_config.max_loras,
     )
-    return InProcessExecutor(runner, _open_block_store(engine_config, info, kv), matchers), info
+    return InProcessExecutor(runner, _open_block_store(engine_config, info, kv), matchers, adapters), info
+
+
+def load_adapters(
+    model_config: ModelConfig, model: Model
+) -> tuple[LoadedAdapters, tuple[tuple[str, LoraAdapter], ...]]:
+    """The store of adapters, with those that the settings name loaded."""
+    store = LoadedAdapters(
+        model.spec,
+        model.lora_sites,
+        model.kernels,
+        max_loras=model_config.max_loras,
+        max_rank=model_config.max_lora_rank,
+    )
+    named = parse_lora_modules(model_config.lora_modules)
+    return store, tuple((module.name, store.load_now(module.path)) for module in named)
 
 
 def _kv_identity(

@@ -9,6 +9,7 @@ from queue import SimpleQueue
 from pelton.core.batch import ScheduledBatch, StepResult
 from pelton.core.errors import EngineStepError
 from pelton.core.protocols import BlockStore
+from pelton.worker.adapters import LoadedAdapters
 from pelton.worker.model_runner import ModelRunner
 from pelton.worker.sampling.grammar import GrammarMatchers
 
@@ -23,10 +24,15 @@ class InProcessExecutor:
     """
 
     def __init__(
-        self, runner: ModelRunner, block_store: BlockStore | None = None, matchers: GrammarMatchers | None = None
+        self,
+        runner: ModelRunner,
+        block_store: BlockStore | None = None,
+        matchers: GrammarMatchers | None = None,
+        adapters: LoadedAdapters | None = None,
     ) -> None:
-        self.block_store = block_store  # closed with the executor
+        self.block_store = block_store  # closed with the executor, as are adapters
         self.matchers = matchers  # the runner's
+        self.adapters = adapters
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._closed = False
@@ -52,6 +58,8 @@ class InProcessExecutor:
         self._thread.join()
         if self.block_store is not None:
             self.block_store.close()
+        if self.adapters is not None:
+            self.adapters.close()
 
     def _run(self, runner: ModelRunner) -> None:
         while (job := self._jobs.get()) is not None:

@@ -16,7 +16,7 @@ from pelton.weights.tensors import ModelFiles
 from pelton.worker.config import WorkerConfig
 from pelton.worker.executors.build_worker import load_weights
 from pelton.worker.executors.host_resources import num_available_cores
-from pelton.worker.forward_batch import ForwardBatch
+from pelton.worker.forward_batch import Adapters, ForwardBatch
 from pelton.worker.kernels.cpu.arrays import Floats, Ints, is_bfloat16
 from pelton.worker.kernels.cpu.backend import NativeKernels
 from pelton.worker.kernels.cpu.program import NativeProgram
@@ -69,9 +69,9 @@ class _TimedProgram:
         self._program.forward(batch)
         self._split(time.perf_counter() - start_s)
 
-    def logits(self, rows: Ints) -> Floats:
+    def logits(self, rows: Ints, adapters: Adapters = ()) -> Floats:
         start_s = time.perf_counter()
-        logits = self._program.logits(rows)
+        logits = self._program.logits(rows, adapters)
         self._split(time.perf_counter() - start_s)
         return logits
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pelton.worker.forward_batch import ForwardBatch
-from pelton.worker.kernels.ops import Array, AttentionContext, AttentionShape, Forward, Kernels, LayerCache
+from pelton.worker.forward_batch import Adapters, ForwardBatch, adapters_among
+from pelton.worker.kernels.ops import Array, AttentionContext, AttentionShape, Forward, Kernels, LayerCache, Ops
 
 
 class EagerProgram:
@@ -36,11 +37,29 @@ class EagerProgram:
             AttentionContext(*inputs[cache.group_id], plans[cache.group_id], cache.keys, cache.values)
             for cache in self._caches
         ]
-        self._hidden = self._model.forward(self._kernels, from_numpy(batch.token_ids), contexts)
+        self._hidden = self._model.forward(self._ops(batch.adapters), from_numpy(batch.token_ids), contexts)
 
-    def logits(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    def logits(self, rows: npt.NDArray[np.int64], adapters: Adapters = ()) -> npt.NDArray[np.float32]:
         hidden = self._kernels.select_rows(self._hidden, rows)
-        return self._kernels.to_numpy(self._model.compute_logits(self._kernels, hidden))
+        ops = self._ops(adapters_among(adapters, rows))
+        return self._kernels.to_numpy(self._model.compute_logits(ops, hidden))
 
     def hidden(self, first: int, num_rows: int) -> npt.NDArray[np.float32]:
         return self._kernels.to_numpy(self._kernels.select_rows(self._hidden, np.arange(first, first + num_rows)))
+
+    def _ops(self, adapters: Adapters) -> Ops:
+        return AdaptedOps(self._kernels, adapters) if adapters else self._kernels
+
+
+class AdaptedOps:
+    """Implements `ops.Ops`: a backend's, for rows some of which have an adapter."""
+
+    def __init__(self, kernels: Kernels, adapters: Adapters) -> None:
+        self._kernels = kernels
+        self._adapters = adapters
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._kernels, name)
+
+    def adapt(self, y: Array, x: Array, site: int) -> Array:
+        return self._kernels.add_lora(y, x, site, self._adapters)

@@ -23,9 +23,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pelton.core.errors import ConfigError
+from pelton.weights.lora.adapter import LoraWeights
 from pelton.weights.tensors import ModelFiles, WeightTensor
 from pelton.worker.config import require_torch
-from pelton.worker.forward_batch import ForwardBatch
+from pelton.worker.forward_batch import Adapters, ForwardBatch
 from pelton.worker.sampling.sampler import Sampler
 
 # numpy.ndarray for native kernels, torch.Tensor for the reference, or a value that is being recorded.
@@ -67,6 +68,18 @@ class AttentionContext:
     value_cache: Array
 
 
+@dataclass(frozen=True, slots=True)
+class LoraSite:
+    """A product that adapters may change: matrices [O_i, I] of a weight, one below another."""
+
+    modules: tuple[tuple[str, int], ...]  # name, out features
+    num_inputs: int
+
+    @property
+    def num_outputs(self) -> int:
+        return sum(size for _, size in self.modules)
+
+
 class Ops(Protocol):
     """What layers are written in."""
 
@@ -75,6 +88,10 @@ class Ops(Protocol):
 
         A result far wider than its input (logits, gates) may be overwritten by the next call of its width.
         """
+        ...
+
+    def adapt(self, y: Array, x: Array, site: int) -> Array:
+        """y [S, O], a product of x [S, I], with what the rows' LoRA adapters add at `site`. May write over y."""
         ...
 
     def embedding(self, token_ids: Array, table: WeightTensor, scale: float = 1.0) -> Array:
@@ -173,8 +190,11 @@ class Program(Protocol):
         """Write the KV of all tokens; keep the hidden states [T, H] until the next call."""
         ...
 
-    def logits(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """[S, V] of `rows` [S] among the tokens of the last step; may be overwritten by the next call."""
+    def logits(self, rows: npt.NDArray[np.int64], adapters: Adapters = ()) -> npt.NDArray[np.float32]:
+        """[S, V] of `rows` [S] among the tokens of the last step; may be overwritten by the next call.
+
+        `adapters` are those of the step.
+        """
         ...
 
     def hidden(self, first: int, num_rows: int) -> npt.NDArray[np.float32]:
@@ -208,6 +228,14 @@ class Kernels(Ops, Protocol):
 
     def empty_cache(self, shape: tuple[int, ...], dtype: str) -> Array:
         """Memory that is not touched (so not really taken) before it is written. Raises MemoryError."""
+        ...
+
+    def make_adapter(self, weights: LoraWeights, sites: Sequence[LoraSite]) -> Any:
+        """An adapter in the backend's own layout, for a model whose products are `sites`; `Adapters` hold such."""
+        ...
+
+    def add_lora(self, y: Array, x: Array, site: int, adapters: Adapters) -> Array:
+        """y [S, O] with scale * B A x [S, I] added in the rows of each of `adapters`. May write over y."""
         ...
 
     def select_rows(self, x: Array, rows: npt.NDArray[np.int64]) -> Array:

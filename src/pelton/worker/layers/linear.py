@@ -8,11 +8,15 @@ from pelton.worker.kernels.ops import Array, Ops
 
 
 class Linear:
-    """y [T, O] = x [T, I] W^T + b. Several matrices of a file may lie one below another in W."""
+    """y [T, O] = x [T, I] W^T + b, and what adapters add. Several matrices of a file may lie one below another in W.
 
-    def __init__(self, weight: Any, bias: Array | None = None) -> None:
+    `site` is the place of the product among those of the model that adapters may change.
+    """
+
+    def __init__(self, weight: Any, bias: Array | None, site: int) -> None:
         self._weight = weight
         self._bias = bias
+        self._site = site
 
     def __call__(self, ops: Ops, x: Array) -> Array:
-        return ops.linear(x, self._weight, self._bias)
+        return ops.adapt(ops.linear(x, self._weight, self._bias), x, self._site)

@@ -32,6 +32,7 @@ class DecoderModel(ABC):
         self._embedding = parts.embedding()
         self._layers = [self.make_layer(parts, f"model.layers.{i}") for i in range(self.spec.num_layers)]
         self._norm = parts.norm("model.norm")
+        self.lora_sites = tuple(parts.lora_sites)
 
     @abstractmethod
     def make_layer(self, parts: ModelParts, prefix: str) -> DecoderLayer:

@@ -6,7 +6,7 @@ import numpy as np
 
 from pelton.core.model_spec import ModelSpec
 from pelton.weights.dequantize import dequantize
-from pelton.worker.kernels.ops import Kernels
+from pelton.worker.kernels.ops import Kernels, LoraSite
 from pelton.worker.layers.attention import Attention
 from pelton.worker.layers.embedding import LMHead, TokenEmbedding
 from pelton.worker.layers.linear import Linear
@@ -25,6 +25,7 @@ class ModelParts:
         self._loader = kernels.make_linear_loader()
         # Gemma's norms multiply by 1 + w; an architecture sets this before it asks for any.
         self.norm_offset = 0.0
+        self.lora_sites: list[LoraSite] = []  # of the linear layers made so far
 
     def norm(self, name: str, size: int | None = None) -> RMSNorm:
         tensor = self._source.tensor(f"{name}.weight", (size or self.spec.hidden_size,))
@@ -36,10 +37,15 @@ class ModelParts:
         weight = self._loader.load(
             [self._source.tensor(f"{name}.weight", (size, in_features)) for name, size in outputs.items()]
         )
+        site = self._add_site(outputs, in_features)
         if not bias:
-            return Linear(weight)
+            return Linear(weight, None, site)
         biases = [dequantize(self._source.tensor(f"{name}.bias", (size,))) for name, size in outputs.items()]
-        return Linear(weight, self.kernels.from_numpy(np.concatenate(biases)))
+        return Linear(weight, self.kernels.from_numpy(np.concatenate(biases)), site)
+
+    def _add_site(self, outputs: dict[str, int], in_features: int) -> int:
+        self.lora_sites.append(LoraSite(tuple(outputs.items()), in_features))
+        return len(self.lora_sites) - 1
 
     def attention(self, prefix: str, *, head_norms: bool = False) -> Attention:
         spec = self.spec
@@ -77,4 +83,6 @@ class ModelParts:
         matrix = self._source.tensor(f"{name}.weight", (spec.vocab_size, spec.hidden_size))
         # A loader of its own: the buffer for the largest matrix must not outlive it.
         weight = self.kernels.make_linear_loader().load([matrix])
-        return LMHead(Linear(weight), spec.final_softcap)
+        # By this name for adapters, whether or not the matrix is the embedding's.
+        site = self._add_site({"lm_head": spec.vocab_size}, spec.hidden_size)
+        return LMHead(Linear(weight, None, site), spec.final_softcap)

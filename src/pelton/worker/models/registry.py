@@ -7,7 +7,7 @@ from typing import Protocol
 from pelton.core.errors import UnsupportedModelError
 from pelton.core.model_spec import ModelSpec
 from pelton.weights.tensors import ModelFiles
-from pelton.worker.kernels.ops import AttentionShape, Forward, Kernels, Program
+from pelton.worker.kernels.ops import AttentionShape, Forward, Kernels, LoraSite, Program
 from pelton.worker.kv_storage import KVStorage
 from pelton.worker.models.decoder import DecoderModel
 from pelton.worker.models.gemma2 import Gemma2Model
@@ -34,6 +34,7 @@ class Model(Forward, Protocol):
 
     spec: ModelSpec
     kernels: Kernels
+    lora_sites: tuple[LoraSite, ...]  # products that adapters may change, as `Ops.adapt` counts them
 
 
 def load_model(files: ModelFiles, kernels: Kernels) -> Model:

@@ -18,8 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 from pelton.weights.channel_quantization import in_groups
+from pelton.weights.lora.adapter import LoraWeights
 from pelton.weights.tensors import ModelFiles, WeightTensor
+from pelton.worker.forward_batch import Adapters
 from pelton.worker.kernels.cpu import pelton_cpu
+from pelton.worker.kernels.cpu.adapter import NativeAdapter, native_rows
 from pelton.worker.kernels.cpu.arrays import (
     KV_TYPES,
     Cache,
@@ -34,7 +37,7 @@ from pelton.worker.kernels.cpu.packed_weights import PackedWeights, PlacedMatrix
 from pelton.worker.kernels.cpu.program import NativeProgram
 from pelton.worker.kernels.cpu.sampler import NativeSampler
 from pelton.worker.kernels.cpu.weight_cache import open_weight_cache
-from pelton.worker.kernels.ops import AttentionShape, Forward, LayerCache
+from pelton.worker.kernels.ops import AttentionShape, Forward, LayerCache, LoraSite
 
 
 class NativeLoader:
@@ -99,6 +102,17 @@ class NativeKernels:
         out = np.empty((len(x), weight.num_outputs), dtype=np.float32)
         self.runtime.linear(weight, address(x), len(x), 0 if bias is None else address(bias), address(out))
         return out
+
+    def adapt(self, y: Floats, x: Floats, site: int) -> Floats:
+        del x, site  # no row has an adapter
+        return y
+
+    def make_adapter(self, weights: LoraWeights, sites: Sequence[LoraSite]) -> NativeAdapter:
+        return NativeAdapter(weights, sites)
+
+    def add_lora(self, y: Floats, x: Floats, site: int, adapters: Adapters) -> Floats:
+        pelton_cpu.add_lora(self.runtime, native_rows(adapters), site, np.ascontiguousarray(x), y)
+        return y
 
     def embedding(self, token_ids: Ints, table: WeightTensor, scale: float = 1.0) -> Floats:
         out = np.empty((len(token_ids), table.shape[1]), dtype=np.float32)

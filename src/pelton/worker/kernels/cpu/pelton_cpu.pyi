@@ -103,6 +103,28 @@ class Runtime:
         out: int,
     ) -> None: ...
 
+LORA_ALIGN: int
+LORA_PANEL: int
+
+class LoraAdapter:
+    def __init__(self, num_sites: int) -> None: ...
+    def set_site(
+        self,
+        index: int,
+        num_inputs: int,
+        num_ranks: int,
+        shrink: tuple[int, bool],
+        parts: Sequence[tuple[int, int, int, int, float, int, bool]],
+    ) -> None: ...
+
+def add_lora(
+    runtime: Runtime,
+    adapters: Sequence[tuple[LoraAdapter, npt.NDArray[np.int64]]],
+    site: int,
+    x: npt.NDArray[np.float32],
+    out: npt.NDArray[np.float32],
+) -> None: ...
+
 class Program:
     def __init__(
         self, runtime: Runtime, groups: Sequence[tuple[int, int, int, int, int, bool]], num_blocks: int
@@ -121,9 +143,14 @@ class Program:
         seq_lens: npt.NDArray[np.int64],
         groups: Sequence[tuple[npt.NDArray[Any], ...]],
         result: npt.NDArray[np.float32],
+        adapters: Sequence[tuple[LoraAdapter, npt.NDArray[np.int64]]] = ...,
     ) -> None: ...
     def run_rows(
-        self, hidden: npt.NDArray[np.float32], rows: npt.NDArray[np.int64], result: npt.NDArray[np.float32]
+        self,
+        hidden: npt.NDArray[np.float32],
+        rows: npt.NDArray[np.int64],
+        result: npt.NDArray[np.float32],
+        adapters: Sequence[tuple[LoraAdapter, npt.NDArray[np.int64]]] = ...,
     ) -> None: ...
 
 class SamplingRow:

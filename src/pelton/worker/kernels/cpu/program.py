@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pelton.worker.forward_batch import ForwardBatch
+from pelton.worker.forward_batch import Adapters, ForwardBatch, adapters_among
 from pelton.worker.kernels.cpu import pelton_cpu
+from pelton.worker.kernels.cpu.adapter import native_rows
 from pelton.worker.kernels.cpu.arrays import Floats, Ints, is_bfloat16, native_shape
 from pelton.worker.kernels.cpu.recorder import GroupInput, Recorder
 from pelton.worker.kernels.ops import AttentionContext, AttentionShape, Forward, LayerCache
@@ -49,11 +50,12 @@ class NativeProgram:
     def forward(self, batch: ForwardBatch) -> None:
         groups = [(group.slot_mapping, group.cos, group.sin, group.block_tables) for group in batch.groups]
         hidden = self._hidden.take(len(batch.token_ids))
-        self._body.run_step(batch.token_ids, batch.query_start_loc, batch.seq_lens, groups, hidden)
+        adapters = native_rows(batch.adapters)
+        self._body.run_step(batch.token_ids, batch.query_start_loc, batch.seq_lens, groups, hidden, adapters)
 
-    def logits(self, rows: Ints) -> Floats:
+    def logits(self, rows: Ints, adapters: Adapters = ()) -> Floats:
         logits = self._logits.take(len(rows))
-        self._head.run_rows(self._hidden.taken, rows, logits)
+        self._head.run_rows(self._hidden.taken, rows, logits, native_rows(adapters_among(adapters, rows)))
         return logits
 
     def hidden(self, first: int, num_rows: int) -> Floats:

@@ -77,6 +77,10 @@ class Recorder:
         self._add("linear", weight, x, 0 if bias is None else address(bias), out)
         return out
 
+    def adapt(self, y: Value, x: Value, site: int) -> Value:
+        self._add("adapt", site, x, math.prod(x.shape), y, math.prod(y.shape))
+        return y
+
     def embedding(self, token_ids: None, table: WeightTensor, scale: float = 1.0) -> Value:
         del token_ids  # a body has one input of tokens
         out = _new(table.shape[1])
@@ -176,15 +180,18 @@ def _with_fused_mlps(ops: Sequence[Op]) -> list[Op]:
     fused: list[Op] = []
     i = 0
     while i < len(ops):
-        mlp = _try_fuse_mlp(ops[i : i + 3], num_uses)
+        mlp = _try_fuse_mlp(ops[i : i + 5], num_uses)
         fused.append(mlp or ops[i])
-        i += 3 if mlp else 1
+        i += 5 if mlp else 1
     return fused
 
 
 def _try_fuse_mlp(ops: Sequence[Op], num_uses: Mapping[Buffer, int]) -> Op | None:
-    if [name for name, _ in ops] != ["linear", "gated", "linear"]:
+    if [name for name, _ in ops] != ["linear", "adapt", "gated", "linear", "adapt"]:
         return None
-    (wide_weight, x, wide_bias, wide), (gelu, gate_up, _, gated), (weight, narrow, bias, out) = [a for _, a in ops]
-    is_chain = gate_up is wide and narrow is gated and num_uses[wide.buffer] == num_uses[gated.buffer] == 2
-    return ("gated_mlp", (gelu, wide_weight, wide_bias, weight, bias, x, out)) if is_chain else None
+    (wide_weight, x, wide_bias, wide), up_adapt, (gelu, gate_up, _, gated), down, down_adapt = [a for _, a in ops]
+    weight, narrow, bias, out = down
+    is_chain = up_adapt[3] is gate_up is wide and narrow is gated and down_adapt[3] is out
+    if not is_chain or num_uses[wide.buffer] != 3 or num_uses[gated.buffer] != 3:
+        return None
+    return ("gated_mlp", (gelu, wide_weight, wide_bias, weight, bias, (up_adapt[0], down_adapt[0]), x, out))

@@ -13,14 +13,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pelton.weights.lora.adapter import LoraWeights
 from pelton.weights.tensors import ModelFiles, WeightTensor
 from pelton.worker.kernels.eager import EagerProgram
-from pelton.worker.kernels.ops import DTYPE_BYTES, AttentionShape, Forward, LayerCache
+from pelton.worker.kernels.ops import DTYPE_BYTES, AttentionShape, Forward, LayerCache, LoraSite
 from pelton.worker.kernels.reference.activation import gelu_tanh_mul, silu_mul, softcap
 from pelton.worker.kernels.reference.attention import paged_attention
 from pelton.worker.kernels.reference.attention_plan import plan_attention
 from pelton.worker.kernels.reference.embedding import embedding
 from pelton.worker.kernels.reference.linear import DenseLoader, linear
+from pelton.worker.kernels.reference.lora import ReferenceAdapter, add_lora
 from pelton.worker.kernels.reference.norm import add_rms_norm, rms_norm
 from pelton.worker.kernels.reference.rotary import rotate_and_store, split_heads
 from pelton.worker.sampling.reference import ReferenceSampler
@@ -49,6 +51,13 @@ class ReferenceKernels:
 
     def make_linear_loader(self) -> DenseLoader:
         return DenseLoader(getattr(torch, self.dtype))
+
+    def make_adapter(self, weights: LoraWeights, sites: Sequence[LoraSite]) -> ReferenceAdapter:
+        return ReferenceAdapter(weights, sites, getattr(torch, self.dtype))
+
+    def adapt(self, y: torch.Tensor, x: torch.Tensor, site: int) -> torch.Tensor:
+        del x, site  # no row has an adapter
+        return y
 
     def embedding(self, token_ids: torch.Tensor, table: WeightTensor, scale: float = 1.0) -> torch.Tensor:
         return embedding(token_ids, table, scale, getattr(torch, self.dtype))
@@ -79,6 +88,7 @@ class ReferenceKernels:
         return nullcontext()
 
     linear = staticmethod(linear)
+    add_lora = staticmethod(add_lora)
     rms_norm = staticmethod(rms_norm)
     add_rms_norm = staticmethod(add_rms_norm)
     split_heads = staticmethod(split_heads)

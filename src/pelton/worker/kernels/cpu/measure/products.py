@@ -123,7 +123,7 @@ class ProductBench:
             program = pelton_cpu.Program(self._setup.runtime, [], 0)
             out, x = program.add_slot(spec.hidden_size), program.add_slot(spec.hidden_size)
             program.select_rows(spec.hidden_size, (x, 0))
-            program.gated_mlp(spec.hidden_act != "silu", wide, 0, narrow, 0, (x, 0), (out, 0))
+            program.gated_mlp(spec.hidden_act != "silu", wide, 0, narrow, 0, (-1, -1), (x, 0), (out, 0))
             program.time_ops()
             programs.append(program)
         return programs

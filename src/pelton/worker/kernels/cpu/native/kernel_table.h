@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "attention.h"
+#include "lora_matrix.h"
 #include "packed_matrix.h"
 #include "tiles.h"
 
@@ -55,6 +56,14 @@ struct KernelTable {
     void (*block_weights)(const float* x, int64_t size, float greatest, float inverse_temperature, int64_t* weights);
     int64_t (*num_above)(const float* x, int64_t size, int64_t index);
     void (*mask_row)(float* x, int64_t size, const uint32_t* words);
+
+    // Ranks `ranks` of A x, for num_rows <= kLoraRows rows x [I] into out [ranks].
+    void (*lora_shrink)(const LoraMatrix& matrix, int num_inputs, LoraRange ranks, const float* const* x, int num_rows,
+                        float* const* out);
+
+    // Panels of out [O] += scale * B shrunk [ranks], for as many rows.
+    void (*lora_expand)(const LoraPart& part, LoraRange panels, const float* const* shrunk, int num_rows,
+                        float* const* out);
 
     // Float activations [I] to 8 bits with one scale: chunks of 64 codes, ByteRows::kTileBytes apart. Whether they want
     // a rest (quantized_group.h).

@@ -12,6 +12,7 @@
 #include "dense_tiles.h"
 #include "kernel_table.h"
 #include "linear_avx512.h"
+#include "lora_rows.h"
 #include "sampling_rows.h"
 
 namespace pelton {
@@ -135,6 +136,7 @@ const KernelTable& avx512_kernels() {
     static const KernelTable table = {"avx512",          quantize_row, linear_panel, dense_panel,      rms_norm_row,
                                       silu_mul_row,      gelu_tanh_mul_row, rotate_head, store_kv,    attend_head,
                                       softcap_row,       block_maxima_512, block_weights, num_above,  mask_row,
+                                      lora_shrink,       lora_expand,
                                       quantize_channel_row, quantize_channel_rest, channel_panels};
     return table;
 }

@@ -7,6 +7,7 @@
 #include "dense_tiles.h"
 #include "kernel_table.h"
 #include "linear_tiles.h"
+#include "lora_rows.h"
 #include "rows_generic.h"
 #include "sampling_rows.h"
 
@@ -16,6 +17,7 @@ inline KernelTable make_table(const char* name) {
     return {name,         quantize_row,      linear_panel,  dense_panel, rms_norm_row,
             silu_mul_row, gelu_tanh_mul_row, rotate_head,   store_kv,    attend_head,
             softcap_row,  block_maxima,      block_weights, num_above,   mask_row,
+            lora_shrink,  lora_expand,
             quantize_channel_row, quantize_channel_rest, channel_panels};
 }
 

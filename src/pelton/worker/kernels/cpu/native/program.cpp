@@ -79,13 +79,74 @@ void Program::add_rms_norm(View x, View residual, const float* weight, int size,
     });
 }
 
-void Program::gated_mlp(const GatedWeights& weights, View x, View out) {
+void Program::adapt(int site, View x, int num_inputs, View out, int num_outputs) {
+    check(x, num_inputs);
+    check(out, num_outputs);
+    sites_.push_back({site, num_inputs, num_outputs});
+    ops_.push_back([=, this] {
+        if (inputs_.adapters.empty()) return;
+        const Matrix from = at(x), to = at(out);
+        lora_.add(runtime_, inputs_.adapters, site, from.data, from.ld, to.data, to.ld);
+    });
+}
+
+void Program::gated_mlp(const GatedWeights& weights, std::pair<int, int> sites, View x, View out) {
     if (weights.gate_up->num_outputs != 2 * weights.down->num_inputs) {
         throw std::invalid_argument("gate and up do not fit down");
     }
     check_whole(x, weights.gate_up->num_inputs);
     check_whole(out, weights.down->num_outputs);
-    ops_.push_back([=, this] { runtime_.gated_mlp(weights, at(x).data, inputs_.num_rows, at(out).data); });
+    for (const auto& [site, weight] : {std::pair(sites.first, weights.gate_up), std::pair(sites.second, weights.down)}) {
+        if (site >= 0) sites_.push_back({site, weight->num_inputs, weight->num_outputs});
+    }
+    ops_.push_back([=, this] {
+        if (any_changes(inputs_.adapters, sites.first) || any_changes(inputs_.adapters, sites.second)) {
+            run_adapted_mlp(weights, sites, x, out);
+        } else {
+            runtime_.gated_mlp(weights, at(x).data, inputs_.num_rows, at(out).data);
+        }
+    });
+}
+
+// One product after another: between them, adapters change rows of what `Runtime::gated_mlp` never writes out. Where
+// that rounds otherwise (weights by channel), rows without an adapter must still go its way, so both are run.
+void Program::run_adapted_mlp(const GatedWeights& weights, std::pair<int, int> sites, View x, View out) {
+    const Matrix from = at(x), to = at(out);
+    if (!Runtime::rounds_by_channel(weights)) {
+        run_mlp_parts(weights, sites, from.data, inputs_.num_rows, inputs_.adapters, to.data);
+        return;
+    }
+    runtime_.gated_mlp(weights, from.data, inputs_.num_rows, to.data);
+    std::vector<int64_t> rows, places(inputs_.num_rows);
+    for (int row = 0; row < inputs_.num_rows; ++row) places[row] = row;
+    std::vector<LoraRows> groups;
+    for (const auto& group : inputs_.adapters) {
+        if (group.adapter->site(sites.first) == nullptr && group.adapter->site(sites.second) == nullptr) continue;
+        groups.push_back({group.adapter, places.data() + rows.size(), group.num_rows});
+        rows.insert(rows.end(), group.rows, group.rows + group.num_rows);
+    }
+    const size_t num_inputs = weights.gate_up->num_inputs, num_outputs = weights.down->num_outputs;
+    auto* own = static_cast<float*>(adapted_rows_.reserve(sizeof(float) * rows.size() * (num_inputs + num_outputs)));
+    float* results = own + rows.size() * num_inputs;
+    for (size_t i = 0; i < rows.size(); ++i) {
+        std::memcpy(own + i * num_inputs, from.row(rows[i]), sizeof(float) * num_inputs);
+    }
+    run_mlp_parts(weights, sites, own, static_cast<int>(rows.size()), groups, results);
+    for (size_t i = 0; i < rows.size(); ++i) {
+        std::memcpy(to.row(rows[i]), results + i * num_outputs, sizeof(float) * num_outputs);
+    }
+}
+
+void Program::run_mlp_parts(const GatedWeights& weights, std::pair<int, int> sites, const float* x, int num_rows,
+                            std::span<const LoraRows> adapters, float* out) {
+    const int num_inputs = weights.gate_up->num_inputs, size = weights.down->num_inputs;
+    auto* wide = static_cast<float*>(adapted_.reserve(sizeof(float) * 3 * size * num_rows));
+    float* narrow = wide + static_cast<int64_t>(2) * size * num_rows;
+    runtime_.linear(*weights.gate_up, x, num_rows, weights.gate_up_bias, wide);
+    lora_.add(runtime_, adapters, sites.first, x, num_inputs, wide, 2 * size);
+    runtime_.gated(weights.gelu, wide, num_rows, size, narrow);
+    runtime_.linear(*weights.down, narrow, num_rows, weights.down_bias, out);
+    lora_.add(runtime_, adapters, sites.second, narrow, size, out, weights.down->num_outputs);
 }
 
 void Program::gated(bool gelu, View gate_up, int size, View out) {
@@ -133,6 +194,20 @@ void Program::attend(int group, View query, CachePair cache, float scale, float 
     });
 }
 
+void Program::check_adapters() const {
+    for (const auto& group : inputs_.adapters) {
+        for (int64_t i = 0; i < group.num_rows; ++i) {
+            if (group.rows[i] < 0 || group.rows[i] >= inputs_.num_rows) throw std::out_of_range("a row does not exist");
+        }
+        for (const auto& site : sites_) {
+            const LoraSite* here = group.adapter->site(site.index);
+            if (here != nullptr && !here->fits(site.num_inputs, site.num_outputs)) {
+                throw std::invalid_argument("an adapter does not fit the model");
+            }
+        }
+    }
+}
+
 // Tables and token ids are checked by AttentionPlan and embed.
 void Program::check_inputs() const {
     for (size_t group = 0; group < inputs_.groups.size(); ++group) {
@@ -147,6 +222,7 @@ void Program::check_inputs() const {
             }
         }
     }
+    check_adapters();
     if (inputs_.rows != nullptr) {
         for (int row = 0; row < inputs_.num_rows; ++row) {
             if (inputs_.rows[row] < 0 || inputs_.rows[row] >= inputs_.num_hidden) {

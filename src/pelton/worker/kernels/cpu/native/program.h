@@ -12,6 +12,7 @@
 
 #include "attention_plan.h"
 #include "embedding.h"
+#include "lora.h"
 #include "runtime.h"
 
 namespace pelton {
@@ -49,6 +50,7 @@ struct ProgramInputs {
     int64_t num_hidden = 0;
     int hidden_width = 0;
     const int64_t* rows = nullptr;  // [S]
+    std::span<const LoraRows> adapters;
 };
 
 class Program {
@@ -65,11 +67,14 @@ public:
     void select_rows(int size, View out);  // of the run's `hidden`
     void embedding(const EmbeddingTable& table, View out);
     void linear(const LinearWeight& weight, View x, const float* bias, View out);
+    // out += what the run's adapters add at `site`, for their rows of x.
+    void adapt(int site, View x, int num_inputs, View out, int num_outputs);
     // Each of `num_heads` heads of `size` columns by itself.
     void rms_norm(View x, int num_heads, const float* weight, int size, float eps, View out);
     // out = norm(x + residual); residual becomes x + residual.
     void add_rms_norm(View x, View residual, const float* weight, int size, float eps, View out);
-    void gated_mlp(const GatedWeights& weights, View x, View out);
+    // `sites` of the two products; -1: no adapter changes it.
+    void gated_mlp(const GatedWeights& weights, std::pair<int, int> sites, View x, View out);
     void gated(bool gelu, View gate_up, int size, View out);
     void softcap(View x, int size, float cap);
     void rotate_and_store(int group, View query, View key, View value, CachePair cache);
@@ -103,6 +108,10 @@ private:
     void check_whole(View view, int num_columns) const;
     void check_group(int group) const;
     void check_inputs() const;
+    void check_adapters() const;
+    void run_adapted_mlp(const GatedWeights& weights, std::pair<int, int> sites, View x, View out);
+    void run_mlp_parts(const GatedWeights& weights, std::pair<int, int> sites, const float* x, int num_rows,
+                       std::span<const LoraRows> adapters, float* out);
 
     Runtime& runtime_;
     std::vector<AttentionShape> groups_;
@@ -116,6 +125,16 @@ private:
     std::vector<AttentionPlan> plans_;
     std::vector<float*> memory_;  // of each slot
     Buffer buffer_;
+
+    // A product that adapters may change.
+    struct Site {
+        int index;
+        int num_inputs;
+        int num_outputs;
+    };
+    std::vector<Site> sites_;
+    LoraProducts lora_;
+    Buffer adapted_, adapted_rows_;
 };
 
 }  // namespace pelton

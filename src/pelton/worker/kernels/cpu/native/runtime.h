@@ -91,6 +91,11 @@ public:
     // out [S, O] = down(act(gate) * up) with (gate, up) [S, 2F] = gate_up(x) for x [S, I].
     void gated_mlp(const GatedWeights& weights, const float* x, int num_rows, float* out);
 
+    // Whether `gated_mlp` rounds otherwise than its products one by one.
+    static bool rounds_by_channel(const GatedWeights& weights) {
+        return is_by_channel(*weights.gate_up) || is_by_channel(*weights.down);
+    }
+
     // [S, 2F] -> [S, F].
     void gated(bool gelu, const float* gate_up, int num_rows, int size, float* out);
 
