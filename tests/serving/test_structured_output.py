@@ -72,6 +72,7 @@ def format_of(schema: Any) -> dict[str, Any]:
             "#/properties/a/uniqueItems",
         ),
         (format_of(7), "invalid_type", "response_format.json_schema.schema", "object"),
+        (format_of("{}"), "invalid_type", "response_format.json_schema.schema", "object"),
         ({"response_format": {"type": "json_schema"}}, "invalid_value", "response_format.json_schema", "needs"),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"name": "n"}}},

@@ -46,15 +46,20 @@ def requested_grammars(request: GenerationRequest) -> dict[str, Grammar]:
 
 
 def _of_response_format(response_format: ResponseFormat | None) -> dict[str, Grammar]:
-    if response_format is None or response_format.type == "text":
+    if response_format is None:
+        return {}
+    schema = None
+    if response_format.json_schema is not None:  # which has to be one even where another type makes no use of it
+        schema = _json_schema(response_format.json_schema.schema, "response_format.json_schema.schema")
+    if response_format.type == "text":
         return {}
     if response_format.type == "json_object":
         return {"response_format": Grammar(kind=GrammarKind.JSON_OBJECT)}
-    if response_format.json_schema is None:
+    if schema is None:
         raise InvalidRequestError(
             "response_format of type 'json_schema' needs json_schema", param="response_format.json_schema"
         )
-    return {"response_format": _json_schema(response_format.json_schema.schema, "response_format.json_schema.schema")}
+    return {"response_format": schema}
 
 
 def _of_structured_outputs(wanted: StructuredOutputs | None) -> dict[str, Grammar]:
@@ -73,7 +78,7 @@ def _of_structured_outputs(wanted: StructuredOutputs | None) -> dict[str, Gramma
 def _of_constraints(wanted: StructuredOutputs, prefix: str) -> dict[str, Grammar]:
     found: dict[str, Grammar] = {}
     if wanted.json != NULL:
-        found[prefix + "json"] = _json_schema(wanted.json, prefix + "json")
+        found[prefix + "json"] = _json_schema(_unquoted(wanted.json), prefix + "json")
     if wanted.regex is not None:
         found[prefix + "regex"] = Grammar(kind=GrammarKind.REGEX, source=wanted.regex)
     if wanted.choice is not None:
@@ -84,11 +89,13 @@ def _of_constraints(wanted: StructuredOutputs, prefix: str) -> dict[str, Grammar
     return found
 
 
-def _json_schema(raw: msgspec.Raw, param: str) -> Grammar:
-    """A schema as an object, as a boolean, or as text that holds one of these."""
+def _unquoted(raw: msgspec.Raw) -> bytes:
+    """vLLM takes a schema as its text too."""
+    return msgspec.json.decode(raw, type=str).strip().encode() if bytes(raw).startswith(b'"') else bytes(raw)
+
+
+def _json_schema(raw: msgspec.Raw | bytes, param: str) -> Grammar:
     source = bytes(raw).decode()
-    if source.startswith('"'):
-        source = msgspec.json.decode(raw, type=str).strip()
     if not source.startswith("{") and source not in ("true", "false"):
         raise InvalidRequestError(f"{param} must be a JSON schema, an object", param=param, code="invalid_type")
     return Grammar(kind=GrammarKind.JSON_SCHEMA, source=source)
