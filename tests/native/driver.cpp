@@ -89,7 +89,7 @@ void add_random_part(LinearWeight& weight, Format format, int num_outputs, Threa
     const int num_blocks = num_outputs * (weight.num_inputs / traits.file_block_values);
     auto source = random_bytes(static_cast<size_t>(num_blocks) * traits.file_block_bytes);
     // Not so float32: most random bits are numbers whose products overflow on one path before they do on another.
-    const int num_floats = format == Format::INT4 ? 2 : format == Format::INT8 || format == Format::F32 ? 1 : 0;
+    const int num_floats = format == Format::INT4 ? 2 : traits_of(format).file_block_bytes == 36 || format == Format::F32 ? 1 : 0;
     for (int i = 0; i < num_blocks * num_floats; ++i) {
         const float value = std::normal_distribution<float>()(generator);
         const size_t block = static_cast<size_t>(i / num_floats) * traits.file_block_bytes;
@@ -109,7 +109,8 @@ void check_linear(std::vector<Runtime*> runtimes, ActivationType activation) {
             for (int num_outputs : {1, 31, 33, 100}) {
                 LinearWeight weight(num_inputs);
                 add_random_part(weight, format, num_outputs, runtimes.back()->pool());
-                const Format beside = num_inputs % kGroup == 0 ? Format::Q8_0 : Format::F32;
+                const Format other = num_inputs % kGroup == 0 ? Format::Q8_0 : Format::F32;
+                const Format beside = traits_of(format).by_channel ? format : other;
                 add_random_part(weight, beside, 5, runtimes.back()->pool());
                 for (int num_rows : {0, 1, 5, 6, 7, 40}) {
                     auto x = random_floats(static_cast<size_t>(num_rows) * num_inputs);
@@ -131,7 +132,8 @@ void check_linear(std::vector<Runtime*> runtimes, ActivationType activation) {
                     }
                     if (num_rows > 7 || num_outputs != 33) continue;  // slow
                     const bool has_tiles = runtimes.front()->kernels().tiles != nullptr;
-                    if (activation == ActivationType::Auto && has_tiles) continue;  // bfloat16: tested from Python
+                    // bfloat16: tested from Python
+                    if (activation == ActivationType::Auto && has_tiles && !traits_of(format).by_channel) continue;
                     if (!plain::is_product(weight, x.data(), num_rows, num_rows % 2 ? bias.data() : nullptr,
                                            activation == ActivationType::F32, first.data())) {
                         fail("a product is wrong, format " + std::to_string(index));

@@ -52,6 +52,10 @@ inline Weight weight_of(const PackedMatrix& matrix, int output, int input) {
             code |= ((bits[at / 8] >> (at % 8)) & 1) << (4 + plane);
         }
     }
+    if (traits.by_channel) {
+        const double value = (code - traits.zero_point) * double{matrix.channel_scales(output / kPanel)[lane]};
+        return {value, std::abs(value)};
+    }
     const uint8_t* scales = group + traits.low_bytes() + traits.high_bytes();
     const int sub = k * traits.subgroups / kGroup;
     const double scale = load_float(scales, sub * kPanel + lane, traits.f16_scales);
@@ -61,14 +65,14 @@ inline Weight weight_of(const PackedMatrix& matrix, int output, int input) {
     return {product - minimum, std::abs(product) + std::abs(minimum)};
 }
 
-// What a row of activations is taken for: as it is, or rounded to 8 bits per group.
-inline std::vector<double> activations(const float* x, int num_inputs, bool rounded) {
+// What a row of activations is taken for: as it is (group size 0), or rounded to 8 bits per group.
+inline std::vector<double> activations(const float* x, int num_inputs, int group_size) {
     std::vector<double> values(x, x + num_inputs);
-    for (int first = 0; rounded && first < num_inputs; first += kGroup) {
+    for (int first = 0; group_size > 0 && first < num_inputs; first += group_size) {
         uint32_t largest = 0;
-        for (int i = 0; i < kGroup; ++i) largest = std::max(largest, float_to_bits(std::abs(x[first + i])));
+        for (int i = 0; i < group_size; ++i) largest = std::max(largest, float_to_bits(std::abs(x[first + i])));
         const GroupScale scale = scale_of_group(largest);
-        for (int i = first; i < first + kGroup; ++i) {
+        for (int i = first; i < first + group_size; ++i) {
             const double code = scale.inverse == 0.0f ? 0.0 : std::nearbyint(x[i] * scale.inverse);
             values[i] = code * double{scale.scale};
         }
@@ -89,8 +93,9 @@ inline bool is_product(const LinearWeight& weight, const float* x, int num_rows,
         const float* values = x + static_cast<size_t>(row) * weight.num_inputs;
         int column = 0;
         for (const PackedMatrix& part : weight.parts) {
-            const bool is_rounded = !in_floats && !traits_of(part.format).is_dense();
-            const auto rounded = activations(values, weight.num_inputs, is_rounded);
+            const FormatTraits traits = traits_of(part.format);
+            const int group_size = traits.by_channel ? weight.num_inputs : in_floats || traits.is_dense() ? 0 : kGroup;
+            const auto rounded = activations(values, weight.num_inputs, group_size);
             for (int output = 0; output < part.num_outputs; ++output, ++column) {
                 double sum = bias != nullptr ? bias[column] : 0.0, size = std::abs(sum);
                 for (int k = 0; k < weight.num_inputs; ++k) {

@@ -108,8 +108,13 @@ def _weights(bits: int, strategy: str, group_size: int | None = None, **more: An
     return {"num_bits": bits, "type": "int", "symmetric": True, "strategy": strategy, "group_size": group_size, **more}
 
 
-def compressed_tensors(container: str, weights: dict[str, Any]) -> dict[str, Any]:
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+_PER_TOKEN = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+
+
+def compressed_tensors(
+    container: str, weights: dict[str, Any], activations: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": activations, "output_activations": None}
     return {
         "quant_method": "compressed-tensors",
         "format": container,
@@ -145,6 +150,20 @@ LAYOUTS: dict[str, Layout] = {
         8,
         scale_dtype="F32",
         expected_format="INT8",
+    ),
+    "w8a8, activations by token": Layout(
+        compressed_tensors("int-quantized", _weights(8, "channel"), _PER_TOKEN),
+        "plain",
+        8,
+        scale_dtype="BF16",
+        expected_format="INT8_CHANNEL",
+    ),
+    "w8a8, activations by tensor": Layout(
+        compressed_tensors("int-quantized", _weights(8, "channel"), {**_PER_TOKEN, "strategy": "tensor"}),
+        "plain",
+        8,
+        scale_dtype="BF16",
+        expected_format="Q8_0",
     ),
     "w8a16": Layout(
         compressed_tensors("pack-quantized", _weights(8, "channel")),

@@ -11,7 +11,7 @@ from pelton.weights.gguf.blocks import DECODERS
 from pelton.weights.gguf.formats import FILE_TYPE_NAMES, FORMATS, GGML_TYPE_NAMES
 from pelton.weights.tensors import WeightTensor
 
-OWN_FORMATS = ("INT4", "INT8")
+OWN_FORMATS = ("INT4", "INT8", "INT8_CHANNEL")
 ENCODABLE = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 
 
@@ -36,7 +36,7 @@ def own_reference(name: str, packed: np.ndarray) -> np.ndarray:
         values: list[np.float32] = []
         for block in row.reshape(-1, size):
             scale = block[:4].view(np.float32)[0]
-            if name == "INT8":
+            if name != "INT4":
                 values += [np.float32(code) * scale for code in block[4:].view(np.int8)]
                 continue
             minimum = block[4:8].view(np.float32)[0]

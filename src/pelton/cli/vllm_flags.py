@@ -12,7 +12,6 @@ _MISSING: dict[str, str] = {
     "data_parallel_size": f"{_NOT_YET}; it runs on one device",
     "distributed_executor_backend": f"{_NOT_YET}; it runs on one device",
     "device": f"{_NOT_YET}; it runs on the CPU",
-    "quantization": f"{_NOT_YET}; a model that is quantized is read as it is",
     "tool_call_parser": _NOT_YET,
     "enable_auto_tool_choice": _NOT_YET,
     "reasoning_parser": _NOT_YET,
@@ -50,7 +49,7 @@ _MISSING: dict[str, str] = {
     "disable_log_stats": "figures are at /metrics and not logged",
     "max_logprobs": "the limit is fixed at 20",
 }
-_SHORT = {"tp": "tensor_parallel_size", "pp": "pipeline_parallel_size", "dp": "data_parallel_size", "q": "quantization"}
+_SHORT = {"tp": "tensor_parallel_size", "pp": "pipeline_parallel_size", "dp": "data_parallel_size"}
 
 
 def missing_flag_hint(name: str) -> str | None:

@@ -11,7 +11,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from pelton.weights.config import ModelConfig, model_cache_root
+from pelton.weights.config import QUANTIZATIONS, ModelConfig, model_cache_root
 
 PACKED_FOLDER = ".packed"
 _SUFFIX = ".weights"
@@ -22,11 +22,15 @@ def packed_folder(config: ModelConfig) -> Path:
     return model_cache_root(config.cache_dir) / PACKED_FOLDER
 
 
-def packed_path(folder: Path, model: Path) -> Path:
-    """The file in `folder` for the model file or folder `model`: a later version of it replaces the earlier."""
+def packed_path(folder: Path, model: Path, quantization: str | None = None) -> Path:
+    """The file in `folder` for the model file or folder `model`: a later version of it replaces the earlier.
+
+    One for each way to quantize it further.
+    """
     source = os.path.realpath(model)
     digest = hashlib.blake2b(os.fsencode(source), digest_size=8).hexdigest()
-    return folder / f"{Path(source).stem[:80]}-{digest}{_SUFFIX}"
+    kind = "" if quantization is None else f"-{quantization}"
+    return folder / f"{Path(source).stem[:80]}-{digest}{kind}{_SUFFIX}"
 
 
 def packed_paths(folder: Path) -> list[Path]:
@@ -55,6 +59,6 @@ def content_identity(model: Path) -> str:
 
 def remove_packed(folder: Path, model: Path) -> None:
     """Delete what is kept for `model`, and what a writer that was killed has left."""
-    path = packed_path(folder, model)
-    for each in (path, path.with_suffix(".tmp"), path.with_suffix(".lock")):
-        each.unlink(missing_ok=True)
+    for path in (packed_path(folder, model, quantization) for quantization in (None, *QUANTIZATIONS)):
+        for each in (path, path.with_suffix(".tmp"), path.with_suffix(".lock")):
+            each.unlink(missing_ok=True)

@@ -2,8 +2,8 @@
 
 Layouts: GPTQ (Frantar et al., arXiv:2210.17323) as AutoGPTQ and GPTQModel write it, AWQ (Lin et al.,
 arXiv:2306.00978) as AutoAWQ's "gemm" version, and the "int-quantized" and "pack-quantized" formats of
-compressed-tensors. What the activations are rounded to is left to the kernels: to 8 bits per row and group
-of 32, which is finer than the one scale per row that W8A8 asks for.
+compressed-tensors. Where activations are to have 8 bits and one scale per token, and weights one per channel (W8A8),
+products are of integers alone; else what activations are rounded to is left to the kernels.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class CompressedScheme:
     group_size: int | None  # inputs that share a scale; None: all of an output's
     zero_offset: int = 0  # added to the zero points as stored
     is_symmetric: bool = True
+    rounds_tokens: bool = False  # activations to 8 bits, one scale per token
 
     @property
     def name(self) -> str:
@@ -105,10 +106,20 @@ def _compressed_tensors(config: Fields) -> CompressedScheme:
     targets = Fields(config.path, group).texts("targets") or []
     if targets != ["Linear"]:
         _refuse(config, f"compressed-tensors with targets {shown(targets)}; supported is Linear")
-    return _weights_scheme(config, Fields(config.path, weights))
+    inputs = Fields(config.path, group).section("input_activations")
+    return _weights_scheme(config, Fields(config.path, weights), _rounds_tokens(config, inputs))
 
 
-def _weights_scheme(config: Fields, weights: Fields) -> CompressedScheme:
+def _rounds_tokens(config: Fields, section: Mapping[str, Any] | None) -> bool:
+    """Whether activations are to be rounded to 8 bits, dynamically, with a scale per token."""
+    if section is None:
+        return False
+    inputs = Fields(config.path, section)
+    wanted = (inputs.integer("num_bits"), inputs.text("type", "int"), inputs.text("strategy", "tensor"))
+    return wanted == (8, "int", "token") and inputs.flag("symmetric", True) and inputs.flag("dynamic", False)
+
+
+def _weights_scheme(config: Fields, weights: Fields, rounds_tokens: bool) -> CompressedScheme:
     bits, kind = weights.integer("num_bits"), weights.text("type", "int")
     container = config.text("format", "")
     is_packed = container == "pack-quantized"
@@ -125,7 +136,13 @@ def _weights_scheme(config: Fields, weights: Fields) -> CompressedScheme:
     if actorder not in (None, False, "weight", "static"):
         _refuse(config, f"activation order {shown(actorder)}: inputs of a group must lie together")
     group_size = _group_size(weights) if strategy == "group" else None
-    return CompressedScheme("packed" if is_packed else "plain", bits, group_size, is_symmetric=is_symmetric)
+    return CompressedScheme(
+        "packed" if is_packed else "plain",
+        bits,
+        group_size,
+        is_symmetric=is_symmetric,
+        rounds_tokens=rounds_tokens and bits == 8 and group_size is None,
+    )
 
 
 def _check_bits(config: Fields, bits: int, supported: tuple[int, ...]) -> None:

@@ -1,8 +1,8 @@
 """Compressed matrices as blocks of 32 inputs, without loss.
 
 Q4_0 and Q8_0 are what symmetric weights become where float16 holds all their scales; INT4 and INT8 have
-float32 scales, and INT4 a minimum. Only the scales and zero points are read to know which; the codes are
-when the data is asked for.
+float32 scales, and INT4 a minimum; INT8_CHANNEL is INT8 whose activations are rounded per token. Only the scales
+and zero points are read to know which; the codes are when the data is asked for.
 
 Legend: O outputs, I inputs, G groups of scales (I / group_size), n blocks of an output (I / 32).
 """
@@ -65,7 +65,7 @@ class CompressedTensor(WeightTensor):
         scales = np.repeat(self._scales, repeats, axis=1)[..., None]
         if self.format == "Q8_0":
             blocks[..., :2], blocks[..., 2:] = scales.astype("<f2").view(np.uint8), codes
-        elif self.format == "INT8":
+        elif self.format in ("INT8", "INT8_CHANNEL"):
             blocks[..., :4], blocks[..., 4:] = scales.view(np.uint8), codes
         else:
             blocks[..., -16:] = codes[..., :16] | (codes[..., 16:] << np.uint8(4))
@@ -158,6 +158,8 @@ class CompressedTensor(WeightTensor):
     def _choose_format(self) -> str:
         with np.errstate(over="ignore"):
             fits = bool((self._scales.astype(np.float16).astype(np.float32) == self._scales).all())
+        if self._scheme.rounds_tokens:
+            return "INT8_CHANNEL"
         if self._scheme.bits == 8:
             return "Q8_0" if fits else "INT8"
         return "Q4_0" if fits and bool((self._zeros == 8.0).all()) else "INT4"

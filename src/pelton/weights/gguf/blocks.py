@@ -232,6 +232,7 @@ DECODERS: dict[str, Callable[[U8, F32], None]] = {
     "IQ4_XS": _decode_iq4_xs,
     "INT4": _decode_int4,
     "INT8": _decode_int8,
+    "INT8_CHANNEL": _decode_int8,
 }
 
 

@@ -1,4 +1,4 @@
-"""Sizes of the tensor formats that Pelton reads. Names and numbers are those of ggml, but for INT4 and INT8."""
+"""Sizes of the tensor formats that Pelton reads. Names and numbers are those of ggml, but for INT4, INT8(_CHANNEL)."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ FORMATS: dict[str, TensorFormat] = {
         # Pelton's own, for compressed safetensors: a float32 scale, INT4: and minimum, then codes as in Q4_1 and Q8_0.
         TensorFormat("INT4", 32, 24),
         TensorFormat("INT8", 32, 36),
+        TensorFormat("INT8_CHANNEL", 32, 36),  # as INT8, with the same scale in all blocks of a row
     )
 }
 

@@ -17,6 +17,7 @@ from pelton.core.errors import ConfigError
 from pelton.core.events import EngineInfo
 from pelton.core.model_spec import ModelSpec
 from pelton.engine.config import EngineConfig
+from pelton.weights.channel_quantization import ChannelQuantizedFiles, GroupedFiles
 from pelton.weights.config import ModelConfig
 from pelton.weights.packed_files import content_identity, packed_folder, packed_path
 from pelton.weights.tensors import ModelFiles
@@ -93,7 +94,7 @@ def _kv_identity(
     """
     model = repr(files.spec) if model_config.load_format == "dummy" else content_identity(files.path)
     own = (version("pelton"), _KV_LAYOUT_VERSION, kernels.name, kernels.dtype, worker_config.activation_dtype)
-    return "|".join(map(str, (model, model_config.load_format, *own, *facts)))
+    return "|".join(map(str, (model, model_config.load_format, model_config.quantization, *own, *facts)))
 
 
 def _open_block_store(config: EngineConfig, info: EngineInfo, kv: KVStorage) -> DiskStore | None:
@@ -117,13 +118,14 @@ def _weight_cache_path(files: ModelFiles, model_config: ModelConfig, config: Wor
     if not config.enable_weight_cache:
         return None
     folder = Path(config.weight_cache_dir).expanduser() if config.weight_cache_dir else packed_folder(model_config)
-    return packed_path(folder, files.path)
+    return packed_path(folder, files.path, model_config.quantization)
 
 
 def load_weights(files: ModelFiles, model_config: ModelConfig, worker_config: WorkerConfig, kernels: Kernels) -> Model:
     """Checked by size first: Linux grants memory that it does not have, and kills the process later."""
     if model_config.load_format == "dummy":
         return make_dummy_model(files.spec, kernels)
+    files = _as_multiplied(files, model_config, worker_config)
     num_bytes = sum(kernels.num_weight_bytes(files.tensor(name)) for name in files.tensor_names())
     num_free = num_available_memory_bytes()
     size = f"{_gib(num_bytes)} as {kernels.dtype}"
@@ -138,6 +140,13 @@ def load_weights(files: ModelFiles, model_config: ModelConfig, worker_config: Wo
         raise ConfigError(f"out of memory while loading the weights ({size})") from error
     files.drop_pages()
     return model
+
+
+def _as_multiplied(files: ModelFiles, model_config: ModelConfig, worker_config: WorkerConfig) -> ModelFiles:
+    """With the rounding that was asked for, of weights and of activations."""
+    if model_config.quantization is not None:
+        files = ChannelQuantizedFiles(files)
+    return GroupedFiles(files) if worker_config.activation_dtype in ("bfloat16", "float32") else files
 
 
 def _allocate_kv(spec: ModelSpec, plan: KVPlan, block_size: int, dtype: str, kernels: Kernels) -> KVStorage:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pelton.weights.channel_quantization import in_groups
 from pelton.weights.tensors import ModelFiles, WeightTensor
 from pelton.worker.kernels.cpu import pelton_cpu
 from pelton.worker.kernels.cpu.arrays import (
@@ -44,6 +45,8 @@ class NativeLoader:
 
     def load(self, tensors: Sequence[WeightTensor]) -> pelton_cpu.LinearWeight:
         weight = pelton_cpu.LinearWeight(tensors[0].shape[1])
+        if len({tensor.format for tensor in tensors}) > 1:
+            tensors = [in_groups(tensor) for tensor in tensors]  # activations are rounded once for all
         for tensor in tensors:
             self._packed_weights.add_to(weight, tensor)
         return weight

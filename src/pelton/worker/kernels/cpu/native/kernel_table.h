@@ -4,6 +4,7 @@
 // depends on nothing else: that is law 3. Legend as in ops.py.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "attention.h"
@@ -55,6 +56,18 @@ struct KernelTable {
     int64_t (*num_above)(const float* x, int64_t size, int64_t index);
     void (*mask_row)(float* x, int64_t size, const uint32_t* words);
 
+    // Float activations [I] to 8 bits with one scale: chunks of 64 codes, ByteRows::kTileBytes apart. Whether they want
+    // a rest (quantized_group.h).
+    bool (*quantize_channel_row)(const float* x, int num_inputs, int8_t* to, float* scale, int32_t* sum);
+
+    // The same of what that leaves.
+    void (*quantize_channel_rest)(const float* x, int num_inputs, int8_t* to, float* scale, int32_t* sum);
+
+    // result = rows times the `panels` of an INT8_CHANNEL matrix: sums of integers are exact, so their order is
+    // free. Rows go to their targets, rests are added there. `scratch`: channel_scratch_bytes(num_rows), aligned to 64.
+    void (*channel_panels)(const PackedMatrix& matrix, PanelRange panels, const ByteRows& rows, const LinearResult& result,
+                           uint8_t* scratch);
+
     // Null: no tiles, activations in 8 bits.
     const TileKernels* tiles = nullptr;
 };
@@ -62,6 +75,12 @@ struct KernelTable {
 // Weights as bytes [groups][8 k4][2 halves][64 lanes], then scales and minima [groups][...][32] float32.
 inline size_t linear_scratch_bytes(int num_inputs) {
     return static_cast<size_t>(num_inputs / kGroup) * (1024 + 4 * kPanel * 4);
+}
+
+// Sums of all rows in 32 bits.
+inline size_t channel_scratch_bytes(int num_rows) {
+    const int height = 2 * ByteRows::kHeight;
+    return static_cast<size_t>(std::max((num_rows + height - 1) / height, 2)) * height * kPanel * 4;
 }
 
 // A panel of quantized weights as float32 [inputs][32].

@@ -1,6 +1,7 @@
-// AVX-512 with AMX tiles of bfloat16 (Sapphire Rapids and later).
+// AVX-512 with AMX tiles of bfloat16 and of 8 bits (Sapphire Rapids and later).
 
 #include "attention_amx.h"
+#include "channel_amx.h"
 #include "kernel_table.h"
 #include "linear_amx.h"
 
@@ -8,6 +9,7 @@ namespace pelton {
 
 const KernelTable& amx_kernels() {
     static const TileKernels tiles = {amx::pack_rows,    amx::linear_panels,
+                                      amx::quantize_tile_row, amx::quantize_tile_rest,
                                       amx::gated_rows,   amx::can_attend,
                                       amx::store_values, amx::attend,
                                       amx::attend_chunk, amx::merge_chunks,
@@ -16,6 +18,7 @@ const KernelTable& amx_kernels() {
         KernelTable made = avx512_kernels();
         made.name = "amx";
         made.tiles = &tiles;
+        made.channel_panels = amx::channel_panels;
         return made;
     }();
     return table;

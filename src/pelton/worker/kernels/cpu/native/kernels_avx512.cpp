@@ -8,6 +8,7 @@
 
 #include "activation_avx512.h"
 #include "attention_avx512.h"
+#include "channel_avx512.h"
 #include "dense_tiles.h"
 #include "kernel_table.h"
 #include "linear_avx512.h"
@@ -133,7 +134,8 @@ const KernelTable& avx512_kernels() {
     using namespace avx512;
     static const KernelTable table = {"avx512",          quantize_row, linear_panel, dense_panel,      rms_norm_row,
                                       silu_mul_row,      gelu_tanh_mul_row, rotate_head, store_kv,    attend_head,
-                                      softcap_row,       block_maxima_512, block_weights, num_above,  mask_row};
+                                      softcap_row,       block_maxima_512, block_weights, num_above,  mask_row,
+                                      quantize_channel_row, quantize_channel_rest, channel_panels};
     return table;
 }
 

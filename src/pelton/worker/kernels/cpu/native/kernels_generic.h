@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention_generic.h"
+#include "channel_generic.h"
 #include "dense_tiles.h"
 #include "kernel_table.h"
 #include "linear_tiles.h"
@@ -14,7 +15,8 @@ namespace pelton::PELTON_ISA {
 inline KernelTable make_table(const char* name) {
     return {name,         quantize_row,      linear_panel,  dense_panel, rms_norm_row,
             silu_mul_row, gelu_tanh_mul_row, rotate_head,   store_kv,    attend_head,
-            softcap_row,  block_maxima,      block_weights, num_above,   mask_row};
+            softcap_row,  block_maxima,      block_weights, num_above,   mask_row,
+            quantize_channel_row, quantize_channel_rest, channel_panels};
 }
 
 }  // namespace pelton::PELTON_ISA

@@ -13,6 +13,9 @@
 //   F32, F16   [32 inputs][32 outputs]
 //   BF16       [16 pairs of inputs][32 outputs][2 inputs], as products of bfloat16 pairs want it
 // and the last group of a row is filled up with zeros.
+//
+// INT8_CHANNEL has one scale per output: its groups hold codes only, in an even number (the last may be of zeros),
+// and the scales [32] float32 of a panel follow its groups.
 #pragma once
 
 #include <cstddef>
@@ -24,9 +27,10 @@ namespace pelton {
 
 constexpr int kPanel = 32;
 constexpr int kGroup = 32;
+constexpr int kChunk = 64;  // inputs of INT8_CHANNEL that are multiplied at once
 
-enum class Format { Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, INT4, INT8, BF16, F16, F32 };
-constexpr int kNumFormats = 13;
+enum class Format { Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, INT4, INT8, INT8_CHANNEL, BF16, F16, F32 };
+constexpr int kNumFormats = 14;
 
 struct FormatTraits {
     int bits;       // 16 and 32: dense
@@ -36,12 +40,14 @@ struct FormatTraits {
     int zero_point;
     int file_block_values;
     int file_block_bytes;
+    bool by_channel = false;
 
     constexpr bool is_dense() const { return bits >= 16; }
     constexpr int low_bytes() const { return bits >= 8 ? bits * 128 : 512; }
     constexpr int high_bytes() const { return bits >= 8 ? 0 : (bits - 4) * 128; }
     constexpr int scale_bytes() const { return subgroups * kPanel * (f16_scales ? 2 : 4); }
     constexpr int group_bytes() const {
+        if (by_channel) return low_bytes();
         return low_bytes() + high_bytes() + scale_bytes() * (has_min ? 2 : 1);
     }
 };
@@ -58,6 +64,7 @@ constexpr FormatTraits traits_of(Format format) {
         case Format::Q6_K: return {6, 2, false, false, 32, 256, 210};
         case Format::INT4: return {4, 1, false, true, 0, 32, 24};
         case Format::INT8: return {8, 1, false, false, 128, 32, 36};
+        case Format::INT8_CHANNEL: return {8, 1, false, false, 128, 32, 36, true};
         case Format::BF16: return {16, 0, false, false, 0, 1, 2};
         case Format::F16: return {16, 0, false, false, 0, 1, 2};
         case Format::F32: return {32, 0, false, false, 0, 1, 4};
@@ -77,7 +84,16 @@ struct PackedMatrix {
 
     int num_groups() const { return (num_inputs + kGroup - 1) / kGroup; }
     int num_panels() const { return (num_outputs + kPanel - 1) / kPanel; }
-    size_t panel_bytes() const { return static_cast<size_t>(num_groups()) * traits_of(format).group_bytes(); }
+    size_t panel_bytes() const {
+        const FormatTraits traits = traits_of(format);
+        if (traits.by_channel) return kPanel * (static_cast<size_t>(num_chunks()) * kChunk + sizeof(float));
+        return static_cast<size_t>(num_groups()) * traits.group_bytes();
+    }
+    // INT8_CHANNEL only.
+    int num_chunks() const { return (num_inputs + kChunk - 1) / kChunk; }
+    const float* channel_scales(int index) const {
+        return reinterpret_cast<const float*>(panel(index) + static_cast<size_t>(num_chunks()) * kChunk * kPanel);
+    }
     size_t num_bytes() const { return num_panels() * panel_bytes(); }
     const uint8_t* panel(int index) const { return data.get() + index * panel_bytes(); }
 };
@@ -89,6 +105,34 @@ struct QuantizedRows {
     const int8_t* values;   // [num_rows, num_inputs]
     const float* scales;    // [num_rows, num_groups]
     const int32_t* sums;    // [num_rows, num_groups, 2]: of q over each half of a group
+};
+
+// Rows of activations in 8 bits with one scale each: tiles [ceil(num_rows / 16)][num_inputs / 64][16][64], filled up
+// with zeros at the end of a row. Behind the rows that were asked for lie the rests of those whose largest value
+// leaves too little of the 8 bits to the others: what rounding took from them, with a scale of its own.
+struct ByteRows {
+    static constexpr int kHeight = 16;
+    static constexpr int kTileBytes = kHeight * kChunk;
+    int num_rows;  // with rests
+    int num_inputs;
+    int8_t* values;
+    float* scales;     // [num_rows]
+    int32_t* sums;     // [num_rows]: of a row's codes
+    int32_t* targets;  // [num_rows]: which row of the result; less than its index for a rest
+    int first = 0;     // index of the first row, where this is a part
+
+    int num_chunks() const { return (num_inputs + kChunk - 1) / kChunk; }
+    bool is_few() const { return num_rows <= 2 * kHeight; }
+    int64_t block_bytes() const { return static_cast<int64_t>(num_chunks()) * kTileBytes; }
+    // The first chunk of a row; the next is kTileBytes further on.
+    int8_t* row(int index) const { return values + index / kHeight * block_bytes() + index % kHeight * kChunk; }
+
+    // `count` rows or those that are left from `first` on, a multiple of 16.
+    ByteRows from(int first, int count) const {
+        return {count < num_rows - first ? count : num_rows - first, num_inputs, row(first), scales + first, sums + first,
+                targets + first, this->first + first};
+    }
+    bool is_rest(int index) const { return targets[index] < first + index; }
 };
 
 struct FloatRows {

@@ -25,6 +25,14 @@ inline GroupScale scale_of_group(uint32_t largest) {
     return {size / 127.0f, 127.0f / size};
 }
 
+// A row with one scale wants a rest where its largest value is so many times its root mean square.
+constexpr float kRestRatio = 20.0f;
+
+inline bool wants_rest(const GroupScale& scale, float sum_of_squares, int num_values) {
+    const float largest = 127.0f * scale.scale;
+    return largest * largest > kRestRatio * kRestRatio * sum_of_squares / static_cast<float>(num_values);
+}
+
 inline void set_empty_group(const GroupScale& scale, int group, int8_t* values, float* scales, int32_t* sums) {
     std::memset(values, 0, kGroup);
     scales[group] = scale.scale;

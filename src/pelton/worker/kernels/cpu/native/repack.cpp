@@ -111,11 +111,12 @@ void decode_k6(const uint8_t* block, int group, int output, DecodedGroup& out) {
 }
 
 // Blocks of compressed safetensors as weights/ writes them: float32 scale (INT4: and minimum), then codes.
+// All scales of an output of INT8_CHANNEL are the same.
 template <Format kFormat>
 void decode_integers(const uint8_t* block, int output, DecodedGroup& out) {
     uint8_t* q = out.q[output];
     std::memcpy(out.scales + 4 * output, block, 4);
-    if constexpr (kFormat == Format::INT8) {
+    if constexpr (traits_of(kFormat).bits == 8) {
         for (int k = 0; k < kGroup; ++k) q[k] = block[4 + k] ^ 128;  // + 128
     } else {
         std::memcpy(out.scales + traits_of(kFormat).scale_bytes() + 4 * output, block + 4, 4);
@@ -131,7 +132,7 @@ void decode_group(const uint8_t* row, int group, int output, DecodedGroup& out) 
     constexpr FormatTraits traits = traits_of(kFormat);
     constexpr int kGroupsPerBlock = traits.file_block_values / kGroup;
     const uint8_t* block = row + static_cast<size_t>(group / kGroupsPerBlock) * traits.file_block_bytes;
-    if constexpr (kFormat == Format::INT4 || kFormat == Format::INT8) {
+    if constexpr (kFormat == Format::INT4 || kFormat == Format::INT8 || kFormat == Format::INT8_CHANNEL) {
         decode_integers<kFormat>(block, output, out);
     } else if constexpr (kGroupsPerBlock == 1) {
         decode_legacy<kFormat>(block, output, out);
@@ -185,14 +186,17 @@ template <Format kFormat>
 void repack_panel(const uint8_t* source, size_t row_bytes, int num_rows, int num_groups, uint8_t* target) {
     constexpr FormatTraits traits = traits_of(kFormat);
     DecodedGroup decoded{};
+    const int num_chunks = (num_groups * kGroup + kChunk - 1) / kChunk;
+    uint8_t* channel_scales = target + static_cast<size_t>(num_chunks) * kChunk * kPanel;
     for (int group = 0; group < num_groups; ++group, target += traits.group_bytes()) {
-        decoded.scales = target + traits.low_bytes() + traits.high_bytes();
+        decoded.scales = traits.by_channel ? channel_scales : target + traits.low_bytes() + traits.high_bytes();
         if (num_rows < kPanel) std::memset(decoded.scales, 0, traits.scale_bytes() * (traits.has_min ? 2 : 1));
         for (int output = 0; output < num_rows; ++output) {
             decode_group<kFormat>(source + output * row_bytes, group, output, decoded);
         }
         place_codes<traits.bits>(decoded.q, target);
     }
+    if constexpr (traits.by_channel) std::memset(target, traits.zero_point, channel_scales - target);
 }
 
 // Values as they are: [inputs][32 outputs], or with pairs of inputs together.
@@ -225,6 +229,7 @@ RepackPanel repack_panel_of(Format format) {
         case Format::Q6_K: return repack_panel<Format::Q6_K>;
         case Format::INT4: return repack_panel<Format::INT4>;
         case Format::INT8: return repack_panel<Format::INT8>;
+        case Format::INT8_CHANNEL: return repack_panel<Format::INT8_CHANNEL>;
         case Format::BF16: return repack_dense_panel<uint16_t, true>;
         case Format::F16: return repack_dense_panel<uint16_t, false>;
         case Format::F32: return repack_dense_panel<uint32_t, false>;

@@ -117,10 +117,25 @@ private:
     void multiply_panels(const LinearWeight& weight, const float* x, int num_rows, const float* bias, float* out);
     // Rows in 8 bits, in memory that the next call reuses.
     QuantizedRows quantize(const float* x, int num_rows, int num_inputs);
+    // All parts of a weight are INT8_CHANNEL or none is.
+    static bool is_by_channel(const LinearWeight& weight) {
+        return !weight.parts.empty() && traits_of(weight.parts.front().format).by_channel;
+    }
+    ByteRows reserve_bytes(int num_rows, int num_inputs);
+    ByteRows quantize_channels(const float* x, int num_rows, int num_inputs, bool with_rests);
+    ByteRows quantize_channels(const TiledRows& x);
+    template <typename Quantize, typename AddRest>
+    ByteRows quantize_rows(int num_rows, int num_inputs, bool with_rests, const Quantize& quantize, const AddRest& add_rest);
+    void multiply_channels(const LinearWeight& weight, const ByteRows& x, const float* bias, float* out);
     TiledRows reserve_tiles(Buffer& buffer, int num_rows, int num_inputs);
     TiledRows pack_tiles(const float* x, int num_rows, int num_inputs);
     void multiply_tiles(const LinearWeight& weight, const TiledRows& x, const float* bias, float* out);
-    TiledRows multiply_gated(const GatedWeights& weights, const TiledRows& x);
+    template <typename Rows>
+    TiledRows multiply_gated(const GatedWeights& weights, const Rows& x);
+    void multiply_side(const PackedMatrix& part, PanelRange panels, const TiledRows& rows, const LinearResult& result,
+                       uint8_t* scratch) const;
+    void multiply_side(const PackedMatrix& part, PanelRange panels, const ByteRows& rows, const LinearResult& result,
+                       uint8_t* scratch) const;
     void store_gated(bool gelu, const float* const (&sides)[2], int column, int64_t ld, const TiledRows& to,
                      int group) const;
 

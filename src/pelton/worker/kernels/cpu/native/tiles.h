@@ -81,6 +81,10 @@ struct TileKernels {
     void (*linear_panels)(const PackedMatrix& matrix, PanelRange panels, GroupRange groups, const TiledRows& rows,
                           const LinearResult& result, uint8_t* scratch);
 
+    // A row of tiles, of which `row` is the first, to codes of 8 bits: as quantize_channel_row and _rest.
+    bool (*quantize_tile_row)(const uint16_t* row, int num_inputs, int8_t* to, float* scale, int32_t* sum);
+    void (*quantize_tile_rest)(const uint16_t* row, int num_inputs, int8_t* to, float* scale, int32_t* sum);
+
     // act(gate) * up of a group of 32 columns [num_rows <= 16, 32], rows `ld` apart, as a tile.
     void (*gated_rows)(bool gelu, const float* gate, const float* up, int64_t ld, int num_rows, uint16_t* to);
 

@@ -1,0 +1,173 @@
+"""Products with one scale per output and one per row (INT8_CHANNEL), on every instruction set that runs here."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from pelton.weights.channel_quantization import ChannelQuantizedTensor
+from pelton.weights.dequantize import dequantize
+from pelton.weights.tensors import WeightTensor
+from pelton.worker.kernels.cpu import pelton_cpu
+from pelton.worker.kernels.cpu.backend import NativeKernels
+from tests.worker.native import ISAS, native, random_packed
+
+pytestmark = pytest.mark.torch
+
+F32 = npt.NDArray[np.float32]
+
+
+def channel_tensor(num_outputs: int, num_inputs: int, seed: int = 0) -> WeightTensor:
+    """Codes of every size; rows differ in scale by orders of magnitude."""
+    values = np.random.default_rng(seed).standard_normal((num_outputs, num_inputs), dtype=np.float32)
+    values *= np.logspace(-3, 1, num_outputs, dtype=np.float32)[:, None]
+    return ChannelQuantizedTensor(WeightTensor("w", values.shape, "F32", values.reshape(-1).view(np.uint8)))
+
+
+def some_rows(num_rows: int, num_inputs: int, seed: int = 1) -> F32:
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((num_rows, num_inputs), dtype=np.float32)
+    return (x * np.logspace(-3, 3, num_rows, dtype=np.float32)[:, None]).astype(np.float32)
+
+
+def expected_products(x: F32, tensor: WeightTensor, bias: F32 | None = None) -> npt.NDArray[np.float64]:
+    """Rows rounded to 8 bits as the kernels should, then exact."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        largest = np.abs(x).max(axis=1, keepdims=True)
+        codes = np.where(largest > 0, np.rint(x * (np.float32(127) / largest)), 0)
+    rounded = codes.astype(np.float64) * (largest / np.float32(127)).astype(np.float64)
+    products = rounded @ dequantize(tensor).astype(np.float64).T
+    return products if bias is None else products + bias
+
+
+def assert_near(result: F32, expected: npt.NDArray[np.float64], x: F32, tensor: WeightTensor) -> None:
+    sizes = np.abs(x).astype(np.float64) @ np.abs(dequantize(tensor)).astype(np.float64).T
+    assert result.shape == expected.shape
+    assert (np.abs(result - expected) <= 3e-7 * (sizes + np.abs(expected)) + 1e-30).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(
+    ("num_outputs", "num_inputs"), [(1, 32), (31, 64), (33, 96), (100, 512), (64, 1056), (40, 4864)]
+)
+def test_products_are_exact_but_for_the_last_rounding(isa: str, num_outputs: int, num_inputs: int) -> None:
+    kernels = native(isa)
+    tensor = channel_tensor(num_outputs, num_inputs)
+    weight = kernels.make_linear_loader().load([tensor])
+    bias = np.random.default_rng(2).standard_normal(num_outputs, dtype=np.float32)
+    for num_rows in (0, 1, 2, 6, 7, 16, 17, 32, 33, 48, 65, 130):
+        x = some_rows(num_rows, num_inputs)
+        assert_near(kernels.linear(x, weight), expected_products(x, tensor), x, tensor)
+        assert_near(kernels.linear(x, weight, bias), expected_products(x, tensor, bias), x, tensor)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("num_inputs", [544, 4864])
+def test_rows_do_not_depend_on_their_company(isa: str, num_inputs: int) -> None:
+    """Law 3: alone, in any batch, at any place, by any number of threads; 4,864 inputs take several passes."""
+    tensors = [channel_tensor(70, num_inputs), channel_tensor(33, num_inputs, seed=5)]
+    x = some_rows(600, num_inputs)
+    bias = np.random.default_rng(2).standard_normal(103, dtype=np.float32)
+    kernels = native(isa)
+    weight = kernels.make_linear_loader().load(tensors)
+    expected = kernels.linear(x, weight, bias)
+    for num_rows in range(1, 41):
+        first = 13 * num_rows
+        np.testing.assert_array_equal(
+            kernels.linear(x[first : first + num_rows], weight, bias), expected[first:][:num_rows]
+        )
+    order = np.random.default_rng(3).permutation(600)
+    np.testing.assert_array_equal(kernels.linear(x[order], weight, bias), expected[order])
+    threaded = native(isa, 3)
+    np.testing.assert_array_equal(threaded.linear(x, weight, bias), expected)
+    repacked = threaded.make_linear_loader().load(tensors)
+    np.testing.assert_array_equal(threaded.linear(x[:9], repacked, bias), expected[:9])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_rows_with_outliers_are_multiplied_twice(isa: str) -> None:
+    """One value a thousand times the others: in 8 bits alone, these would all be zeros."""
+    kernels = native(isa, 2)
+    tensor = channel_tensor(70, 4864)
+    weight = kernels.make_linear_loader().load([tensor])
+    bias = np.random.default_rng(2).standard_normal(70, dtype=np.float32)
+    x = np.random.default_rng(6).standard_normal((300, 4864), dtype=np.float32)
+    x[::3, 17] = 1000.0
+    result = kernels.linear(x, weight, bias)
+    exact = x.astype(np.float64) @ dequantize(tensor).astype(np.float64).T + bias
+    sizes = np.abs(x).astype(np.float64) @ np.abs(dequantize(tensor)).astype(np.float64).T
+    assert (np.abs(result - exact)[::3] <= 1e-3 * sizes[::3]).all()
+    for first, num_rows in ((0, 1), (3, 2), (1, 2), (9, 17), (30, 40), (6, 250)):
+        np.testing.assert_array_equal(
+            kernels.linear(x[first : first + num_rows], weight, bias), result[first:][:num_rows]
+        )
+
+
+def test_instruction_sets_agree() -> None:
+    tensor, x = channel_tensor(40, 512), some_rows(50, 512)
+    results = [native(isa).linear(x, native(isa).make_linear_loader().load([tensor])) for isa in ISAS]
+    for result in results[1:]:
+        np.testing.assert_allclose(result, results[0], rtol=3e-7, atol=1e-30)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("num_rows", [1, 9, 40])
+def test_extreme_values_stay_in_their_row(isa: str, num_rows: int) -> None:
+    kernels = native(isa)
+    tensor = channel_tensor(33, 256)
+    weight = kernels.make_linear_loader().load([tensor])
+    plain = np.random.default_rng(0).standard_normal((num_rows, 256), dtype=np.float32)
+    expected = kernels.linear(plain, weight)
+    position = num_rows // 2
+    others = [i for i in range(num_rows) if i != position]
+    for name, at, value in (("nan", 40, math.nan), ("inf", 200, -math.inf), ("huge", 3, 1e37), ("zeros", None, 0.0)):
+        x = plain.copy()
+        x[position, slice(None) if at is None else at] = value
+        result = kernels.linear(x, weight)
+        np.testing.assert_array_equal(result[others], expected[others], name)
+        assert np.isfinite(result[position]).all() == (name in ("huge", "zeros")), name
+        if name == "zeros":
+            assert not result[position].any()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("gelu", [False, True])
+def test_gated_layer(isa: str, gelu: bool) -> None:
+    """Of one op, beside its parts: what lies between may be rounded to bfloat16 there. And a row alone is the same."""
+    kernels = native(isa, 2)
+    sides = [channel_tensor(192, 96, seed=seed) for seed in (1, 2)]
+    wide = kernels.make_linear_loader().load(sides)
+    narrow_tensor = channel_tensor(96, 192, seed=3)
+    narrow = kernels.make_linear_loader().load([narrow_tensor])
+    x = np.random.default_rng(4).standard_normal((70, 96), dtype=np.float32)
+
+    def fused(rows: F32) -> F32:
+        program = pelton_cpu.Program(kernels.runtime, [], 0)
+        out, into = program.add_slot(96), program.add_slot(96)
+        program.select_rows(96, (into, 0))
+        program.gated_mlp(gelu, wide, 0, narrow, 0, (into, 0), (out, 0))
+        result = np.empty_like(rows)
+        program.run_rows(rows, np.arange(len(rows)), result)
+        return result
+
+    expected = expected_products(
+        (kernels.gelu_tanh_mul if gelu else kernels.silu_mul)(kernels.linear(x, wide)), narrow_tensor
+    )
+    result = fused(x)
+    assert np.abs(result - expected).max() <= 0.02 * np.abs(expected).max()
+    for num_rows in (1, 5, 16, 33):
+        np.testing.assert_array_equal(fused(x[:num_rows].copy()), result[:num_rows])
+
+
+def test_stands_beside_no_other_format() -> None:
+    kernels = NativeKernels(1)
+    tensors = [channel_tensor(5, 64), random_packed("Q8_0", 5, 64)]
+    weight = kernels.make_linear_loader().load(tensors)  # both in groups then
+    assert weight.num_bytes == sum(pelton_cpu.packed_num_bytes(name, 5, 64) for name in ("INT8", "Q8_0"))
+    weight = pelton_cpu.LinearWeight(64)
+    kernels.packed_weights.add_to(weight, tensors[0])
+    with pytest.raises(ValueError, match="no other format"):
+        kernels.packed_weights.add_to(weight, tensors[1])
