@@ -25,7 +25,7 @@ from pelton.core.request import Request
 from pelton.core.sampling_params import SamplingParams
 from pelton.engine.kv.block_pool import BlockPool
 from pelton.engine.kv.manager import KVManager
-from pelton.engine.policies import POLICIES
+from pelton.engine.policies import POLICIES, fair
 from pelton.engine.policies.context import PolicyContext
 from pelton.engine.scheduler import Scheduler
 
@@ -75,7 +75,7 @@ def turn(scheduler: Scheduler) -> tuple[float, float]:
     result = StepResult(batch.step_id, tuple((7,) if scheduled.samples else () for scheduled in batch.requests))
     got_s = time.thread_time()
     for request, _ in scheduler.update(batch, result):
-        if request.num_known_tokens >= request.max_num_tokens:
+        if len(request.output_token_ids) >= request.sampling.max_tokens:
             scheduler.remove(request)
     scheduler.events.clear()
     return scheduled_s - started_s, time.thread_time() - got_s
@@ -120,6 +120,7 @@ def main() -> None:
     parser.add_argument("--situation", nargs="+", default=["full", "memory", "churn"])
     arguments = parser.parse_args()
     gc.disable()
+    fair.SHARED_STEP_TOKENS = 10**6  # else 100 tenants get 128 prompt tokens a step, and a thousand never run at once
     print("                    schedule() ms    update() ms")
     print("policy    case         p50    p99      p50    p99   running waiting")
     for policy in arguments.policy:

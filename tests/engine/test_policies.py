@@ -85,7 +85,7 @@ def test_the_books_balance_whatever_happens(
                     waiting.remove(request)
                     running.append(request)
         elif what == "charge" and running:
-            policy.charge(running[number % len(running)], 1)
+            policy.charge(running[number % len(running)].tenant_id, 1)
         elif what == "preempt" and running:
             request = running.pop(number % len(running))
             request.num_preemptions += 1

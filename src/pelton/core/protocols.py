@@ -97,8 +97,8 @@ class SchedulingPolicy(Protocol):
         """Prompt tokens are about to be computed; those found in the cache or computed again are not told."""
         ...
 
-    def charge(self, request: Request, num_output_tokens: int) -> None:
-        """Tokens have been sampled."""
+    def charge(self, tenant_id: str, num_output_tokens: int) -> None:
+        """Tokens have been sampled for requests of a tenant, which has some."""
         ...
 
     def charge_kv(self, tenant_id: str, num_block_seconds: float) -> None:

@@ -76,6 +76,7 @@ class Request:
     # What the last preemption kept findable, for this request alone where a hash is not one of `block_hashes`.
     kept_hashes: list[bytes] = field(default_factory=list)
     num_kept_tokens: int = 0
+    prefix_memo: object = None  # the KV manager's, of the last prefix match while the request waits
     max_num_tokens: int = 0  # prompt + output at most; resolved from max_tokens and the context at admission
 
     @property

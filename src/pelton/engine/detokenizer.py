@@ -43,7 +43,7 @@ class IncrementalDetokenizer:
         self._texts = texts
         self._is_between_characters = True
         self._utf8 = _UTF8("replace")
-        self._stop = stop
+        self.stop = stop
         self._skip_special_tokens = skip_special_tokens
         self._shown_token_ids = shown_token_ids
         self._include_stop = include_stop_str_in_output
@@ -55,7 +55,7 @@ class IncrementalDetokenizer:
         text = self._texts.known.get(token_id) if self._is_between_characters else None
         if text is None:
             text = self._decode(token_id)
-        if not self._stop or not check_stop:
+        if not self.stop or not check_stop:
             return text
         return self._release(text)
 
@@ -77,12 +77,12 @@ class IncrementalDetokenizer:
 
     def _release(self, text: str) -> str:
         text = self._held + text
-        found = [(start, stop) for stop in self._stop if (start := text.find(stop)) >= 0]
+        found = [(start, stop) for stop in self.stop if (start := text.find(stop)) >= 0]
         if found:
             start, self.matched_stop = min(found, key=lambda match: match[0])
             self._held = ""
             return text[: start + len(self.matched_stop)] if self._include_stop else text[:start]
-        num_held = max(_overlap(text, stop) for stop in self._stop)
+        num_held = max(_overlap(text, stop) for stop in self.stop)
         self._held = text[len(text) - num_held :]
         return text[: len(text) - num_held]
 

@@ -241,13 +241,18 @@ class Engine:
 
     def take_update(self) -> EngineUpdate | None:
         """What happened since the last call; None where nothing did."""
-        outputs, self._outputs = self._outputs, []
-        events, self.scheduler.events = self.scheduler.events, []
+        outputs, events = self.take_outputs()
         replies, self._replies = self._replies + self.adapters.take_replies(), []
         self.adapters.settle(self._in_flight[0][0].step_id if self._in_flight else None)
         if not outputs and not events and not replies:
             return None
         return EngineUpdate(tuple(outputs), tuple(events), self.stats(), tuple(replies))
+
+    def take_outputs(self) -> tuple[list[RequestOutput], list[RequestEvent]]:
+        """Of an update, what concerns requests."""
+        outputs, self._outputs = self._outputs, []
+        events, self.scheduler.events = self.scheduler.events, []
+        return outputs, events
 
     def stats(self) -> EngineStats:
         pool = self.scheduler.kv.pool

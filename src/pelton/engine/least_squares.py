@@ -20,14 +20,20 @@ def solve_chosen(products: Sequence[Sequence[float]], targets: Sequence[float], 
     for k in range(size):
         rows[k][k] *= 1.0 + _RIDGE
     for k in range(size):
-        pivot = max(range(k, size), key=lambda r: abs(rows[r][k]))
+        pivot = k
+        for r in range(k + 1, size):
+            if abs(rows[r][k]) > abs(rows[pivot][k]):
+                pivot = r
         rows[k], rows[pivot] = rows[pivot], rows[k]
-        if rows[k][k] == 0.0:
+        row = rows[k]
+        if row[k] == 0.0:
             return None
         for r in range(size):
             if r != k:
-                factor = rows[r][k] / rows[k][k]
-                rows[r] = [a - factor * b for a, b in zip(rows[r], rows[k], strict=True)]
+                other = rows[r]
+                factor = other[k] / row[k]
+                for column in range(k + 1, size + 1):  # those before are zero in `row`, or read no more
+                    other[column] -= factor * row[column]
     solution = [0.0, 0.0, 0.0]
     for k, index in enumerate(chosen):
         solution[index] = rows[k][size] / rows[k][k]

@@ -11,6 +11,9 @@ from pelton.core.protocols import TokenDecoder
 from pelton.core.request import FinishReason, Request
 from pelton.engine.detokenizer import IncrementalDetokenizer, TokenTexts
 
+_new = tuple.__new__  # a `NamedTuple` without the checks of its constructor
+_NOTHING_MORE = (None,) * (len(RequestOutput._fields) - 4)
+
 
 @dataclass(slots=True)
 class _Generation:
@@ -18,6 +21,14 @@ class _Generation:
     stop_token_ids: frozenset[int]
     min_tokens: int
     max_tokens: int
+
+    def is_usual(self, token_id: int, request: Request) -> bool:
+        """Whether this token, the latest of `request`, can neither end it nor belong to a stop string."""
+        return (
+            len(request.output_token_ids) < self.max_tokens
+            and not self.detokenizer.stop
+            and token_id not in self.stop_token_ids
+        )
 
 
 class OutputProcessor:
@@ -51,6 +62,10 @@ class OutputProcessor:
         Tokens after the one that ends the request are dropped, from the request too.
         """
         generation = self._generations[request.request_id]
+        submission_id = request.parent_id or request.request_id
+        if len(token_ids) == 1 and not result.logprobs and generation.is_usual(token_ids[0], request):
+            text = generation.detokenizer.push(token_ids[0])
+            return _new(RequestOutput, (submission_id, request.index, token_ids, text, *_NOTHING_MORE))
         first = len(request.output_token_ids) - len(token_ids)
         text = ""
         finish_reason: FinishReason | None = None
@@ -69,9 +84,6 @@ class OutputProcessor:
                 del request.output_token_ids[first + count :]
                 break
         logprobs = result.logprobs[row] if result.logprobs else None
-        submission_id = request.parent_id or request.request_id
-        if finish_reason is None and logprobs is None:  # the usual one
-            return RequestOutput(submission_id, request.index, token_ids, text)
         return RequestOutput(
             submission_id,
             request.index,

@@ -9,7 +9,7 @@ Order, victims and charges belong to the policy, blocks to the KV manager.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from collections import deque
 
 from pelton.core.batch import PENDING_TOKEN_ID, KVOp, RequestContext, ScheduledBatch, ScheduledRequest, StepResult
 from pelton.core.events import EventKind, RequestEvent
@@ -18,6 +18,7 @@ from pelton.core.request import Request, RequestStatus
 from pelton.engine.background import takers
 from pelton.engine.kv.manager import KVManager
 from pelton.engine.kv.prefix_match import PrefixMatch
+from pelton.engine.step import Row, SchedulerCounters, Step
 from pelton.engine.step_budget import FixedBudget, StepBudget
 
 # How far past a request that does not fit the waiting line is searched, and how many may overtake it.
@@ -30,32 +31,9 @@ SAVED_PER_STEP = 8
 SAVED_WHEN_IDLE = 64
 _log = logging.getLogger("pelton.engine")
 _RUNNING = RequestStatus.RUNNING
+_FINISHED = RequestStatus.FINISHED
 _new = tuple.__new__  # a `NamedTuple` without the checks of its constructor
 _ONE_PENDING = (PENDING_TOKEN_ID,)
-
-
-@dataclass(slots=True)
-class SchedulerCounters:
-    """Only grow; read by the engine's statistics."""
-
-    num_prefix_queries: int = 0
-    num_prefix_hits: int = 0
-    num_preemptions: int = 0
-    num_recomputed_tokens: int = 0
-    num_prompt_tokens: int = 0
-
-
-@dataclass(slots=True)
-class _Step:
-    """The batch being made."""
-
-    num_budget_tokens: int
-    scheduled: list[ScheduledRequest] = field(default_factory=list)
-    kv_ops: list[KVOp] = field(default_factory=list)
-    starts: dict[str, int] = field(default_factory=dict)  # request id -> first position computed in this step
-    chunks: list[Request] = field(default_factory=list)  # running requests that want, or wanted, more than one token
-    is_closed: bool = False  # takes no more requests
-    has_refused: bool = False  # a waiting request found no room
 
 
 class Scheduler:
@@ -84,6 +62,7 @@ class Scheduler:
         self._ended_ids: list[str] = []  # told to the worker with the next batch
         self._preempted_ids: list[str] = []
         self._num_steps = self._num_background = 0  # steps made, background requests that have not ended
+        self._in_flight: deque[tuple[int, list[Row]]] = deque()  # by step id, oldest first
         self._refused_room = 0  # free blocks when waiting requests were last refused
         self._refused_until_step = 0
 
@@ -113,7 +92,7 @@ class Scheduler:
 
     def schedule(self) -> ScheduledBatch | None:
         """The next step, or None where nothing can be computed now."""
-        step = _Step(self.max_num_batched_tokens)
+        step = Step(self.max_num_batched_tokens)
         num_preemptions = self.counters.num_preemptions
         step.chunks = self._continue_decodes(step)
         num_decodes = len(step.scheduled)
@@ -136,25 +115,27 @@ class Scheduler:
         if not step.scheduled and not step.kv_ops:
             return None
         self._num_steps += 1
+        self._in_flight.append((self._num_steps, step.rows))
         preempted_ids, self._preempted_ids = self._preempted_ids, []
         ended_ids, self._ended_ids = self._ended_ids, []
         return ScheduledBatch(
             self._num_steps, tuple(step.scheduled), tuple(step.kv_ops), tuple(preempted_ids), tuple(ended_ids)
         )
 
-    def _continue_decodes(self, step: _Step) -> list[Request]:
+    def _continue_decodes(self, step: Step) -> list[Request]:
         """Choose the requests that want one token; returns those that want more.
 
         Runs for every request of every step: `_continue` in line for the usual one, whose token goes to a
         block that it has already.
         """
         chunks: list[Request] = []
-        starts, append = step.starts, step.scheduled.append
+        append, append_row = step.scheduled.append, step.rows.append
         for request in takers(self.running, self._num_background, self._num_steps):
             start = request.num_computed_tokens
             outputs = request.output_token_ids
             num_known = len(request.prompt_token_ids) + len(outputs)
-            num_tokens = num_known + request.num_pending_tokens
+            num_pending = request.num_pending_tokens
+            num_tokens = num_known + num_pending
             if start + 1 != num_tokens or start >= request.num_writable_tokens:
                 num_wanted = self._num_wanted(request)
                 if num_wanted > 1:
@@ -163,24 +144,24 @@ class Scheduler:
                     self._continue(request, step)
             elif num_tokens < request.max_num_tokens and step.num_budget_tokens:
                 tables = request.scheduled_block_tables
-                if request.status is not _RUNNING or tables is None or not outputs:
+                if tables is None or not outputs:
                     self._continue(request, step)
                     continue
                 token_ids = _ONE_PENDING if start >= num_known else (outputs[-1],)
                 request.num_kv_tokens = request.num_computed_tokens = num_tokens
-                request.num_pending_tokens += 1
+                request.num_pending_tokens = num_pending + 1
                 request.num_steps_in_flight += 1
                 step.num_budget_tokens -= 1
-                request_id = request.request_id
-                starts[request_id] = start
-                append(_new(ScheduledRequest, (request_id, token_ids, start, tables, request.sampling, True, (), None)))
+                entry = (request.request_id, token_ids, start, tables, request.sampling, True, (), None)
+                append(_new(ScheduledRequest, entry))
+                append_row((request, start, num_tokens, True))
         return chunks
 
     def _num_wanted(self, request: Request) -> int:
         # The last token a request may have is never computed: nothing follows it.
         return min(request.num_tokens, request.max_num_tokens - 1) - request.num_computed_tokens
 
-    def _continue(self, request: Request, step: _Step) -> None:
+    def _continue(self, request: Request, step: Step) -> None:
         if not step.num_budget_tokens or request.status is not RequestStatus.RUNNING:  # a victim of this very step
             return
         num_wanted = self._num_wanted(request)
@@ -190,30 +171,33 @@ class Scheduler:
                 return
         self._choose(request, num_tokens, kv_ops, step)
 
-    def _make_room(self, request: Request, step: _Step) -> bool:
+    def _make_room(self, request: Request, step: Step) -> bool:
         """Preempt somebody so that `request` can go on; False: it cannot, in this step."""
-        candidates = [other for other in self.running if other is not request and _has_progressed(other, step)]
+        candidates = [
+            other
+            for other in self.running
+            if (not other.num_preemptions or step.has_progressed(other)) and other is not request
+        ]
         victim = self.policy.choose_victim(candidates, request)
-        if victim is None and not _has_progressed(request, step):
+        if victim is None and not step.has_progressed(request):
             # It waits with what it has while others go on: nobody is preempted twice for nothing.
             if step.scheduled or any(other.num_steps_in_flight for other in self.running):
                 return False
             victim = candidates[-1] if candidates else request
         victim = victim or request
-        if victim.request_id in step.starts:
-            self._withdraw(victim, step)
+        self._withdraw(victim, step)
         self._preempt(victim, request)
         return victim is not request
 
-    def _withdraw(self, request: Request, step: _Step) -> None:
+    def _withdraw(self, request: Request, step: Step) -> None:
         """Undo `_choose`. Copies made for the request stay: nobody reads where they go before writing it."""
-        del step.starts[request.request_id]
-        index = next(i for i, scheduled in enumerate(step.scheduled) if scheduled.request_id == request.request_id)
-        scheduled = step.scheduled.pop(index)
-        step.num_budget_tokens += len(scheduled.token_ids)
-        request.num_computed_tokens = scheduled.num_computed_tokens
-        request.num_pending_tokens -= scheduled.samples
-        request.num_steps_in_flight -= 1
+        row = step.withdraw(request)
+        if row is not None:
+            _, start, end, samples = row
+            step.num_budget_tokens += end - start
+            request.num_computed_tokens = start
+            request.num_pending_tokens -= samples
+            request.num_steps_in_flight -= 1
 
     def _preempt(self, request: Request, beneficiary: Request) -> None:
         num_lost = request.num_computed_tokens
@@ -236,7 +220,7 @@ class Scheduler:
         self.policy.preempt(request)
         self._refused_until_step = 0
 
-    def _admit_waiting(self, step: _Step, ahead_of: Request | None = None) -> None:
+    def _admit_waiting(self, step: Step, ahead_of: Request | None = None) -> None:
         """Start waiting requests; with `ahead_of` only those that the policy puts before that one's next chunk."""
         if not step.num_budget_tokens or len(self.running) >= self.max_num_seqs:
             return
@@ -268,7 +252,7 @@ class Scheduler:
             self._refused_room = self.kv.pool.num_available - num_reserved
             self._refused_until_step = self._num_steps + REFUSED_STEPS
 
-    def _try_admit(self, request: Request, num_reserved_blocks: int, step: _Step) -> bool:
+    def _try_admit(self, request: Request, num_reserved_blocks: int, step: Step) -> bool:
         if request.num_steps_in_flight:  # preempted while a step computes it: its result must not count for new blocks
             return False
         match = self._match_leader(request, step) or self.kv.match(request)
@@ -293,13 +277,12 @@ class Scheduler:
         self._choose(request, num_tokens, kv_ops, step, context)
         return True
 
-    def _match_leader(self, request: Request, step: _Step) -> PrefixMatch | None:
+    def _match_leader(self, request: Request, step: Step) -> PrefixMatch | None:
         leader = self.requests.get(request.fork_of) if request.fork_of else None
         if leader is None:
             return None
         # Copies come before the step's own writes: only what earlier steps computed can be shared.
-        num_written = step.starts.get(leader.request_id, leader.num_computed_tokens)
-        return self.kv.match_leader(request, leader, num_written)
+        return self.kv.match_leader(request, leader, step.start_of(leader))
 
     def _count_admission(self, request: Request, num_matched_tokens: int) -> None:
         if request.num_preemptions:
@@ -317,7 +300,7 @@ class Scheduler:
         return self.kv.num_blocks_to_reach(request, request.num_tokens)
 
     def _choose(
-        self, request: Request, num_tokens: int, kv_ops: list[KVOp], step: _Step, context: RequestContext | None = None
+        self, request: Request, num_tokens: int, kv_ops: list[KVOp], step: Step, context: RequestContext | None = None
     ) -> None:
         start = request.num_computed_tokens
         end = start + num_tokens
@@ -332,7 +315,7 @@ class Scheduler:
         request.num_pending_tokens += samples
         request.num_steps_in_flight += 1
         step.num_budget_tokens -= num_tokens
-        step.starts[request.request_id] = start
+        step.rows.append((request, start, end, samples))
         if kv_ops:
             step.kv_ops += kv_ops
         step.scheduled.append(
@@ -373,30 +356,30 @@ class Scheduler:
             self.budget.observe(batch, result.elapsed_s - result.kv_copy_s)
         grown = []
         failed_ids = result.failed or {}
-        alive, commit, charge, block_size = self.requests, self.kv.commit, self.policy.charge, self.kv.block_size
-        for row, (scheduled, sampled) in enumerate(zip(batch.requests, result.sampled_token_ids, strict=True)):
-            request_id, start = scheduled[0], scheduled[2]
-            request = alive.get(request_id)
-            if request is None:  # ended while the step ran
+        commit, block_size = self.kv.commit, self.kv.block_size
+        num_output_tokens: dict[str, int] = {}  # by tenant
+        while self._in_flight[0][0] != batch.step_id:  # steps that failed
+            self._in_flight.popleft()
+        rows = self._in_flight.popleft()[1]
+        for index, ((request, start, end, samples), sampled) in enumerate(
+            zip(rows, result.sampled_token_ids, strict=True)
+        ):
+            if request.status is _FINISHED:  # while the step ran
                 continue
-            end = start + len(scheduled[1])
             request.num_steps_in_flight -= 1
-            request.num_pending_tokens -= scheduled[5]
+            request.num_pending_tokens -= samples
             # What a failed request computed (NaN, say) must not be found by others.
             fills_block = start // block_size != end // block_size
             if sampled:
                 request.output_token_ids += sampled
-                charge(request, len(sampled))
-                grown.append((request, row))
-            if fills_block and request.status is _RUNNING and request_id not in failed_ids:
+                tenant_id = request.tenant_id
+                num_output_tokens[tenant_id] = num_output_tokens.get(tenant_id, 0) + len(sampled)
+                grown.append((request, index))
+            if fills_block and request.status is _RUNNING and request.request_id not in failed_ids:
                 commit(request, start, end)
+        for tenant_id, number in num_output_tokens.items():
+            self.policy.charge(tenant_id, number)
         return grown
 
     def _record(self, request: Request, kind: EventKind, num_tokens: int, detail: str = "") -> None:
         self.events.append(RequestEvent(request.request_id, kind, self.clock.now_s(), num_tokens, detail))
-
-
-def _has_progressed(request: Request, step: _Step) -> bool:
-    """Whether more of it is computed than when it was last preempted, or it never was."""
-    num_computed_tokens = step.starts.get(request.request_id, request.num_computed_tokens)
-    return not request.num_preemptions or num_computed_tokens > request.num_lost_tokens

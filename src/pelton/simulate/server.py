@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -30,7 +31,6 @@ class SimulatedServer:
     def __init__(self, engine: Engine, executor: CostExecutor) -> None:
         self.engine = engine
         self.executor = executor
-        self.stats = EngineStats()
         self.num_preempted_tokens = 0  # given up by preemptions
         self._loop = asyncio.get_running_loop()
         self._calls: dict[str, _Call] = {}
@@ -48,6 +48,10 @@ class SimulatedServer:
         self._wake()
         return call.done
 
+    @property
+    def stats(self) -> EngineStats:
+        return self.engine.stats()
+
     def _wake(self, _: Future[StepResult] | None = None) -> None:
         """Turn once all that happens at this moment has happened."""
         if not self._is_woken:
@@ -61,12 +65,11 @@ class SimulatedServer:
         while engine.is_step_done:
             engine.collect()
         engine.dispatch(self._wake)
-        if (update := engine.take_update()) is not None:
-            self.stats = update.stats
-            self._take_outputs(update.outputs)
-            for event in update.events:
-                if event.kind is EventKind.PREEMPTED:
-                    self.num_preempted_tokens += event.num_tokens
+        outputs, events = engine.take_outputs()
+        self._take_outputs(outputs)
+        for event in events:
+            if event.kind is EventKind.PREEMPTED:
+                self.num_preempted_tokens += event.num_tokens
         self._set_alarm()
 
     def _set_alarm(self) -> None:
@@ -76,7 +79,7 @@ class SimulatedServer:
         if (deadline_s := self.engine.next_deadline_s) is not None:
             self._alarm = self._loop.call_at(deadline_s, self._wake)
 
-    def _take_outputs(self, outputs: tuple[RequestOutput, ...]) -> None:
+    def _take_outputs(self, outputs: Iterable[RequestOutput]) -> None:
         now_s = self._loop.time()
         calls = self._calls
         for output in outputs:

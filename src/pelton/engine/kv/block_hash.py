@@ -20,12 +20,17 @@ def root_hash(identity: str, cache_salt: str, lora_id: str = "") -> bytes:
 
 
 def extend_block_hashes(request: Request, root: bytes, block_size: int) -> None:
-    """Bring `request.block_hashes` up to the request's known tokens; about 1 us a block."""
+    """Bring `request.block_hashes` up to the request's known tokens; well under 1 us a block."""
     hashes = request.block_hashes
-    for index in range(len(hashes), request.num_known_tokens // block_size):
-        parent = hashes[-1] if hashes else root
-        token_ids = array("i", request.known_token_ids(index * block_size, (index + 1) * block_size))
-        hashes.append(blake2b(parent + token_ids.tobytes(), digest_size=HASH_BYTES).digest())
+    first, end = len(hashes), request.num_known_tokens // block_size
+    if first >= end:
+        return
+    token_ids = array("i", request.known_token_ids(first * block_size, end * block_size))
+    data, num_bytes = token_ids.tobytes(), block_size * token_ids.itemsize
+    parent = hashes[-1] if hashes else root
+    for start in range(0, len(data), num_bytes):
+        parent = blake2b(parent + data[start : start + num_bytes], digest_size=HASH_BYTES).digest()
+        hashes.append(parent)
 
 
 def private_hash(request: Request, index: int) -> bytes:

@@ -7,11 +7,16 @@ KV cache is one pool; host memory is another, where a block is used while bytes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 
 from pelton.core.batch import NULL_BLOCK_ID, BlockKey
 from pelton.engine.kv.block import Block, EvictionPolicy
 from pelton.engine.kv.eviction.lru import LRUEviction
+
+# Keys that are remembered after they have left a pool, so that who looked one up knows that it is gone.
+REMOVALS_KEPT = 4096
 
 
 class BlockPool:
@@ -28,6 +33,8 @@ class BlockPool:
         self._free = list(range(num_blocks - 1, NULL_BLOCK_ID, -1))
         self._cached = LRUEviction() if eviction is None else eviction
         self._index: dict[BlockKey, int] = {}
+        self._removed: deque[tuple[BlockKey, int]] = deque(maxlen=REMOVALS_KEPT)
+        self.num_removed = 0  # keys that were findable and are not (only grows)
 
     @property
     def num_total(self) -> int:
@@ -54,18 +61,18 @@ class BlockPool:
         if num_blocks > self.num_available:
             return None
         taken = []
+        free, blocks, on_evict = self._free, self.blocks, self.on_evict
         for _ in range(num_blocks):
-            block_id = self._free.pop() if self._free else self._evict()
-            self.blocks[block_id].ref_count = 1
-            taken.append(block_id)
+            if free:
+                block = blocks[free.pop()]
+            else:
+                block = self._cached.pop()
+                if on_evict is not None:
+                    on_evict(block)
+                self._forget(block)
+            block.ref_count = 1
+            taken.append(block.block_id)
         return taken
-
-    def _evict(self) -> int:
-        block = self._cached.pop()
-        if self.on_evict is not None:
-            self.on_evict(block)
-        self._forget(block)
-        return block.block_id
 
     def share(self, block_ids: Iterable[int]) -> None:
         """One more table names these blocks; a cached one becomes used again."""
@@ -85,20 +92,30 @@ class BlockPool:
 
     def release(self, block_ids: Iterable[int]) -> None:
         """One table fewer names these blocks. Pass a table's tail first: then it is evicted first."""
+        blocks, add, on_cached = self.blocks, self._cached.add, self.on_cached
         for block_id in block_ids:
-            block = self.blocks[block_id]
+            block = blocks[block_id]
             block.ref_count -= 1
             if block.ref_count == 0:
                 if block.key is not None:
-                    self._cached.add(block)
-                    if self.on_cached is not None:
-                        self.on_cached(block)
+                    add(block)
+                    if on_cached is not None:
+                        on_cached(block)
                 else:
                     self._free.append(block_id)
 
     def find(self, key: BlockKey) -> int | None:
         """The block that holds this content, used or cached."""
         return self._index.get(key)
+
+    def find_all(self, keys: Iterable[BlockKey]) -> list[int | None]:
+        """`find` for each."""
+        return list(map(self._index.get, keys))
+
+    def removed_since(self, num_removed: int) -> Iterator[tuple[BlockKey, int]] | None:
+        """Keys, with their place in their chain, that were removed after the first `num_removed`; None: too many."""
+        number = self.num_removed - num_removed
+        return islice(reversed(self._removed), number) if number <= len(self._removed) else None
 
     def publish(self, block_id: int, key: BlockKey, index: int = 0, generation: int = 0) -> None:
         """Make a used block findable. The first block of a key stays; a twin remains unpublished."""
@@ -107,6 +124,19 @@ class BlockPool:
             block.key, block.index = key, index
             block.generation = block.num_turns = generation
             self._index[key] = block_id
+
+    def publish_chain(
+        self, block_ids: Sequence[int], group_id: int, hashes: Sequence[bytes], first: int, generation: int
+    ) -> None:
+        """`publish` each of a chain's blocks from place `first` on, but for null blocks and those that have a key."""
+        blocks, index = self.blocks, self._index
+        for place, (block_id, block_hash) in enumerate(zip(block_ids, hashes, strict=True), first):
+            block = blocks[block_id]
+            if block.key is None and block_id != NULL_BLOCK_ID:
+                key = (group_id, block_hash)
+                if index.setdefault(key, block_id) == block_id:
+                    block.key, block.index = key, place
+                    block.generation = block.num_turns = generation
 
     def publish_like(self, block_id: int, other: Block) -> None:
         """Publish a copy of a block of another pool."""
@@ -131,6 +161,8 @@ class BlockPool:
     def _forget(self, block: Block) -> None:
         if block.key is not None:
             del self._index[block.key]
+            self._removed.append((block.key, block.index))
+            self.num_removed += 1
             block.key = None
 
     def check(self, tables: Iterable[Iterable[int]]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import queue
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from typing import TypeVar
@@ -115,9 +115,12 @@ class DiskTier:
     def is_reading(self, keys: Iterable[BlockKey]) -> bool:
         return any(key in self._reading for key in keys)
 
-    def read(self, keys: Sequence[BlockKey]) -> None:
-        """Read blocks into host memory, those first that come first, as far as there is room."""
-        wanted = [key for key in keys if key in self._index and key not in self._reading]
+    def read(self, places: Mapping[BlockKey, int]) -> None:
+        """Read blocks into host memory, those first that come first, as far as there is room.
+
+        `places` are those of the blocks in their chain, which no file tells.
+        """
+        wanted = [key for key in places if key in self._index and key not in self._reading]
         for low in range(0, len(wanted), READ_BLOCKS):
             batch = wanted[low : low + READ_BLOCKS]
             if len(self._reading) + len(batch) > self._most_reading:
@@ -127,9 +130,9 @@ class DiskTier:
                 return
             self._reading.update(zip(batch, slot_ids, strict=True))
             future = self._store.load(slot_ids, batch)
-            future.add_done_callback(lambda done, batch=batch: self._tell(lambda: self._read(batch, done)))  # type: ignore[misc]
+            future.add_done_callback(lambda done, batch=batch: self._tell(lambda: self._read(batch, places, done)))  # type: ignore[misc]
 
-    def _read(self, keys: Sequence[BlockKey], future: Future[BlockRead]) -> None:
+    def _read(self, keys: Sequence[BlockKey], places: Mapping[BlockKey, int], future: Future[BlockRead]) -> None:
         result = _result(future)
         loaded = result.loaded if result else (False,) * len(keys)
         if result:
@@ -139,7 +142,7 @@ class DiskTier:
             slot_id = self._reading.pop(key)
             if is_loaded:
                 self.counters.num_read_blocks += 1
-                self._host.publish(slot_id, key)
+                self._host.publish(slot_id, key, places[key])
                 self.unused_slot_ids.add(slot_id)
                 if key in self._index:
                     self._index.move_to_end(key)

@@ -19,7 +19,7 @@ from pelton.core.request import Request
 from pelton.engine.kv.block_hash import extend_block_hashes, is_private, private_hash, root_hash
 from pelton.engine.kv.block_pool import BlockPool
 from pelton.engine.kv.pins import PinTable
-from pelton.engine.kv.prefix_match import PrefixIndex, PrefixMatch
+from pelton.engine.kv.prefix_match import PrefixIndex, PrefixMatch, RequestMemo
 from pelton.engine.kv.tiers import KVTiers
 
 
@@ -59,21 +59,25 @@ class KVManager:
         """Longest known prefix, always leaving at least one token to compute.
 
         Whole blocks, and what a preempted request has computed beyond them. A request that is still to
-        tell logprobs of its prompt, or that pools the hidden states of all of it, has to compute it.
+        tell logprobs of its prompt, or that pools the hidden states of all of it, has to compute it. Asked
+        again of a waiting request, it looks through what has changed since.
         """
         if request.sampling.pooling is not None and request.sampling.pooling.needs_all_tokens:
             return self.prefixes.no_match
         if request.sampling.prompt_logprobs is not None and request.num_prompt_logprobs < request.num_prompt_tokens - 1:
             return self.prefixes.no_match
         num_most = request.num_known_tokens - 1
+        memo = request.prefix_memo
+        if not isinstance(memo, RequestMemo):
+            memo = request.prefix_memo = RequestMemo()
         own = min(request.num_kept_tokens, num_most)
-        kept = self.prefixes.match(request.kept_hashes[: -(-own // self.block_size)], own)
+        kept = self.prefixes.match(request.kept_hashes, own, memo.kept) if own else self.prefixes.no_match
         if not self.enable_prefix_caching:
             return kept
         num_blocks = num_most // self.block_size
         if num_blocks * self.block_size <= kept.num_tokens:
             return kept
-        found = self.prefixes.match(request.block_hashes[:num_blocks], num_blocks * self.block_size)
+        found = self.prefixes.match(request.block_hashes, num_blocks * self.block_size, memo.public)
         return found if found.num_tokens > kept.num_tokens else kept
 
     def match_leader(self, request: Request, leader: Request, num_written_tokens: int) -> PrefixMatch | None:
@@ -114,21 +118,29 @@ class KVManager:
 
     def can_admit(self, request: Request, match: PrefixMatch, num_reserved_blocks: int) -> bool:
         """Whether all known tokens of a waiting request fit beside `num_reserved_blocks` for others."""
-        return self.num_blocks_short(request, match, num_reserved_blocks) <= 0
+        num_free = self.pool.num_available - num_reserved_blocks - self._num_to_take(request, match)
+        # Looking at every block of a match is for those that may fit.
+        return num_free >= 0 and num_free >= self._num_leaving(match)
 
     def num_blocks_short(self, request: Request, match: PrefixMatch, num_reserved_blocks: int) -> int:
         """Blocks that are missing for `can_admit`; 0 or less: none."""
+        num_needed = self._num_to_take(request, match) + self._num_leaving(match)
+        return num_needed + num_reserved_blocks - self.pool.num_available
+
+    def _num_to_take(self, request: Request, match: PrefixMatch) -> int:
+        """Blocks that a waiting request needs beside those of its match."""
         needed = sum(
             self._num_missing(group, len(ids), match.num_tokens, request.num_known_tokens)
             for group, ids in zip(self.groups, match.block_ids, strict=True)
         )
-        needed += len(match.loads)
-        cow = self._num_to_copy(match)
-        leaving = sum(
+        return needed + len(match.loads) + self._num_to_copy(match)
+
+    def _num_leaving(self, match: PrefixMatch) -> int:
+        """Available blocks that a match would take."""
+        return sum(
             self.pool.num_cached_among(block_id for block_id in ids if block_id != NULL_BLOCK_ID)
             for ids in match.block_ids
         )
-        return needed + cow + leaving + num_reserved_blocks - self.pool.num_available
 
     def _num_missing(self, group: KVGroupSpec, num_held: int, start: int, end: int) -> int:
         num_blocks = -(-end // self.block_size)
@@ -158,8 +170,10 @@ class KVManager:
         tables = [[self.pool.blocks[block_id] for block_id in table] for table in request.block_tables]
         if tables[0] and not request.num_preemptions:
             request.generation = tables[0][-1].generation + 1
+        generation = request.generation
         for block in chain.from_iterable(tables):
-            block.num_turns = max(block.num_turns, request.generation)
+            if block.num_turns < generation:
+                block.num_turns = generation
 
     def _load(self, request: Request, match: PrefixMatch) -> None:
         """Copy what a match found in host memory into blocks of the device, where others find it too."""
@@ -181,10 +195,12 @@ class KVManager:
         start = request.num_computed_tokens
         end = start + num_new_tokens
         request.scheduled_block_tables = None
-        self._leave_window(request, start)
-        missing = [-(-end // self.block_size) - len(table) for table in request.block_tables]
+        if self._has_windows:
+            self._leave_window(request, start)
+        num_all = -(-end // self.block_size)
+        missing = [max(0, num_all - len(table)) for table in request.block_tables]
         shared = self._shared_blocks_to_write(request, start)
-        num_blocks = sum(n for n in missing if n > 0) + len(shared)
+        num_blocks = sum(missing) + len(shared)
         if self.pins is not None:
             self.pins.yield_to_running(num_blocks)
         taken = self.pool.try_allocate(num_blocks)
@@ -197,8 +213,9 @@ class KVManager:
             self.pool.release((table[index],))
             table[index] = private
         for table, num_missing in zip(request.block_tables, missing, strict=True):
-            for _ in range(num_missing):
-                table.append(taken.pop())
+            if num_missing:
+                table += taken[: -num_missing - 1 : -1]
+                del taken[-num_missing:]
         request.num_kv_tokens = end
         if not self._has_windows:
             request.num_writable_tokens = len(request.block_tables[0]) * self.block_size
@@ -232,10 +249,10 @@ class KVManager:
             return
         extend_block_hashes(request, self._root(request), self.block_size)
         num_full = min(end // self.block_size, len(request.block_hashes))
+        first = start // self.block_size
+        hashes = request.block_hashes[first:num_full]
         for group_id, table in enumerate(request.block_tables):
-            for index in range(start // self.block_size, num_full):
-                if table[index] != NULL_BLOCK_ID:
-                    self.pool.publish(table[index], (group_id, request.block_hashes[index]), index, request.generation)
+            self.pool.publish_chain(table[first:num_full], group_id, hashes, first, request.generation)
 
     def free(self, request: Request) -> None:
         """Give back everything; published blocks stay findable until their memory is needed."""
@@ -291,10 +308,10 @@ class KVManager:
         self.prepare(request)
         if not self.enable_prefix_caching or not num_tokens:
             return
+        num_full = num_tokens // self.block_size
+        hashes = request.block_hashes[:num_full]
         for group_id, table in enumerate(request.block_tables):
-            for index in range(num_tokens // self.block_size):
-                if table[index] != NULL_BLOCK_ID:
-                    self.pool.publish(table[index], (group_id, request.block_hashes[index]), index, request.generation)
+            self.pool.publish_chain(table[:num_full], group_id, hashes, 0, request.generation)
 
     def forget(self, request: Request) -> None:
         """Nobody will ask any more for what a preempted request kept for itself."""
@@ -305,6 +322,7 @@ class KVManager:
                 self._unpublish((group_id, block_hash))
         request.kept_hashes = []
         request.num_kept_tokens = 0
+        request.prefix_memo = None
 
     def _unpublish(self, key: BlockKey) -> None:
         for pool in (self.pool, self.tiers.host) if self.tiers is not None else (self.pool,):

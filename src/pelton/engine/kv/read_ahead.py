@@ -46,15 +46,15 @@ class ReadAhead:
         plan = self._plan(request, disk)
         if plan is None:
             return False
-        keys, wait_s = plan
-        disk.read(keys)
-        if not disk.is_reading(keys):
+        places, wait_s = plan
+        disk.read(places)
+        if not disk.is_reading(places):
             return False
-        self._held[request.request_id] = _Held(request, keys, self._clock.now_s() + wait_s)
+        self._held[request.request_id] = _Held(request, list(places), self._clock.now_s() + wait_s)
         return True
 
-    def _plan(self, request: Request, disk: DiskTier) -> tuple[list[BlockKey], float] | None:
-        """Blocks to read, and how long to wait for them: as long as computing would take."""
+    def _plan(self, request: Request, disk: DiskTier) -> tuple[dict[BlockKey, int], float] | None:
+        """Blocks to read, with their places, and how long to wait for them: as long as computing would take."""
         kv, tiers = self._kv, self._kv.tiers
         assert tiers is not None
         hashes = request.block_hashes[: (request.num_known_tokens - 1) // kv.block_size]
@@ -66,12 +66,13 @@ class ReadAhead:
         end = kv.prefixes.num_known_tokens(hashes, lambda key: key in disk or is_near(key) or disk.is_reading((key,)))
         if end <= start:
             return None
-        keys = [key for key in kv.prefixes.visible_keys(hashes[: end // kv.block_size]) if not is_near(key)]
+        visible = kv.prefixes.visible_keys(hashes[: end // kv.block_size])
+        places = {key: place for key, place in visible.items() if not is_near(key)}
         compute_s = tiers.costs.recompute_s(start, end)
-        num_tokens = len(keys) * kv.block_size // len(kv.groups)
+        num_tokens = len(places) * kv.block_size // len(kv.groups)
         if tiers.costs.load_s(DISK, num_tokens) + tiers.costs.load_s(HOST, num_tokens) >= compute_s:
             return None
-        return keys, max(MIN_WAIT_S, compute_s)
+        return places, max(MIN_WAIT_S, compute_s)
 
     def take_ready(self) -> list[Request]:
         """Requests that need not wait any more, in order of arrival."""

@@ -144,8 +144,8 @@ class ByTenantPolicy:
     def charge_prefill(self, request: Request, num_tokens: int) -> None:
         self.tenants[request.tenant_id].charge(INPUT_TOKEN_SERVICE * num_tokens)
 
-    def charge(self, request: Request, num_output_tokens: int) -> None:
-        tenant = self.tenants[request.tenant_id]
+    def charge(self, tenant_id: str, num_output_tokens: int) -> None:
+        tenant = self.tenants[tenant_id]
         tenant.service += OUTPUT_TOKEN_SERVICE * num_output_tokens
         tenant.virtual_service += tenant.num_output_service * num_output_tokens
 

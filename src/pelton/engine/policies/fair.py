@@ -105,4 +105,4 @@ class FairPolicy(ByTenantPolicy):
 
     def _kv_share(self, tenant_id: str) -> float:
         tenant = self.tenants[tenant_id]
-        return sum(request.num_kv_tokens for request in tenant.running.values()) / tenant.settings.weight
+        return sum([request.num_kv_tokens for request in tenant.running.values()]) / tenant.settings.weight
