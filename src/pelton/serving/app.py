@@ -33,7 +33,8 @@ from pelton.serving.metrics import ServerMetrics
 from pelton.serving.middleware import RequestMiddleware
 from pelton.serving.openai.logprobs import TokenIdSpelling, TokenSpelling
 from pelton.serving.openai.responses_api.service import ResponseService
-from pelton.serving.routes import ROUTES, Handler
+from pelton.serving.route import Handler
+from pelton.serving.routes import ROUTES
 from pelton.serving.scoring import check_score_tokens
 from pelton.serving.status import PELTON_VERSION
 from pelton.serving.template_error import ChatTemplateError

@@ -9,7 +9,7 @@ import msgspec
 
 from pelton.serving.caller import ID_PATTERN, TENANT_PATTERN
 from pelton.serving.query import query_parameters
-from pelton.serving.routes import Route
+from pelton.serving.route import Route
 
 _PATH_PARAMETER = re.compile(r"\{(\w+)(?::\w+)?\}")
 _ERROR_TEXTS = {
