@@ -81,7 +81,7 @@ def alone(default_model_path: Path, folders: dict[str, Path], work: list[Any]) -
 SETTINGS: dict[str, dict[str, Any]] = {
     "chunks of 16": {"long_prefill_chunk": 16},
     "one thread, no overlap": {"threads": 1, "enable_overlap": False, "max_num_batched_tokens": 512},
-    "preempted": {"num_kv_blocks": 11, "enable_prefix_caching": False, "max_model_len": 160},
+    "preempted": {"num_kv_blocks": 7, "enable_prefix_caching": False, "max_model_len": 96},
 }
 
 
