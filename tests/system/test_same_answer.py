@@ -42,13 +42,13 @@ def samplings() -> list[SamplingParams]:
 def alone(
     default_model_path: Path, prompts: list[str], samplings: list[SamplingParams]
 ) -> Callable[[str, int], list[list[int]]]:
-    """By kernel backend and block size, which may choose a kernel (tiles take blocks of 16 and more): each request
+    """By way to compute and block size, which may choose a kernel (tiles take blocks of 16 and more): each request
     by itself, its prompt in one piece, nothing cached."""
 
     @cache
     def generate(backend: str, block_size: int) -> list[list[int]]:
         settings = {"max_model_len": 512, "max_num_batched_tokens": 512, "enable_prefix_caching": False}
-        with LLM(str(default_model_path), kernel_backend=backend, block_size=block_size, **settings) as llm:
+        with LLM(str(default_model_path), block_size=block_size, **BACKENDS[backend], **settings) as llm:
             return [
                 llm.generate(prompt, sampling)[0].sequences[0].token_ids
                 for prompt, sampling in zip(*_streams(backend, prompts, samplings), strict=True)
@@ -64,6 +64,11 @@ def _streams(
     return prompts[:count], samplings[:count]
 
 
+BACKENDS: dict[str, dict[str, Any]] = {
+    "native": {"kernel_backend": "native"},
+    "w8a8": {"kernel_backend": "native", "quantization": "w8a8"},
+    "reference": {"kernel_backend": "reference"},
+}
 SETTINGS: dict[str, dict[str, Any]] = {
     "chunk-16": {"long_prefill_chunk": 16},
     "chunk-64-no-cache": {"long_prefill_chunk": 64, "enable_prefix_caching": False},
@@ -77,7 +82,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 # The reference kernels are slow: fewer streams, and the settings that differ most.
 CASES = [("native", name) for name in SETTINGS]
-CASES += [("reference", name) for name in ("chunk-16", "no-chunks-no-cache", "preempted")]
+CASES += [
+    (backend, name) for backend in ("w8a8", "reference") for name in ("chunk-16", "no-chunks-no-cache", "preempted")
+]
 NUM_REFERENCE_STREAMS = 16
 
 
@@ -90,7 +97,7 @@ def test_together_as_alone(
     alone: Callable[[str, int], list[list[int]]],
     name: str,
 ) -> None:
-    settings = {"max_model_len": 512, "max_num_seqs": 64, "kernel_backend": backend} | SETTINGS[name]
+    settings = {"max_model_len": 512, "max_num_seqs": 64} | BACKENDS[backend] | SETTINGS[name]
     prompts, samplings = _streams(backend, prompts, samplings)
     expected = alone(backend, settings.get("block_size", 16))
     with LLM(str(default_model_path), **settings) as llm:

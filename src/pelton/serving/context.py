@@ -147,11 +147,11 @@ class ServingContext:
         tool_names: tuple[str, ...] = (),
     ) -> Generation:
         """One submission per prompt, all or none. Raises `LimitError` where the tenant's limits are in the way."""
+        lora_id = self.lora_id(request.model)
         ticket = self.tenants.admit(caller.tenant_id, caller.key_id, prompts, sampling)
         if ticket is not None and ticket.reservation is not None:
             caller.response_headers.update(ticket.reservation.headers)
         timeout_s = request.timeout_s or self.config.request_timeout_s or None
-        lora_id = self.lora_id(request.model)
         streams = ticket.streams if ticket is not None else []
         submission_id = answer_id
         try:
