@@ -39,7 +39,7 @@ def peers(bench: Bench, names: str) -> tuple[str, ...]:
 def test_agents_beside_peers(bench: Bench) -> None:
     command = f"{sys.executable} {Path(__file__).parent / 'fake_peer.py'} c {{port}}"
     arguments = (*peers(bench, "a,broken"), "--command", f"c={command}", "--rounds", "2", "--short")
-    table = run("agents.py", *arguments)
+    table = run("agent_jobs.py", *arguments)
     document = bench.document()
     assert sorted((run["round"], run["engine"]) for run in document["runs"]) == [(0, "a"), (0, "c"), (1, "a"), (1, "c")]
     for done in document["runs"]:
@@ -48,7 +48,7 @@ def test_agents_beside_peers(bench: Bench) -> None:
     assert "**4 agents at a time**" in table
     assert "broken, round 1: the server ended with 1" in table
     assert "mean job completion time, by agents at a time" in texts(bench.output.with_suffix(".svg"))
-    assert run("agents.py", *arguments).splitlines()[:8] == table.splitlines()[:8]
+    assert run("agent_jobs.py", *arguments).splitlines()[:8] == table.splitlines()[:8]
     assert len(bench.document()["runs"]) == 4
 
 

@@ -1,10 +1,10 @@
 """Agents on Pelton and its peers: job completion time and tokens computed again, at several loads.
 
-    python benchmarks/agents.py --output result.json --loads 2,8,36 --rounds 3 \\
+    python benchmarks/agent_jobs.py --output result.json --loads 2,8,36 --rounds 3 \\
         --pelton "agent=MODEL --num-kv-blocks 1025 --scheduling-policy agent --host-kv-cache-gb 2" \\
         --pelton "fcfs=MODEL --num-kv-blocks 1025 --scheduling-policy fcfs" \\
         --command "vllm=env ... vllm serve ... --port {port}" --command "llama=llama-server ... --port {port}"
-    python benchmarks/agents.py --output result.json --table      # table and plot of what is there
+    python benchmarks/agent_jobs.py --output result.json --table      # table and plot of what is there
 
 One server in memory at a time, started anew for every round, another one first each time. At load N, N agents of the
 workload run at any time until 2 N (6 at least) have ended; all servers get the same prompts. Pelton is told tenant,
