@@ -1,10 +1,11 @@
 """Test suites of others, run as black boxes against a Pelton server.
 
-    python scripts/conformance.py --suite openai-python --checkout DIR --model MODEL [--output report.json]
+    python scripts/conformance.py --suite openai-python --checkout DIR --model MODEL [--output report.jsonl]
 
 `DIR` is a checkout of the suite's own repository; nothing of it is kept here. Starts `pelton serve` with the model
-names that the suite uses, runs the files that concern an inference server, prints what passed and failed by file,
-and one line for every failure. docs/conformance.md says why each of them fails.
+names that the suite uses, runs the files that concern an inference server, and prints how many of each file passed,
+passed when adapted (conformance_placeholders.py says how), met a resource that the server does not have, and failed.
+`--output` gets a line of JSON for every test. docs/conformance.md says what the tests are and why some do not apply.
 """
 
 from __future__ import annotations
@@ -19,72 +20,167 @@ import tempfile
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from xml.etree import ElementTree
+from typing import Any
 
 START_TIMEOUT_S = 120.0
+TEST_TIMEOUT_S = 30.0
+OUTCOMES = ("passed", "adapted", "no request", "absent", "does not apply", "failed", "skipped")
+
+Result = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Suite:
-    """`files` below the checkout; the environment's `{url}` is the server's, without a path."""
+    """`run` yields a result for every test: file, name, outcome (of `OUTCOMES`) and reason."""
 
-    files: tuple[str, ...]
+    run: Callable[[Arguments, str], Iterator[Result]]
     served_names: tuple[str, ...]
-    environment: dict[str, str]
-    python_path: tuple[str, ...] = ()
+    # Most tests name no max_tokens, and how much is said is not what they ask.
+    max_model_len: int
+
+
+@dataclass(frozen=True)
+class Arguments:
+    checkout: Path
+    only: str | None
+    keyword: str
+    timeout_s: float
+
+
+OPENAI_PYTHON_FILES = tuple(
+    f"tests/api_resources/{name}.py"
+    for name in (
+        "chat/test_completions",
+        "test_completions",
+        "test_responses",
+        "responses/test_input_items",
+        "responses/test_input_tokens",
+        "test_embeddings",
+        "test_models",
+        "test_files",
+        "test_batches",
+    )
+)
+
+
+# What the cause of a failure holds that is no matter of the server's.
+NOT_APPLICABLE = (
+    ("embedding\n  Input should be a valid list", "the client asks for base64, then its strict mode wants a list"),
+    ("token_logprobs.0\n  Input should be a valid number", "the first token of an echoed prompt has no probability"),
+)
+
+
+def openai_python(arguments: Arguments, url: str) -> Iterator[Result]:
+    checkout = arguments.checkout
+    search_path = os.pathsep.join([str(Path(__file__).parent), str(checkout / "src"), str(checkout)])
+    environment = os.environ | {"TEST_API_BASE_URL": f"{url}/v1", "PYTHONPATH": search_path}
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "exchanges.jsonl"
+        command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-o", "addopts=", "-p", "no:cacheprovider"]
+        command += ["-p", "conformance_placeholders", f"--server-url={url}", f"--exchange-log={log}"]
+        command += [f"--test-timeout-s={TEST_TIMEOUT_S}"]
+        command += ["-k", arguments.keyword]
+        command += [file for file in OPENAI_PYTHON_FILES if arguments.only is None or arguments.only in file]
+        try:
+            subprocess.run(command, cwd=checkout, env=environment, check=False, timeout=arguments.timeout_s)
+        except subprocess.TimeoutExpired:
+            print(f"cut off after {arguments.timeout_s:g} s", file=sys.stderr)
+        for line in log.read_text().splitlines():
+            result = json.loads(line)
+            result["outcome"], result["reason"] = judge(result)
+            yield result
+
+
+def judge(result: Result) -> tuple[str, str]:
+    """Outcome and reason of a test that the plugin ran."""
+    last = result["exchanges"][-1] if result["exchanges"] else None
+    if result["outcome"] == "passed" and (result["taken_out"] or result["placed"]):
+        refused = dict.fromkeys(f"{exchange['param']} ({exchange['code']})" for exchange in result["taken_out"])
+        return "adapted", "; ".join(
+            f"{what} {', '.join(names)}" for what, names in (("with", result["placed"]), ("without", refused)) if names
+        )
+    if result["outcome"] == "passed" and last is None:
+        return "no request", ""
+    if result["outcome"] != "failed":
+        return result["outcome"], result["problem"]
+    if last is not None and (last["status"] == 405 or (last["status"] == 404 and "there is no /" in last["message"])):
+        return "absent", f"{last['method']} {last['path']}"
+    for cause, reason in NOT_APPLICABLE:
+        if cause in result["cause"]:
+            return "does not apply", reason
+    told = "" if last is None else f"{last['method']} {last['path']}: {last['status']} {last['message'] or ''}; "
+    return "failed", f"{told}{result['problem'].splitlines()[0]} {result['cause']}"
+
+
+def open_responses(arguments: Arguments, url: str) -> Iterator[Result]:
+    command = ["node_modules/.bin/tsx", "bin/compliance-test.ts", "--json", "--api-key", "none", "--model", "model"]
+    command += ["--base-url", f"{url}/v1"]
+    if arguments.only:
+        command += ["--filter", arguments.only]
+    # Node had WebSocket behind this flag up to 21.
+    environment = os.environ | {"NODE_OPTIONS": "--experimental-websocket"}
+    done = subprocess.run(
+        command,
+        cwd=arguments.checkout,
+        env=environment,
+        check=False,
+        timeout=arguments.timeout_s,
+        stdout=subprocess.PIPE,
+    )
+    for test in json.loads(done.stdout)["results"]:
+        reason = "; ".join(test.get("errors", ()))
+        outcome = test["status"]
+        if test["id"] == "response-output-phase-schema":
+            outcome, reason = "no request", "checks an answer that it brings along"
+        elif outcome == "failed" and test["id"].startswith("websocket"):
+            outcome, reason = "absent", f"WebSocket: {reason}"
+        elif outcome == "failed" and ("HTTP 404" in reason or "HTTP 405" in reason):
+            outcome, reason = "absent", json.dumps(test.get("response"))
+        elif outcome == "failed" and test["id"] == "image-input" and "HTTP 400" in reason:
+            outcome, reason = "does not apply", json.dumps(test.get("response"))
+        yield test | {"file": "bin/compliance-test.ts", "name": test["id"], "outcome": outcome, "reason": reason}
 
 
 SUITES = {
     "openai-python": Suite(
-        files=tuple(
-            f"tests/api_resources/{name}"
-            for name in (
-                "chat/test_completions.py",
-                "test_completions.py",
-                "test_responses.py",
-                "test_embeddings.py",
-                "test_models.py",
-                "test_files.py",
-                "test_batches.py",
-            )
+        openai_python,
+        served_names=(
+            "gpt-5.4",
+            "gpt-5.1",
+            "gpt-5.6-sol",
+            "gpt-4o-mini",
+            "gpt-3.5-turbo-instruct",
+            "text-embedding-3-small",
+            "model",
         ),
-        served_names=("gpt-5.4", "gpt-5.1", "gpt-5.6-sol", "gpt-3.5-turbo-instruct", "text-embedding-3-small", "model"),
-        environment={"TEST_API_BASE_URL": "{url}/v1"},
-        python_path=("src", "."),
+        max_model_len=128,
     ),
+    "open-responses": Suite(open_responses, served_names=("model",), max_model_len=4096),
 }
 
 
 @contextmanager
-def running_server(model: str, names: tuple[str, ...]) -> Iterator[str]:
+def running_server(model: str, suite: Suite) -> Iterator[str]:
     """A server's URL while the block runs."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    # A short context: most of the suites name no max_tokens, and how much is said is not what they ask.
-    command = [
-        str(Path(sys.executable).with_name("pelton")),
-        "serve",
-        model,
-        "--port",
-        str(port),
-        "--max-model-len",
-        "256",
-    ]
-    command += [argument for name in names for argument in ("--served-model-name", name)]
+    command = [str(Path(sys.executable).with_name("pelton")), "serve", model, "--port", str(port)]
+    command += ["--max-model-len", str(suite.max_model_len)]
+    command += [argument for name in suite.served_names for argument in ("--served-model-name", name)]
     url = f"http://127.0.0.1:{port}"
-    with tempfile.TemporaryFile() as log:
-        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    with tempfile.TemporaryFile() as log, tempfile.TemporaryDirectory() as data:
+        server = subprocess.Popen([*command, "--data-dir", data], stdout=log, stderr=subprocess.STDOUT)
         try:
             wait_until_ready(server, url)
             yield url
         finally:
             server.terminate()
-            server.wait(30)
+            server.wait(60)
 
 
 def wait_until_ready(server: subprocess.Popen[bytes], url: str) -> None:
@@ -98,42 +194,18 @@ def wait_until_ready(server: subprocess.Popen[bytes], url: str) -> None:
     raise SystemExit("the server did not start")
 
 
-def run_suite(suite: Suite, checkout: Path, url: str, report: Path, timeout_s: float) -> None:
-    files = [name for name in suite.files if (checkout / name).exists()]
-    environment = os.environ | {name: value.format(url=url) for name, value in suite.environment.items()}
-    environment["PYTHONPATH"] = os.pathsep.join(str(checkout / name) for name in suite.python_path)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-o",
-        "addopts=",
-        f"--junitxml={report}",
-        *files,
-    ]
-    try:
-        subprocess.run(command, cwd=checkout, env=environment, check=False, timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        raise SystemExit(f"the suite took more than {timeout_s:g} s") from None
-
-
-def read_report(path: Path) -> list[dict[str, str]]:
-    """Name, file, outcome and the first line of what went wrong, of every test."""
-    results = []
-    for case in ElementTree.parse(path).iter("testcase"):
-        problem = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
-        results.append(
-            {
-                "file": case.get("classname", "").rsplit(".Test", 1)[0],
-                "name": case.get("name", ""),
-                "outcome": "passed" if problem is None else problem.tag,
-                "problem": "" if problem is None else problem.get("message", "").splitlines()[0][:300],
-            }
-        )
-    return results
+def show(results: list[Result]) -> None:
+    for result in results:
+        if result["outcome"] == "failed":
+            print(f"failed {result['file']} {result['name']}: {result['reason'][:400]}")
+    for outcome in ("adapted", "absent", "does not apply", "skipped"):
+        reasons = Counter(result["reason"] for result in results if result["outcome"] == outcome)
+        for reason, number in sorted(reasons.items()):
+            print(f"{outcome}, {number}: {reason[:400]}")
+    print("| file | " + " | ".join(OUTCOMES) + " |")
+    for file in dict.fromkeys(result["file"] for result in results):
+        counts = Counter(result["outcome"] for result in results if result["file"] == file)
+        print(f"| {file} | " + " | ".join(str(counts[outcome]) for outcome in OUTCOMES) + " |")
 
 
 def main() -> None:
@@ -142,26 +214,21 @@ def main() -> None:
     parser.add_argument("--checkout", type=Path, required=True)
     parser.add_argument("--model", required=True)
     parser.add_argument("--url", help="of a server that runs already; it must know the names that the suite uses")
+    parser.add_argument("--only", help="part of a file's name (openai-python), ids of tests (open-responses)")
+    parser.add_argument("--keyword", default="", help="pytest's -k (openai-python)")
     parser.add_argument("--timeout-s", type=float, default=1800.0)
     parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
-    suite = SUITES[arguments.suite]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "report.xml"
-        if arguments.url:
-            run_suite(suite, arguments.checkout.resolve(), arguments.url, path, arguments.timeout_s)
-        else:
-            with running_server(arguments.model, suite.served_names) as url:
-                run_suite(suite, arguments.checkout.resolve(), url, path, arguments.timeout_s)
-        results = read_report(path)
-    for file in dict.fromkeys(result["file"] for result in results):
-        counts = Counter(result["outcome"] for result in results if result["file"] == file)
-        print(f"{file}: {', '.join(f'{number} {outcome}' for outcome, number in sorted(counts.items()))}")
-    for result in results:
-        if result["outcome"] in ("failure", "error"):
-            print(f"{result['outcome']} {result['file']} {result['name']}: {result['problem']}")
-    if arguments.output:
-        arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+    options = parser.parse_args()
+    suite = SUITES[options.suite]
+    arguments = Arguments(options.checkout.resolve(), options.only, options.keyword, options.timeout_s)
+    if options.url:
+        results = list(suite.run(arguments, options.url))
+    else:
+        with running_server(options.model, suite) as url:
+            results = list(suite.run(arguments, url))
+    show(results)
+    if options.output:
+        options.output.write_text("".join(json.dumps(result) + "\n" for result in results))
 
 
 if __name__ == "__main__":

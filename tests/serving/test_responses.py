@@ -242,22 +242,37 @@ def test_what_is_refused(http: httpx2.Client, fields: dict[str, Any], param: str
 
 
 @pytest.mark.parametrize(
-    ("method", "path"),
+    ("method", "path", "param"),
     [
-        ("GET", "?stream=maybe"),
-        ("GET", "?starting_after=1"),
-        ("GET", "?stream=true&starting_after=-1"),
-        ("GET", "?nothing=1"),
-        ("GET", "?stream=true"),
-        ("GET", "/input_items?limit=0"),
-        ("GET", "/input_items?order=up"),
-        ("POST", "/cancel"),
+        ("GET", "?stream=maybe", "stream"),
+        ("GET", "?starting_after=1", "starting_after"),
+        ("GET", "?stream=true&starting_after=-1", "starting_after"),
+        ("GET", "?nothing=1", "nothing"),
+        ("GET", "?include[]=file_search_call.results&include[]=x", "include"),
+        ("GET", "?include_obfuscation=true", "include_obfuscation"),
+        ("GET", "?stream=true", "stream"),
+        ("GET", "/input_items?limit=0", "limit"),
+        ("GET", "/input_items?order=up", "order"),
+        ("GET", "/input_items?include=file_search_call.results", "include"),
+        ("POST", "/cancel", None),
     ],
 )
-def test_what_is_refused_of_a_stored_one(http: httpx2.Client, method: str, path: str) -> None:
+def test_what_is_refused_of_a_stored_one(http: httpx2.Client, method: str, path: str, param: str | None) -> None:
     response_id = http.post(PATH, json={"input": "hi", "max_output_tokens": 1}).json()["id"]
     response = http.request(method, f"{PATH}/{response_id}{path}")
-    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, param), error
+    assert (error["code"] == "unsupported_parameter") == (param or "").startswith("include")
+
+
+def test_answers_have_every_field_of_the_clients_types(server: RunningServer) -> None:
+    """The client's strict mode wants what its types call required."""
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, _strict_response_validation=True)
+    response = create(client)
+    assert response.usage.input_tokens_details.cache_write_tokens == 0
+    assert client.responses.retrieve(response.id) == response
+    assert len(client.responses.input_items.list(response.id).data) == 1
+    assert list(create(client, stream=True))[-1].response.output_text == ANSWER
 
 
 def test_truncation_drops_the_oldest(server: RunningServer, openai_client: openai.OpenAI) -> None:

@@ -9,14 +9,21 @@ import msgspec
 from starlette.requests import Request
 
 from pelton.core.errors import InvalidRequestError
+from pelton.serving.request_body import invalid_field
 
 StructT = TypeVar("StructT", bound=msgspec.Struct)
 
 
-def read_query(request: Request, struct: type[StructT]) -> StructT:
-    """The query as a `struct`, whose fields are numbers, booleans and texts. Raises `InvalidRequestError`."""
+def read_query(request: Request, struct: type[StructT], unsupported: tuple[str, ...] = ()) -> StructT:
+    """The query as a `struct`, whose fields are numbers, booleans and texts. Raises `InvalidRequestError`.
+
+    `unsupported` are names that OpenAI defines and Pelton does not; its clients write lists as `name[]`.
+    """
     values: dict[str, Any] = {}
     for name, value in request.query_params.multi_items():
+        if name.removesuffix("[]") in unsupported:
+            name = name.removesuffix("[]")
+            raise InvalidRequestError(f"{name} is not supported here", param=name, code="unsupported_parameter")
         if name in values:
             raise InvalidRequestError(f"{name[:64]} is there twice; send it once", param=name[:64])
         if name not in _fields(struct):
@@ -29,7 +36,7 @@ def read_query(request: Request, struct: type[StructT]) -> StructT:
     try:
         return msgspec.convert(values, struct, strict=False)
     except msgspec.ValidationError as error:
-        raise InvalidRequestError(f"the query is not usable: {error}") from None
+        raise invalid_field(str(error), struct, "query") from None
 
 
 @cache

@@ -88,7 +88,7 @@ def decode_json(body: bytes, struct: type[StructT]) -> StructT:
         value: StructT = _decoder(struct).decode(body)
         return value
     except msgspec.ValidationError as error:
-        raise _invalid_field(str(error), struct) from None
+        raise invalid_field(str(error), struct) from None
     except RecursionError:
         raise InvalidRequestError("the body is nested too deeply", code="invalid_json") from None
     except UnicodeDecodeError:
@@ -97,8 +97,8 @@ def decode_json(body: bytes, struct: type[StructT]) -> StructT:
         raise InvalidRequestError(f"the body is not valid JSON: {error}", code="invalid_json") from None
 
 
-def _invalid_field(message: str, struct: type[msgspec.Struct]) -> InvalidRequestError:
-    """msgspec's message in our words: which parameter, what was sent, what is expected."""
+def invalid_field(message: str, struct: type[msgspec.Struct], what: str = "body") -> InvalidRequestError:
+    """msgspec's message in our words: which parameter of the body or query, what was sent, what is expected."""
     match = _PATH.match(message)
     assert match is not None
     problem, path = match["problem"], (match["path"] or "$").removeprefix("$").removeprefix(".")
@@ -112,7 +112,7 @@ def _invalid_field(message: str, struct: type[msgspec.Struct]) -> InvalidRequest
     problem = problem.replace("`", "").replace(" | null", " or null").replace(" | ", " or ")
     problem = problem[:1].lower() + problem[1:]
     if not path:
-        return InvalidRequestError(f"the body is not usable: {problem}", code="invalid_type")
+        return InvalidRequestError(f"the {what} is not usable: {problem}", code="invalid_type")
     code = "invalid_type" if ", got " in problem else "invalid_value"
     return InvalidRequestError(f"{path}: {problem}", param=path, code=code)
 

@@ -163,9 +163,11 @@ async def count_input_tokens(context: ServingContext, http_request: Request) -> 
 
 
 async def retrieve_response(context: ServingContext, http_request: Request) -> Response:
-    query = read_query(http_request, RetrieveQuery)
+    query = read_query(http_request, RetrieveQuery, unsupported=("include",))
     if query.include_obfuscation:
-        raise InvalidRequestError("include_obfuscation is not supported", param="include_obfuscation")
+        raise InvalidRequestError(
+            "include_obfuscation is not supported", param="include_obfuscation", code="unsupported_parameter"
+        )
     if query.starting_after is not UNSET and not query.stream:
         raise InvalidRequestError("starting_after needs stream=true", param="starting_after")
     tenant_id, response_id = tenant_of(http_request), http_request.path_params["response_id"]
@@ -177,7 +179,7 @@ async def retrieve_response(context: ServingContext, http_request: Request) -> R
 
 async def list_input_items(context: ServingContext, http_request: Request) -> Response:
     """Those that were sent with this response, not those of the ones before it."""
-    query = read_query(http_request, InputItemsQuery)
+    query = read_query(http_request, InputItemsQuery, unsupported=("include",))
     response_id = http_request.path_params["response_id"]
     record = await context.responses.find(tenant_of(http_request), response_id)
     after = None if query.after is UNSET else query.after

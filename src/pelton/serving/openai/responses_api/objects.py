@@ -52,7 +52,10 @@ OutputItem = MessageItem | ReasoningItem | FunctionCallItem
 
 
 class InputTokensDetails(Struct, kw_only=True):
+    """OpenAI bills writes to a cache that were asked for; here caching is automatic, so they are always 0."""
+
     cached_tokens: int = 0
+    cache_write_tokens: int = 0
 
 
 class OutputTokensDetails(Struct, kw_only=True):

@@ -131,6 +131,7 @@ class InputTokensRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     truncation: Literal["auto", "disabled"] | None = None
     chat_template_kwargs: Annotated[dict[str, Any], Meta(description="Variables of the chat template.")] | None = None
     conversation: Annotated[Any, neutral()] = None
+    personality: Annotated[Any, neutral()] = None
 
 
 class ResponseRequest(InputTokensRequest, kw_only=True, forbid_unknown_fields=True):
