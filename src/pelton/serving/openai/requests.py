@@ -35,6 +35,7 @@ def neutral(*values: Any) -> Meta:
     return Meta(extra_json_schema={"enum": allowed}, description=f"Not supported; may only be one of {listed}.")
 
 
+TOKEN_ID_KEY = "^[0-9]{1,9}$"
 Count = Annotated[int, Meta(ge=0, le=INT32_MAX)]
 TokenId = Annotated[int, Meta(ge=0, le=INT32_MAX)]
 Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
@@ -44,7 +45,10 @@ BadWord = Annotated[str, Meta(min_length=1, max_length=256)]
 Logprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 Seed = Annotated[int, Meta(extra_json_schema={"minimum": -(2**63), "maximum": MAX_SEED})]
 LogitBias = Annotated[
-    dict[Annotated[str, Meta(pattern=r"^[0-9]{1,9}$")], Annotated[float, Meta(ge=-100.0, le=100.0)]],
+    # The keys are checked in sampling.py, whose error names those that are wrong.
+    dict[
+        Annotated[str, Meta(extra_json_schema={"pattern": TOKEN_ID_KEY})], Annotated[float, Meta(ge=-100.0, le=100.0)]
+    ],
     Meta(max_length=MAX_BIASED_TOKENS, description="Token id, as a string, to what is added to its logit."),
 ]
 
