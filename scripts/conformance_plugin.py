@@ -1,8 +1,8 @@
 """The pytest plugin of conformance_vllm.py: stands in for what the suites of vLLM and llama.cpp import.
 
-Settings come from the environment, since pytest is started as its own process: CONFORMANCE_MODEL,
-_TOKENIZER (a folder with tokenizer.json), _CHECKOUT, _RESULTS (a file that gets one JSON object a line for every
-test) and _TIMEOUT_S. `tests.utils.RemoteOpenAIServer` starts `pelton serve` instead of `vllm serve`; every name of
+Settings come from the environment, since pytest is started as its own process: CONFORMANCE_MODEL, _TOKENIZER (a
+folder with tokenizer.json), _CHECKOUT, _RESULTS (a file that gets one JSON object a line for every test), _TIMEOUT_S
+and _MAX_MODEL_LEN. `tests.utils.RemoteOpenAIServer` starts `pelton serve` instead of `vllm serve`; every name of
 `vllm` that a test would run in its own process skips the test, which is then about vLLM's parts, not about a server.
 """
 
@@ -28,10 +28,9 @@ import pytest
 
 ENVIRONMENT = {
     name: os.environ.get(f"CONFORMANCE_{name}", "")
-    for name in ("MODEL", "TOKENIZER", "CHECKOUT", "RESULTS", "TIMEOUT_S")
+    for name in ("MODEL", "TOKENIZER", "CHECKOUT", "RESULTS", "TIMEOUT_S", "MAX_MODEL_LEN")
 }
 START_TIMEOUT_S = 60.0
-MAX_MODEL_LEN = 1024
 
 # Flags that are passed on, and how many values follow; every other flag concerns GPUs or vLLM's insides.
 PASSED_FLAGS = {
@@ -62,11 +61,11 @@ def serve_arguments(arguments: Sequence[str]) -> list[str]:
         if flag == "--lora-modules":  # the adapters cannot be had; what the tests ask of them holds for the model too
             flag, values, num_values = "--served-model-name", [value.partition("=")[0] for value in values], 1
         if flag == "--max-model-len":
-            values = [str(min(int(values[0]), MAX_MODEL_LEN))]
+            values = [str(min(int(values[0]), int(ENVIRONMENT["MAX_MODEL_LEN"])))]
         if num_values >= 0:
             kept += [flag, *values[: max(num_values, len(values))]]
     if "--max-model-len" not in kept:
-        kept += ["--max-model-len", str(MAX_MODEL_LEN)]
+        kept += ["--max-model-len", ENVIRONMENT["MAX_MODEL_LEN"]]
     return kept
 
 
@@ -75,8 +74,12 @@ class PeltonServer:
 
     DUMMY_API_KEY = "token-abc123"
 
-    def __init__(self, model: str, vllm_serve_args: Sequence[str] = (), **_: Any) -> None:
+    def __init__(
+        self, model: str, vllm_serve_args: Sequence[str] = (), env_dict: dict[str, str] | None = None, **_: Any
+    ) -> None:
         arguments = serve_arguments(vllm_serve_args)
+        if env_dict and "VLLM_API_KEY" in env_dict:
+            arguments += ["--api-key", env_dict["VLLM_API_KEY"]]
         if "--served-model-name" not in vllm_serve_args:
             arguments = ["--served-model-name", model, *arguments]
         with socket.socket() as probe:
@@ -225,7 +228,10 @@ sys.meta_path.insert(0, StubFinder())
 
 
 def pytest_sessionstart() -> None:
-    """llama.cpp's server also answers without the version in the path, and most of its tests ask so."""
+    """Two ways of llama.cpp's server that OpenAI's does not have, and that most of its tests take for granted.
+
+    It answers without the version in the path, and a stream's first delta has the content null, not "".
+    """
     process = getattr(sys.modules.get("utils"), "ServerProcess", None)
     if process is None:
         return
@@ -234,7 +240,17 @@ def pytest_sessionstart() -> None:
     def with_version(self: Any, path: str, host: str | None = None) -> str:
         return str(make_url(self, f"/v1{path}" if path in UNVERSIONED else path, host))
 
+    make_stream_request = process.make_stream_request
+
+    def with_null_content(self: Any, *arguments: Any, **options: Any) -> Iterator[dict[str, Any]]:
+        for chunk in make_stream_request(self, *arguments, **options):
+            for choice in chunk.get("choices", ()):
+                if choice.get("delta", {}).get("content") == "":
+                    choice["delta"]["content"] = None
+            yield chunk
+
     process.make_url = with_version
+    process.make_stream_request = with_null_content
 
 
 @pytest.hookimpl(wrapper=True)

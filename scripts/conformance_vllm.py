@@ -54,7 +54,15 @@ VLLM_FILES = (
     "tool_use/test_tool_calls.py",
 )
 LLAMA_FOLDER = "tools/server/tests"
-LLAMA_NAMES = ("tinyllama-2", "gpt-3.5-turbo", "gpt-3.5-turbo-instruct", "text-embedding-3-small", "gpt-4.1", "test")
+LLAMA_NAMES = (
+    "tinyllama-2",
+    "gpt-3.5-turbo",
+    "gpt-3.5-turbo-instruct",
+    "text-embedding-3-small",
+    "gpt-4.1",
+    "davinci-002",
+    "test",
+)
 
 
 def run_vllm(checkout: Path, names: list[str], environment: dict[str, str], timeout_s: float) -> None:
@@ -77,7 +85,7 @@ def run_llama(checkout: Path, names: list[str], environment: dict[str, str], tim
     from conformance_plugin import PeltonServer
 
     served = [argument for name in LLAMA_NAMES for argument in ("--served-model-name", name)]
-    with PeltonServer("tinyllama-2", [*served, "--max-model-len", "1024"]) as server:
+    with PeltonServer("tinyllama-2", served) as server:
         environment = environment | {"DEBUG_EXTERNAL": "1", "PORT": str(server.port)}
         for name in names:
             run_pytest([f"unit/{name}"], checkout / LLAMA_FOLDER, environment, timeout_s)
@@ -103,6 +111,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", default="", help="folder with the model's tokenizer.json, for vLLM's tests")
     parser.add_argument("--only", action="append", help="a word in the path of the files to run")
     parser.add_argument("--test-timeout-s", type=float, default=60.0)
+    parser.add_argument("--max-model-len", type=int, default=2048, help="longest context that a test may ask for")
     parser.add_argument("--file-timeout-s", type=float, default=900.0)
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
@@ -112,6 +121,7 @@ def main() -> None:
         "TOKENIZER": arguments.tokenizer,
         "CHECKOUT": str(checkout),
         "RESULTS": str(arguments.output.resolve()),
+        "MAX_MODEL_LEN": str(arguments.max_model_len),
         "TIMEOUT_S": f"{arguments.test_timeout_s:g}",
     }
     os.environ |= {f"CONFORMANCE_{name}": value for name, value in settings.items()}

@@ -63,6 +63,11 @@ class StreamOptions(Struct, kw_only=True, forbid_unknown_fields=True):
     continuous_usage_stats: bool | None = None
     include_obfuscation: Annotated[Any, neutral(False)] = None
 
+    @property
+    def has_continuous_usage(self) -> bool:
+        """Of a stream that reports usage at all, as vLLM reads the two."""
+        return bool(self.include_usage and self.continuous_usage_stats)
+
 
 # Kept as the client wrote it: the order of properties is that of the answer.
 JSONSchema = Annotated[
