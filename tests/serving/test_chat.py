@@ -80,6 +80,18 @@ def test_stream_usage(openai_client: openai.OpenAI, continuous: bool) -> None:
     assert bool(counts) == continuous
 
 
+def test_continuous_usage_needs_usage(openai_client: openai.OpenAI) -> None:
+    options: Any = {"include_usage": False, "continuous_usage_stats": True}
+    chat = openai_client.chat.completions.create(
+        model=MODEL_NAME, messages=MESSAGES, stream=True, stream_options=options, max_tokens=4
+    )
+    text = openai_client.completions.create(
+        model=MODEL_NAME, prompt="a", stream=True, stream_options=options, max_tokens=4
+    )
+    assert [chunk.usage for chunk in chat if chunk.usage or not chunk.choices] == []
+    assert [chunk.usage for chunk in text if chunk.usage or not chunk.choices] == []
+
+
 async def test_async_client(server: RunningServer) -> None:
     async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
         answer = await client.chat.completions.create(model=MODEL_NAME, messages=MESSAGES)

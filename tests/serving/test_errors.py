@@ -84,6 +84,16 @@ def test_common_parameters(http: httpx2.Client, path: str, fields: Any, code: st
     check_error(http.post(path, json=prompt | fields), 400, code, param)
 
 
+def test_wrong_keys_of_logit_bias_are_named(http: httpx2.Client) -> None:
+    bias = {"1": 1, "bad one": 5, "-2": 5} | {f"x{number}": 0 for number in range(20)}
+    response = http.post(CHAT, json={"messages": USER, "logit_bias": bias})
+    check_error(response, 400, "invalid_value", "logit_bias")
+    message = response.json()["error"]["message"]
+    assert "'bad one', '-2'" in message
+    assert "17 more" in message
+    assert "'1'" not in message
+
+
 @pytest.mark.parametrize(
     ("body", "code", "param"),
     [

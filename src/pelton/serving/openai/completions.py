@@ -109,7 +109,7 @@ def _answer_options(
         skip_special_tokens=sampling.skip_special_tokens,
         return_token_ids=bool(request.return_token_ids),
         include_usage=stream_options is not None and bool(stream_options.include_usage),
-        continuous_usage=stream_options is not None and bool(stream_options.continuous_usage_stats),
+        continuous_usage=stream_options is not None and stream_options.has_continuous_usage,
         echo_texts=echo_texts,
         drop_output=request.max_tokens == 0,
     )

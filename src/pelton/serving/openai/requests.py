@@ -35,6 +35,7 @@ def neutral(*values: Any) -> Meta:
     return Meta(extra_json_schema={"enum": allowed}, description=f"Not supported; may only be one of {listed}.")
 
 
+TOKEN_ID_KEY = "^[0-9]{1,9}$"
 Count = Annotated[int, Meta(ge=0, le=INT32_MAX)]
 TokenId = Annotated[int, Meta(ge=0, le=INT32_MAX)]
 Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
@@ -44,7 +45,10 @@ BadWord = Annotated[str, Meta(min_length=1, max_length=256)]
 Logprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 Seed = Annotated[int, Meta(extra_json_schema={"minimum": -(2**63), "maximum": MAX_SEED})]
 LogitBias = Annotated[
-    dict[Annotated[str, Meta(pattern=r"^[0-9]{1,9}$")], Annotated[float, Meta(ge=-100.0, le=100.0)]],
+    # The keys are checked in sampling.py, whose error names those that are wrong.
+    dict[
+        Annotated[str, Meta(extra_json_schema={"pattern": TOKEN_ID_KEY})], Annotated[float, Meta(ge=-100.0, le=100.0)]
+    ],
     Meta(max_length=MAX_BIASED_TOKENS, description="Token id, as a string, to what is added to its logit."),
 ]
 
@@ -58,6 +62,11 @@ class StreamOptions(Struct, kw_only=True, forbid_unknown_fields=True):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
     include_obfuscation: Annotated[Any, neutral(False)] = None
+
+    @property
+    def has_continuous_usage(self) -> bool:
+        """Of a stream that reports usage at all, as vLLM reads the two."""
+        return bool(self.include_usage and self.continuous_usage_stats)
 
 
 # Kept as the client wrote it: the order of properties is that of the answer.

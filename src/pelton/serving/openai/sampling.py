@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from pelton.core.errors import InvalidRequestError
 from pelton.core.sampling_params import SamplingParams
-from pelton.serving.openai.requests import ChatRequest, CompletionRequest, GenerationRequest
+from pelton.serving.openai.requests import TOKEN_ID_KEY, ChatRequest, CompletionRequest, GenerationRequest
 from pelton.weights.tensors import GenerationDefaults
 
 NumberT = TypeVar("NumberT", int, float)
 DEFAULT_COMPLETION_TOKENS = 16  # of /v1/completions, as OpenAI documents it
+MAX_SHOWN_KEYS = 5
+MAX_SHOWN_CHARS = 40
+_TOKEN_ID_KEY = re.compile(TOKEN_ID_KEY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +91,7 @@ def _sampling(request: GenerationRequest, defaults: GenerationDefaults, lengths:
         repetition_penalty=_first(request.repetition_penalty, defaults.repetition_penalty, 1.0),
         presence_penalty=request.presence_penalty or 0.0,
         frequency_penalty=request.frequency_penalty or 0.0,
-        logit_bias={int(token_id): bias for token_id, bias in (request.logit_bias or {}).items()},
+        logit_bias=_logit_bias(request.logit_bias or {}),
         allowed_token_ids=tuple(request.allowed_token_ids) if request.allowed_token_ids is not None else None,
         max_tokens=lengths.max_tokens,
         min_tokens=request.min_tokens or 0,
@@ -100,6 +104,17 @@ def _sampling(request: GenerationRequest, defaults: GenerationDefaults, lengths:
         prompt_logprobs=lengths.prompt_logprobs,
         skip_special_tokens=request.skip_special_tokens,
     )
+
+
+def _logit_bias(sent: dict[str, float]) -> dict[int, float]:
+    wrong = [token_id for token_id in sent if not _TOKEN_ID_KEY.fullmatch(token_id)]
+    if wrong:
+        shown = ", ".join(repr(token_id[:MAX_SHOWN_CHARS]) for token_id in wrong[:MAX_SHOWN_KEYS])
+        more = f" and {len(wrong) - MAX_SHOWN_KEYS} more" if len(wrong) > MAX_SHOWN_KEYS else ""
+        raise InvalidRequestError(
+            f"logit_bias: {shown}{more}; its keys are token ids, in digits such as '42'", param="logit_bias"
+        )
+    return {int(token_id): bias for token_id, bias in sent.items()}
 
 
 def _first(sent: NumberT | None, default: NumberT | None, fallback: NumberT) -> NumberT:
