@@ -8,6 +8,7 @@ and _MAX_MODEL_LEN. `tests.utils.RemoteOpenAIServer` starts `pelton serve` inste
 
 from __future__ import annotations
 
+import base64
 import importlib.abc
 import importlib.machinery
 import json
@@ -32,41 +33,40 @@ ENVIRONMENT = {
 }
 START_TIMEOUT_S = 60.0
 
-# Flags that are passed on, and how many values follow; every other flag concerns GPUs or vLLM's insides.
-PASSED_FLAGS = {
-    "--max-model-len": 1,
-    "--max-num-seqs": 1,
-    "--max-num-batched-tokens": 1,
-    "--served-model-name": 1,
-    "--tool-call-parser": 1,
-    "--reasoning-parser": 1,
-    "--api-key": 1,
-    "--enable-auto-tool-choice": 0,
-}
+# Flags that are passed on; every other one concerns GPUs or vLLM's insides.
+PASSED_FLAGS = (
+    "--max-num-seqs",
+    "--max-num-batched-tokens",
+    "--served-model-name",
+    "--tool-call-parser",
+    "--reasoning-parser",
+    "--api-key",
+    "--enable-auto-tool-choice",
+)
 UNVERSIONED = ("/chat/completions", "/completions", "/embeddings", "/responses", "/models")
 STUBBED = ("vllm", "tests.models", "tests.conftest", "tests.utils", "wget")
 
 
 def serve_arguments(arguments: Sequence[str]) -> list[str]:
     """Those of `vllm serve` that Pelton knows; the context is cut, for the sake of time."""
-    kept: list[str] = []
+    kept = {"--max-model-len": [ENVIRONMENT["MAX_MODEL_LEN"]]}
     rest = list(arguments)
     while rest:
         flag, _, value = rest.pop(0).partition("=")
         flag = flag.replace("_", "-")
-        num_values = PASSED_FLAGS.get(flag, -1)
         values = [value] if value else []
         while rest and not rest[0].startswith("-"):
             values.append(rest.pop(0))
         if flag == "--lora-modules":  # the adapters cannot be had; what the tests ask of them holds for the model too
-            flag, values, num_values = "--served-model-name", [value.partition("=")[0] for value in values], 1
-        if flag == "--max-model-len":
-            values = [str(min(int(values[0]), int(ENVIRONMENT["MAX_MODEL_LEN"])))]
-        if num_values >= 0:
-            kept += [flag, *values[: max(num_values, len(values))]]
-    if "--max-model-len" not in kept:
-        kept += ["--max-model-len", ENVIRONMENT["MAX_MODEL_LEN"]]
-    return kept
+            kept.setdefault("--served-model-name", []).extend(value.partition("=")[0] for value in values)
+        elif flag == "--max-model-len":
+            kept[flag] = [str(min(int(values[0]), int(ENVIRONMENT["MAX_MODEL_LEN"])))]
+        elif flag in PASSED_FLAGS:
+            kept[flag] = values
+    names = kept.pop("--served-model-name", [])
+    return [argument for flag, values in kept.items() for argument in (flag, *values)] + [
+        argument for name in names for argument in ("--served-model-name", name)
+    ]
 
 
 class PeltonServer:
@@ -80,6 +80,8 @@ class PeltonServer:
         arguments = serve_arguments(vllm_serve_args)
         if env_dict and "VLLM_API_KEY" in env_dict:
             arguments += ["--api-key", env_dict["VLLM_API_KEY"]]
+        if env_dict and "VLLM_ALLOW_RUNTIME_LORA_UPDATING" in env_dict:
+            arguments += ["--allow-runtime-lora-updating"]
         if "--served-model-name" not in vllm_serve_args:
             arguments = ["--served-model-name", model, *arguments]
         with socket.socket() as probe:
@@ -173,9 +175,9 @@ def as_namespace(value: Any) -> Any:
 
 
 def get_tokenizer(*_: Any, **__: Any) -> Any:
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
 
-    return AutoTokenizer.from_pretrained(ENVIRONMENT["TOKENIZER"])
+    return PreTrainedTokenizerFast.from_pretrained(ENVIRONMENT["TOKENIZER"])
 
 
 def unchanged(*arguments: Any, **_: Any) -> Any:
@@ -192,6 +194,7 @@ PROVIDED = {
     "get_tokenizer": get_tokenizer,
     "hf_api": lambda: SimpleNamespace(snapshot_download=lambda *_, **__: "absent"),
     "download_weights_from_hf": lambda name, *_, **__: name,
+    "version": SimpleNamespace(_prev_minor_version=lambda: "0.0"),
     "multi_gpu_only": unchanged,
     "requires_fp8": unchanged,
     "large_gpu_mark": unchanged,
@@ -225,6 +228,7 @@ class StubFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 sys.meta_path.insert(0, StubFinder())
+sys.modules.setdefault("pybase64", base64)
 
 
 def pytest_sessionstart() -> None:
@@ -251,6 +255,11 @@ def pytest_sessionstart() -> None:
 
     process.make_url = with_version
     process.make_stream_request = with_null_content
+
+
+def pytest_collection_finish() -> None:
+    if "transformers" in sys.modules:
+        sys.modules["transformers"].AutoTokenizer.from_pretrained = get_tokenizer
 
 
 @pytest.hookimpl(wrapper=True)

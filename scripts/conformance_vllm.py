@@ -18,6 +18,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from conformance_verdicts import NOT_APPLICABLE, REFUSED, verdict_of
+
 VLLM_FILES = (
     "entrypoints/openai/chat_completion/test_chat.py",
     "entrypoints/openai/chat_completion/test_chat_completion.py",
@@ -84,8 +86,7 @@ def run_llama(checkout: Path, names: list[str], environment: dict[str, str], tim
     """In the suite's external-server mode: it starts nothing, and every test asks the one server at PORT."""
     from conformance_plugin import PeltonServer
 
-    served = [argument for name in LLAMA_NAMES for argument in ("--served-model-name", name)]
-    with PeltonServer("tinyllama-2", served) as server:
+    with PeltonServer(LLAMA_NAMES[0], ["--served-model-name", *LLAMA_NAMES]) as server:
         environment = environment | {"DEBUG_EXTERNAL": "1", "PORT": str(server.port)}
         for name in names:
             run_pytest([f"unit/{name}"], checkout / LLAMA_FOLDER, environment, timeout_s)
@@ -109,6 +110,7 @@ def main() -> None:
     parser.add_argument("--checkout", type=Path, required=True)
     parser.add_argument("--model", required=True)
     parser.add_argument("--tokenizer", default="", help="folder with the model's tokenizer.json, for vLLM's tests")
+    parser.add_argument("--report", action="store_true", help="run nothing; print what --output holds")
     parser.add_argument("--only", action="append", help="a word in the path of the files to run")
     parser.add_argument("--test-timeout-s", type=float, default=60.0)
     parser.add_argument("--max-model-len", type=int, default=2048, help="longest context that a test may ask for")
@@ -131,16 +133,32 @@ def main() -> None:
     else:
         names = sorted(path.name for path in (checkout / LLAMA_FOLDER / "unit").glob("test_*.py"))
     names = [name for name in names if not arguments.only or any(word in name for word in arguments.only)]
+    names = [] if arguments.report else names
     kept = [line for line in read_results(arguments.output) if not any(name in line["test"] for name in names)]
     arguments.output.write_text("".join(json.dumps(line) + "\n" for line in kept))
     environment = dict(os.environ) | {"PYTHONPATH": os.pathsep.join(paths)}
     run = run_vllm if arguments.suite == "vllm" else run_llama
-    run(checkout, names, environment, arguments.file_timeout_s)
-    counts: dict[str, Counter[str]] = {}
-    for line in read_results(arguments.output):
-        counts.setdefault(line["test"].partition("::")[0], Counter())[line["outcome"]] += 1
-    for file, counter in counts.items():
-        print(f"{file}: {', '.join(f'{number} {outcome}' for outcome, number in sorted(counter.items()))}")
+    if names:
+        run(checkout, names, environment, arguments.file_timeout_s)
+    print_table(arguments.suite, read_results(arguments.output))
+
+
+def print_table(suite: str, results: list[dict[str, str]]) -> None:
+    """By file, as docs/conformance-vllm-llama.md has it; then why, by verdict; then what is not explained."""
+    columns = ("passed", REFUSED, NOT_APPLICABLE, "defect")
+    verdicts = [(result, *verdict_of(suite, result)) for result in results]
+    print(f"| file | {' | '.join(columns)} |\n|{' --- |' * (len(columns) + 1)}")
+    for file in sorted({result["test"].partition("::")[0] for result in results}):
+        counts = Counter(verdict for result, verdict, _ in verdicts if result["test"].partition("::")[0] == file)
+        print(f"| `{file}` | {' | '.join(str(counts[column]) for column in columns)} |")
+    totals = Counter(verdict for _, verdict, _ in verdicts)
+    print(f"| all | {' | '.join(str(totals[column]) for column in columns)} |\n")
+    reasons = Counter((verdict, why) for _, verdict, why in verdicts if verdict in (REFUSED, NOT_APPLICABLE))
+    for (verdict, why), number in sorted(reasons.items()):
+        print(f"- {verdict}, {number}: {why}")
+    for result, verdict, why in verdicts:
+        if verdict == "defect":
+            print(f"NOT EXPLAINED {result['test']}: {why}")
 
 
 if __name__ == "__main__":

@@ -104,9 +104,10 @@ class CompletionLogprobsBuilder:
         text = self._spelling.text
         for entry in logprobs:
             logprob = max(entry.logprob, MIN_LOGPROB)
-            # The sampled token is among them even where it is not one of the most likely.
-            top = {text(token_id): max(value, MIN_LOGPROB) for token_id, value in entry.top[: self._num_top]}
-            top.setdefault(text(entry.token_id), logprob)
+            # The token itself is first, as vLLM has it, also where it is not one of the most likely.
+            top = {text(entry.token_id): logprob}
+            for token_id, value in entry.top[: self._num_top]:
+                top.setdefault(text(token_id), max(value, MIN_LOGPROB))
             result.tokens.append(text(entry.token_id))
             result.token_logprobs.append(logprob)
             result.top_logprobs.append(top)
@@ -122,14 +123,18 @@ def prompt_logprobs(logprobs: Sequence[TokenLogprobs], num_top: int, spelling: T
     """vLLM's shape; the first token has none."""
     result: PromptLogprobs = [None]
     for entry in logprobs:
-        tokens = {
-            str(token_id): PromptLogprob(
-                logprob=max(logprob, MIN_LOGPROB), rank=rank, decoded_token=spelling.text(token_id)
-            )
+        ranked = [(entry.token_id, entry.logprob, entry.rank)]
+        ranked += [
+            (token_id, logprob, rank)
             for rank, (token_id, logprob) in enumerate(entry.top[:num_top], 1)
-        }
-        tokens[str(entry.token_id)] = PromptLogprob(
-            logprob=max(entry.logprob, MIN_LOGPROB), rank=entry.rank, decoded_token=spelling.text(entry.token_id)
+            if token_id != entry.token_id
+        ]
+        result.append(
+            {
+                str(token_id): PromptLogprob(
+                    logprob=max(logprob, MIN_LOGPROB), rank=rank, decoded_token=spelling.text(token_id)
+                )
+                for token_id, logprob, rank in ranked
+            }
         )
-        result.append(tokens)
     return result
