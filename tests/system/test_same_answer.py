@@ -83,7 +83,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 # The reference kernels are slow: fewer streams, and the settings that differ most.
 CASES = [("native", name) for name in SETTINGS]
 CASES += [(backend, name) for backend in ("w8a8", "reference") for name in ("no-chunks-no-cache", "preempted")]
-NUM_REFERENCE_STREAMS = 16
+NUM_REFERENCE_STREAMS = 12
 
 
 @pytest.mark.parametrize(("backend", "name"), CASES)
