@@ -88,6 +88,7 @@ class PeltonServer:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.host = "127.0.0.1"
+        self.show_hidden_metrics = False
         self.url_root = f"http://{self.host}:{self.port}"
         command = [str(Path(sys.executable).with_name("pelton")), "serve", ENVIRONMENT["MODEL"]]
         self._log = tempfile.TemporaryFile()  # noqa: SIM115, lives as long as the server
@@ -255,6 +256,11 @@ def pytest_sessionstart() -> None:
 
     process.make_url = with_version
     process.make_stream_request = with_null_content
+
+
+@pytest.fixture(scope="session")
+def local_asset_server() -> None:
+    """Serves pictures, to models that see."""
 
 
 def pytest_collection_finish() -> None:

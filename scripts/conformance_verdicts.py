@@ -32,32 +32,111 @@ def verdict_of(suite: str, result: dict[str, str]) -> tuple[str, str]:
     return (row.verdict, row.why) if row else ("defect", result["reason"])
 
 
-OTHER_MODEL = "holds only of the text of the model that the suite names"
-TOOL_MODEL = "the small model does not choose to call the tool, or calls one only"
+def refused(test: str, reason: str, why: str) -> Verdict:
+    return Verdict(test, reason, REFUSED, why)
+
+
+def not_applicable(test: str, reason: str, why: str) -> Verdict:
+    return Verdict(test, reason, NOT_APPLICABLE, why)
+
+
+OTHER_MODEL = "holds only of the text or the tokens of the model that the suite names"
+TOOL_MODEL = "the small model writes no call, another one, or several"
 REASONING_MODEL = "needs a model that reasons"
-OWN_CODE = "runs that project's own code in the test's process, no server"
+SEEING_MODEL = "needs a model that sees, or one from the network"
+OWN_CODE = "runs the engine's own code in the test's process, no server"
 OWN_ENDPOINT = "an endpoint of that engine alone"
-OWN_FLAG = "a server flag of that engine alone"
-WORDING = "the same status; asks for that engine's wording or type of error"
-UNKNOWN = "a parameter that Pelton does not have is a 400, never ignored"
+OWN_FIELD = "a field of that engine alone in the answer"
+OWN_FLAG = "needs a server started with other flags, most of that engine alone"
+WORDING = "the same refusal; asks for that engine's words, type or status of an error"
+UNKNOWN = "a parameter or a form of one that Pelton does not have: a 400, never ignored"
 ABSENT = "a field that was not asked for is absent, not null"
+ROLE_DELTA = 'the first delta has the content "", not null, as OpenAI sends it'
 
 VLLM = (
-    Verdict("", "^runs vLLM's own code|^Skipping config", NOT_APPLICABLE, OWN_CODE),
-    Verdict("n_parameter|null_top_logprobs", "Absent|namespace", NOT_APPLICABLE, OWN_CODE),
-    Verdict("", "hf_model|fixture '", NOT_APPLICABLE, "compares with another model, run by another library"),
-    Verdict("", "unknown parameter", REFUSED, UNKNOWN),
-    Verdict("test_custom_role", "", REFUSED, "a role outside OpenAI's"),
-    Verdict("kv_transfer", "KV is not transferred", REFUSED, "KV transfer by a parameter of a request"),
-    Verdict("", "logprobs: expected int >= 0", REFUSED, "-1, the log probabilities of the whole vocabulary"),
-    Verdict("test_batch_completions", "beam search", REFUSED, "beam search"),
-    Verdict("", "no attribute 'prompt_logprobs'|'prompt_token_ids' in", REFUSED, ABSENT),
-    Verdict("test_chat_streaming", "assert None", REFUSED, "finish_reason has a delta of its own, as OpenAI sends it"),
-    Verdict("test_single_chat_session", "CompletionUsa", REFUSED, "usage has its details, as OpenAI sends it"),
-    Verdict("anthropic_streaming", "input_tokens", REFUSED, "input_tokens leaves out cached ones, as Anthropic counts"),
-    Verdict("long_seed|test_stateful|max_model_len|pooling_not_supported", "", NOT_APPLICABLE, WORDING),
+    not_applicable("", "^runs vLLM's own code|get_hidden_size|'Absent'", OWN_CODE),
+    not_applicable("null_top_logprobs", "namespace", OWN_CODE),
+    not_applicable("tool_use/", "^Skipping config", "another model, with a server of its own"),
+    not_applicable("", "hf_model|test_bi_encoder", "compares with another model, run by another library"),
+    not_applicable("test_metrics.*multimodal", "", SEEING_MODEL),
+    not_applicable("test_metrics_exist", "waiting_by_reason", OWN_FIELD),
+    refused("", "unknown parameter", UNKNOWN),
+    refused("test_custom_role", "invalid enum value", "a role outside OpenAI's"),
+    refused("kv_transfer", "KV is not transferred", "KV transfer by a parameter of a request"),
+    refused("", "logprobs: expected int >= 0", "-1, the log probabilities of the whole vocabulary"),
+    refused("test_batch_completions", "beam search", "beam search"),
+    refused("", "no attribute 'prompt_logprobs'|'prompt_token_ids' in", ABSENT),
+    refused("test_chat_streaming", "assert None", "finish_reason has a delta of its own, as OpenAI sends it"),
+    refused("test_single_chat_session", "CompletionUsa", "usage has its details, as OpenAI sends it"),
+    refused(
+        "anthropic_streaming", "input_tokens|assert 1 > 5", "input_tokens leaves out cached ones, as Anthropic counts"
+    ),
+    refused("embed/.*chat_request|max_tokens_per_doc", "400", UNKNOWN),
+    not_applicable("", "/invocations|/tokenizer_info|/llm/v1", OWN_ENDPOINT),
+    not_applicable("test_server_load", "404", OWN_ENDPOINT),
+    not_applicable(
+        "pooling/.*(use_activation|test_pooling_)", "'(data|results|message)'|BadRequestError", OWN_ENDPOINT
+    ),
+    not_applicable("long_seed|test_stateful", "Regex pattern|greater_than", WORDING),
+    not_applicable("max_model_len|pooling_not_supported|params_not_supported", "", WORDING),
+    not_applicable("empty_prompt|token_ids", "Regex pattern did not match", WORDING),
+    not_applicable("dynamic_lora_invalid_files|invalid_adapters", "not valid JSON", WORDING),
+    not_applicable("serve/lora", "absent", "needs an adapter from the network"),
+    not_applicable("static_lora_lineage|test_check_models", "gguf", "the model's root is the file that was started"),
+    not_applicable("test_show_version", "VLLM_VERSION", "asks for vLLM's own version"),
+    not_applicable("test_truncate_prompt_tokens", "'id'", OWN_FIELD),
+    not_applicable("enable_force_include_usage", "", OWN_FLAG),
+    not_applicable(r"return_tokens_as_token_ids_completion\[True\]", "", OWN_FLAG),
+    not_applicable("request_cancellation", "max_tokens is 10000", "asks for a context longer than it was run with"),
+    not_applicable(
+        "thinking_token_budget|include_reasoning|reasoning_item|reasoning_tokens|test_simple_input", "", REASONING_MODEL
+    ),
+    refused("test_named_tool_use", "NoneType", "content is null beside a call, as OpenAI sends it"),
+    not_applicable("function_call", "'reasoning'|took more", REASONING_MODEL),
+    not_applicable("function_call", "len\\(\\[\\]\\)|is not None", TOOL_MODEL),
+    not_applicable("function_call.*streaming", "assert 0 >= 2", TOOL_MODEL),
+    not_applicable("parallel_tool|test_tool_call|anthropic_tool_call|with_tool_use", "", TOOL_MODEL),
+    not_applicable(
+        "test_(max_tokens|chat|instructions)$|test_max_tokens\\[", "completed|QED|took more|in '", OTHER_MODEL
+    ),
+    not_applicable("more_than_one_prompt_logprobs|response_format_json_schema|test_single_completion", "", OTHER_MODEL),
+    not_applicable("comparison_with_prompt", r"endswith", OTHER_MODEL),
+    not_applicable("test_basic\\[|encoder_online.py::test_basic|rerank_api", "At index 0|>= 0.9", OTHER_MODEL),
 )
 LLAMA = (
-    Verdict("", "runs vLLM's own code|huggingface.co", NOT_APPLICABLE, "needs a model or a picture from the network"),
+    not_applicable("", "runs vLLM's own code|huggingface.co|tinygemma3", "needs a model or a picture from the network"),
+    not_applicable("", "skipping slow test|fails on linux", "skipped by the suite itself"),
+    not_applicable("", "404 == |there is no /|== 404|404, ", OWN_ENDPOINT),
+    not_applicable(
+        "test_completion.py|test_metrics.py|test_slot|pooling_none", "KeyError: ('content'|'timings'|0)", OWN_ENDPOINT
+    ),
+    not_applicable("test_stream.py", "StopIteration", OWN_FLAG),
+    not_applicable(
+        "test_security.py::test_(incorrect|cors)|test_metrics_disabled|multiple_addresses|kv_keep", "", OWN_FLAG
+    ),
+    not_applicable("test_server_model", "", OWN_FLAG),
+    not_applicable("", "__verbose|system_fingerprint|Process-Start-Time|None is not None", OWN_FIELD),
+    not_applicable("correct_api_key", "'content' in", OWN_FIELD),
+    not_applicable("test_context_size_exceeded", "", OWN_FLAG),
+    refused("", "unknown parameter", UNKNOWN),
+    refused(
+        "response_format|json_schema|multiple_choices|verbose_debug|logit_bias|tei_|mixed_input|text_same_as",
+        "400",
+        UNKNOWN,
+    ),
+    refused("test_tokenize|tokens_input", "assert 400 == 200", UNKNOWN),
+    refused("anthropic_empty_messages", "400 == 200", "messages without one, as Anthropic's API"),
+    refused("test_logprobs_stream", "assert '' is None", ROLE_DELTA),
+    not_applicable(
+        r"invalid_chat_completion_req\[messages7\]", "200", "two answers of the assistant in a row are allowed"
+    ),
+    not_applicable("image|vision|local_media", "400 == ", SEEING_MODEL),
+    not_applicable("thinking", "", REASONING_MODEL),
+    not_applicable("embedding_usage|rerank_usage|cached_tokens|openai_library", "assert|Assertion", OTHER_MODEL),
+    not_applicable("pooling_none_oai", "200 == 400", OWN_FLAG),
+    not_applicable("prompt_too_long", "too large", WORDING),
+    not_applicable("test_tool_call.py::test_calc_result", "max_tokens is 8192|error: 400", OWN_FLAG),
+    not_applicable("test_tool_call.py", "Expected (1|no) tool call|for location|location (to|not)", TOOL_MODEL),
+    not_applicable("test_tool_call.py::test_thoughts", "Expected .*sum of", OTHER_MODEL),
 )
 VERDICTS = {"vllm": VLLM, "llama.cpp": LLAMA}

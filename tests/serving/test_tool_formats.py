@@ -66,6 +66,7 @@ for _name in ("hermes", "qwen_coder"):
     case(_name, "<tool_call>no call</tool_call> here", "<tool_call>no call</tool_call> here")
     case(_name, '<tool_call>{"arguments": {"city": "Oslo"}, "name": "get_weather"}</tool_call>', None, OSLO)
     case(_name, f'<tool_call>{{"name": "get_weather", "arguments": {json.dumps(json.dumps(OSLO[1]))}}}', None, OSLO)
+    case(_name, '<tool_call>{"name": "python", "arguments": "print()"}</tool_call>', None, ("python", "print()"))
     case(_name, '<tool_call>{"name": "unknown"}</tool_call>', None, ("unknown", {}))
     case(_name, "a < b <tool", "a < b <tool")
     case(_name, '  {"a": 1}\n', '  {"a": 1}\n')

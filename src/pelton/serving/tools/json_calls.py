@@ -138,7 +138,9 @@ def _read_arguments(reader: TextReader, call: CallObject) -> Steps[None]:
     if text is None:
         raise MalformedError
     if text.startswith('"'):
-        text = decode_string(text)  # the arguments' text as a string, as OpenAI's own format has it
+        # The arguments' text as a string, as OpenAI's own format has it; any other string is JSON as it stands.
+        inner = decode_string(text)
+        text = inner if inner.lstrip().startswith("{") else text
     elif text == "null":
         text = "{}"
     call.arguments = text
