@@ -69,6 +69,7 @@ def make_options(num_top: int | None) -> AnswerOptions:
         answer_id="chatcmpl-0123456789abcdef0123456789abcdef",
         created=1_700_000_000,
         model="qwen2.5-coder-0.5b-instruct",
+        fingerprint="fp_0123456789ab",
         prompts=[[1] * 10],
         n=1,
         spelling=ByteSpelling(),

@@ -44,6 +44,7 @@ def test_others_run_meanwhile() -> None:
     engine, ready, woken = make()
     assert {output.request_id for output in run(engine)} == {"free"}
     assert engine.num_waiting == 1
+    assert engine.stats().num_deferred == 1
     ready.set_result(None)
     assert woken == ["woken"]
     assert [output.request_id for output in run(engine)][-1] == "held"

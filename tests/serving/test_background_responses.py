@@ -102,11 +102,15 @@ def test_an_engine_that_fails_is_told() -> None:
 
 
 def test_what_is_stored_survives_a_restart(tmp_path: Path) -> None:
-    with running_server(store=StoreConfig(data_dir=str(tmp_path))) as server:
+    restart_between(StoreConfig(data_dir=str(tmp_path)))
+
+
+def restart_between(config: StoreConfig) -> None:
+    with running_server(store=config) as server:
         client = client_of(server)
         first = create(client, "one")
         streamed: list[Any] = list(create(client, "two", background=True, stream=True))
-    with running_server(store=StoreConfig(data_dir=str(tmp_path))) as server:
+    with running_server(store=config) as server:
         client = client_of(server)
         assert client.responses.retrieve(first.id) == first
         assert list(client.responses.retrieve(streamed[0].response.id, stream=True)) == streamed

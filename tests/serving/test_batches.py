@@ -107,6 +107,7 @@ def test_pages(server: RunningServer) -> None:
             {"messages": [{"role": "user", "content": "a"}]},
             lambda body: body["choices"][0]["message"]["content"] == ANSWER,
         ),
+        ("/v1/responses", {"input": "a"}, lambda body: body["output"][0]["content"][0]["text"] == ANSWER),
         (EMBEDDINGS, {"input": "abc"}, lambda body: len(body["data"][0]["embedding"]) == 4),
     ],
 )
@@ -331,10 +332,12 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def server_process(data_dir: Path, delay_s: float) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+def server_process(
+    data_dir: Path, delay_s: float, database_url: str = ""
+) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     port = free_port()
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.serving.child", str(port), str(delay_s), "0", str(data_dir)]
+        [sys.executable, "-m", "tests.serving.child", str(port), str(delay_s), "0", str(data_dir), database_url]
     )
     url = f"http://127.0.0.1:{port}"
     try:
@@ -353,11 +356,15 @@ def server_process(data_dir: Path, delay_s: float) -> Iterator[tuple[str, subpro
 
 def test_kill_9_and_restart(tmp_path: Path) -> None:
     """Twice in a batch: every line is in the outputs exactly once, bad ones too."""
+    kill_and_restart(tmp_path)
+
+
+def kill_and_restart(tmp_path: Path, database_url: str = "") -> None:
     lines: list[Any] = [line(f"l{index}", prompt="a", max_tokens=12) for index in range(60)]
     lines[7:7] = ["{", line("bad", prompt="a", temperature=9e9)]
     batch_id, num_before = "", 0
     for _ in range(2):
-        with server_process(tmp_path, 0.01) as (url, process):
+        with server_process(tmp_path, 0.01, database_url) as (url, process):
             client = client_of(url, "agent")
             batch_id = batch_id or start(client, jsonl(lines)).id
             deadline_s = time.monotonic() + 30
@@ -370,7 +377,7 @@ def test_kill_9_and_restart(tmp_path: Path) -> None:
         partial = max((tmp_path / "files").glob("file-*"), key=lambda path: path.stat().st_mtime)
         with partial.open("ab") as file:  # as if the last line had been half written
             file.write(b'{"id": "batch_req_x_1", "custom')
-    with server_process(tmp_path, 0.0) as (url, _):
+    with server_process(tmp_path, 0.0, database_url) as (url, _):
         client = client_of(url, "agent")
         done = wait(client, batch_id, "completed")
         outputs, errors = results(client, done.output_file_id), results(client, done.error_file_id)

@@ -25,6 +25,8 @@ def test_answer(openai_client: openai.OpenAI) -> None:
     assert answer.object == "chat.completion"
     assert answer.id.startswith("chatcmpl-")
     assert answer.model == MODEL_NAME
+    assert answer.system_fingerprint is not None
+    assert answer.system_fingerprint.startswith("fp_")
     assert answer.usage is not None
     assert answer.usage.prompt_tokens == NUM_PROMPT_TOKENS
     assert answer.usage.completion_tokens == NUM_ANSWER_TOKENS
@@ -48,6 +50,24 @@ def test_cached_tokens_are_reported_and_salted(openai_client: openai.OpenAI) -> 
     assert cached("one") > 100
     assert cached("two") == 0
     assert cached("one", "other-tenant") == 0
+
+
+def test_the_fingerprint_is_that_of_what_runs(openai_client: openai.OpenAI) -> None:
+    def ask(client: openai.OpenAI, **options: Any) -> Any:
+        return client.chat.completions.create(model=MODEL_NAME, messages=MESSAGES, max_tokens=2, **options)
+
+    expected = ask(openai_client).system_fingerprint
+    assert {chunk.system_fingerprint for chunk in ask(openai_client, stream=True)} == {expected}
+    text: Any = openai_client.completions.create(model=MODEL_NAME, prompt="a", max_tokens=2)
+    assert text.system_fingerprint == expected
+    parts: Any = openai_client.completions.create(model=MODEL_NAME, prompt="a", max_tokens=2, stream=True)
+    assert {chunk.system_fingerprint for chunk in parts} == {expected}
+    fingerprints = []
+    for kernels in ("none", "other"):
+        with running_server(kernels=kernels) as server:
+            client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+            fingerprints.append(ask(client).system_fingerprint)
+    assert fingerprints[0] == expected != fingerprints[1]
 
 
 def test_stream_has_the_same_text(openai_client: openai.OpenAI) -> None:

@@ -22,6 +22,7 @@ def test_plain_deltas(make: type[ChatChunkEncoder] | type[CompletionChunkEncoder
         answer_id="a",
         created=7,
         model='m"text":""',
+        fingerprint="fp_1",
         prompts=[[1, 2]] if make is ChatChunkEncoder else [[1], [2]],
         n=3,
         spelling=TokenSpelling(ByteDecoder()),
@@ -40,7 +41,13 @@ def test_plain_deltas(make: type[ChatChunkEncoder] | type[CompletionChunkEncoder
 
 def test_what_more_than_text_is_asked_for_is_told() -> None:
     options = AnswerOptions(
-        answer_id="a", created=7, model="m", prompts=[[1]], n=1, spelling=TokenSpelling(ByteDecoder())
+        answer_id="a",
+        created=7,
+        model="m",
+        fingerprint="fp_1",
+        prompts=[[1]],
+        n=1,
+        spelling=TokenSpelling(ByteDecoder()),
     )
     for asked in ({"return_token_ids": True}, {"logprobs": 1}, {"echo_texts": ["p"]}, {"drop_output": True}):
         assert options.is_plain

@@ -71,7 +71,6 @@ def check_error(response: httpx2.Response, status: int, code: str | None, param:
         ({"stream": True, "stream_options": {"x": 1}}, "unknown_parameter", "stream_options.x"),
         ({"timeout_s": 0}, "invalid_value", "timeout_s"),
         ({"cache_salt": ""}, "invalid_value", "cache_salt"),
-        ({"store": True}, "unsupported_parameter", "store"),
         ({"guided_whitespace_pattern": " "}, "unsupported_parameter", "guided_whitespace_pattern"),
         ({"use_beam_search": True}, "unsupported_parameter", "use_beam_search"),
         ({"length_penalty": 0.5}, "unsupported_parameter", "length_penalty"),
@@ -194,6 +193,7 @@ def test_chat(http: httpx2.Client, body: Any, code: str, param: str | None) -> N
         ({"prompt": "a", "max_tokens": 0}, "invalid_value", "max_tokens"),
         ({"prompt": "a", "logprobs": True}, "invalid_type", "logprobs"),
         ({"prompt": "a", "suffix": "b"}, "unsupported_parameter", "suffix"),
+        ({"prompt": "a", "store": True}, "unsupported_parameter", "store"),
         ({"prompt": "a", "tools": []}, "unknown_parameter", "tools"),
         ({"prompt": "x" * 2048}, "context_length_exceeded", "prompt"),
         ({"prompt": [97] * 2048}, "context_length_exceeded", "prompt"),
@@ -251,7 +251,7 @@ def test_numbers_out_of_range(http: httpx2.Client) -> None:
 def test_routes_methods_and_content_types(http: httpx2.Client) -> None:
     check_error(http.get("/v2/nothing"), 404, "not_found")
     check_error(http.get("/v1/models/"), 404, "model_not_found", "model")
-    response = http.get(CHAT)
+    response = http.get(COMPLETIONS)
     check_error(response, 405, "method_not_allowed")
     assert response.headers["allow"] == "POST"
     check_error(http.post(CHAT, content=b"a=b", headers={"content-type": "text/plain"}), 415, "unsupported_media_type")

@@ -20,6 +20,7 @@ USER: Any = [{"role": "user", "content": "hi"}]
 FAMILIES = {
     "vllm:num_requests_running": "gauge",
     "vllm:num_requests_waiting": "gauge",
+    "vllm:num_requests_waiting_by_reason": "gauge",
     "vllm:kv_cache_usage_perc": "gauge",
     "vllm:cache_config_info": "gauge",
     "vllm:prefix_cache_queries": "counter",
@@ -139,6 +140,24 @@ def test_metrics_have_the_names_and_count_exactly() -> None:
     responses = (("path", "/v1/chat/completions"), ("status", "400"))
     assert value["pelton:http_responses_total", responses] == 1
     assert value["vllm:num_requests_running", ()] == value["vllm:kv_cache_usage_perc", ()] == 0
+
+
+def test_tokens_of_steps_add_up_to_prompts_and_answers() -> None:
+    """As vLLM counts them. The prompt's last chunk is one token."""
+    with running_server(max_num_batched_tokens=64) as server, httpx2.Client(base_url=server.url, timeout=30) as http:
+        http.post("/v1/completions", json={"prompt": "x" * 129, "max_tokens": 20})
+        value = samples(http.get("/metrics").text)
+    assert value["vllm:iteration_tokens_total_sum", ()] == 129 + 20
+    assert value["vllm:iteration_tokens_total_count", ()] == value["pelton:steps_total", ()]
+
+
+def test_who_waits_for_what() -> None:
+    metrics = ServerMetrics("m")
+    metrics.take_update(EngineUpdate((), (), EngineStats(num_waiting=5, num_deferred=2)))
+    value = samples(metrics.expose().decode())
+    assert value["vllm:num_requests_waiting", ()] == 5
+    assert value["vllm:num_requests_waiting_by_reason", (("reason", "capacity"),)] == 3
+    assert value["vllm:num_requests_waiting_by_reason", (("reason", "deferred"),)] == 2
 
 
 def test_counters_survive_a_new_engine() -> None:

@@ -15,18 +15,11 @@ from pelton.core.errors import PeltonError
 from pelton.serving.tenants.journal import Journal, journals, read_journal, try_claim
 from pelton.store.config import StoreConfig
 from pelton.store.records import Tokens
-from tests.postgres import Postgres, running_postgres
 from tests.serving.keys import admin, bearer, complete, key_server, store_at, wait_until
 from tests.serving.make import RunningServer
 from tests.serving.mixed_load import Result, run_with_kills
 
 NUM_REQUESTS = int(os.environ.get("PELTON_TEST_NUM_REQUESTS", "450"))
-
-
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[Postgres]:
-    with running_postgres() as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,12 @@ from pelton.store.config import StoreConfig
 from pelton.store.database import Database, DatabaseError, open_database
 
 # Modules that define tables on `tables.metadata`.
-TABLE_MODULES = ("pelton.store.tables", "pelton.store.responses", "pelton.store.batch_tables")
+TABLE_MODULES = (
+    "pelton.store.tables",
+    "pelton.store.responses",
+    "pelton.store.batch_tables",
+    "pelton.store.completions",
+)
 
 
 async def test_tables_are_as_the_modules_say(database: Database) -> None:

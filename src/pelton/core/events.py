@@ -52,10 +52,10 @@ class EngineStats:
     time_s: float = 0.0
     num_running: int = 0
     num_waiting: int = 0
+    num_deferred: int = 0  # of these, waiting for a grammar, for KV from disk, or for the prompt they share
     num_blocks_total: int = 0
     num_blocks_used: int = 0
     num_blocks_cached: int = 0
-    num_step_tokens: int = 0  # of the last step
     num_prefix_queries_total: int = 0  # prompt tokens looked up, counted at admission only
     num_prefix_hits_total: int = 0  # prompt tokens found
     num_preemptions_total: int = 0
@@ -63,6 +63,7 @@ class EngineStats:
     num_prompt_tokens_total: int = 0  # prompt tokens of admitted requests
     num_output_tokens_total: int = 0
     num_steps_total: int = 0
+    num_step_tokens_total: int = 0  # prompt tokens computed (again after a preemption too), and tokens made
     num_host_blocks: int = 0  # of host memory behind the KV cache, that can be had
     num_host_blocks_cached: int = 0
     num_disk_blocks: int = 0

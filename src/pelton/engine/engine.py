@@ -82,7 +82,7 @@ class Engine:
         self._timings = _Timings()
         self._num_output_tokens = 0
         self._num_steps = 0
-        self._num_step_tokens = 0
+        self._num_prefill_tokens = 0
 
     # -- requests ---------------------------------------------------------------------------------
 
@@ -146,8 +146,12 @@ class Engine:
 
     @property
     def num_waiting(self) -> int:
-        num_held = len(self.grammars) + len(self._read_ahead)
-        return len(self.scheduler.policy) + num_held + sum(map(len, self._forks.values()))
+        return len(self.scheduler.policy) + self._num_deferred
+
+    @property
+    def _num_deferred(self) -> int:
+        """Waiting for something else than room."""
+        return len(self.grammars) + len(self._read_ahead) + sum(map(len, self._forks.values()))
 
     @property
     def has_work(self) -> bool:
@@ -224,7 +228,6 @@ class Engine:
         self.scheduler.kv.complete(batch.kv_ops, result.kv_copy_s)
         started_s = self.clock.now_s()
         self._num_steps += 1
-        self._num_step_tokens = batch.num_tokens
         self._take_prompt_logprobs(batch, result)
         self._record_chunks(batch)
         self.tenancy.computed(batch, result)
@@ -262,10 +265,10 @@ class Engine:
             time_s=self.clock.now_s(),
             num_running=len(self.scheduler.running),
             num_waiting=self.num_waiting,
+            num_deferred=self._num_deferred,
             num_blocks_total=pool.num_total,
             num_blocks_used=pool.num_used,
             num_blocks_cached=pool.num_cached,
-            num_step_tokens=self._num_step_tokens,
             num_prefix_queries_total=counters.num_prefix_queries,
             num_prefix_hits_total=counters.num_prefix_hits,
             num_preemptions_total=counters.num_preemptions,
@@ -274,6 +277,7 @@ class Engine:
             num_output_tokens_total=self._num_output_tokens,
             **tiers,
             num_steps_total=self._num_steps,
+            num_step_tokens_total=self._num_prefill_tokens + self._num_output_tokens,
             schedule_s_total=self._timings.schedule_s,
             execute_s_total=self._timings.execute_s,
             postprocess_s_total=self._timings.postprocess_s,
@@ -312,10 +316,12 @@ class Engine:
 
     def _record_chunks(self, batch: ScheduledBatch) -> None:
         for scheduled in batch.requests:
-            if len(scheduled.token_ids) > 1 or scheduled.context is not None:
-                request = self.scheduler.requests.get(scheduled.request_id)
-                if request is not None:
-                    self._record(request, EventKind.COMPUTED, len(scheduled.token_ids))
+            request, num_tokens = self.scheduler.requests.get(scheduled.request_id), len(scheduled.token_ids)
+            if request is not None and (
+                scheduled.num_computed_tokens < request.num_prompt_tokens or scheduled.context is not None
+            ):
+                self._num_prefill_tokens += num_tokens
+                self._record(request, EventKind.COMPUTED, num_tokens)
 
     def _end(self, request: Request, reason: FinishReason, detail: str) -> None:
         request.finish_reason = reason

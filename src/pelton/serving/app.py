@@ -24,7 +24,7 @@ from pelton.serving.anthropic.errors import error_answer
 from pelton.serving.batches.file_store import FileStore
 from pelton.serving.batches.runner import BatchRunner
 from pelton.serving.config import ServerConfig
-from pelton.serving.context import NUM_PREPARE_THREADS, ModelCard, ServingContext
+from pelton.serving.context import NUM_PREPARE_THREADS, PELTON_VERSION, ModelCard, ServingContext
 from pelton.serving.dialect import Dialect
 from pelton.serving.errors import HTTPProblemError
 from pelton.serving.logs import Logger
@@ -33,10 +33,10 @@ from pelton.serving.metrics import ServerMetrics
 from pelton.serving.middleware import RequestMiddleware
 from pelton.serving.openai.logprobs import TokenIdSpelling, TokenSpelling
 from pelton.serving.openai.responses_api.service import ResponseService
+from pelton.serving.openai.stored_chat.archive import CompletionArchive
 from pelton.serving.route import Handler
 from pelton.serving.routes import ROUTES
 from pelton.serving.scoring import check_score_tokens
-from pelton.serving.status import PELTON_VERSION
 from pelton.serving.template_error import ChatTemplateError
 from pelton.serving.template_process import TemplateRenderer
 from pelton.serving.tenants.access import AccessControl
@@ -95,6 +95,9 @@ def create_app(
         pool=ThreadPoolExecutor(NUM_PREPARE_THREADS, "pelton-prepare"),
         store=store,
         responses=_response_service(store, config),
+        archive=CompletionArchive(
+            store, retention_s=config.response_retention_days * 86400.0, max_per_tenant=config.max_stored_responses
+        ),
         tenants=tenants,
     )
     context.batches = BatchRunner(context, FileStore(context.store.config.data_path))

@@ -22,8 +22,8 @@ class ServerConfig:
     request_timeout_s: float = setting(600.0, "deadline of a request that brings none; 0: none")
     drain_timeout_s: float = setting(30.0, "on SIGTERM, how long running requests may take to finish")
     max_body_bytes: int = setting(32 * 2**20, "largest request body")
-    response_retention_days: float = setting(30.0, "how long /v1/responses keeps what it stores")
-    max_stored_responses: int = setting(100_000, "how many responses are kept of a tenant, the latest")
+    response_retention_days: float = setting(30.0, "how long stored responses and chat completions are kept")
+    max_stored_responses: int = setting(100_000, "how many of each are kept of a tenant, the latest")
     pooling: str | None = setting(
         None,
         "embeddings: last, mean or cls; default: what the model's folder says, or last",

@@ -8,6 +8,8 @@ import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from hashlib import blake2b
+from importlib.metadata import version
 from typing import TypeVar
 
 from pelton.core.errors import (
@@ -33,6 +35,7 @@ from pelton.serving.openai.logprobs import TokenSpelling
 from pelton.serving.openai.pooling_requests import PoolingRequest
 from pelton.serving.openai.requests import GenerationRequest
 from pelton.serving.openai.responses_api.service import ResponseService
+from pelton.serving.openai.stored_chat.archive import CompletionArchive
 from pelton.serving.template_process import TemplateRenderer
 from pelton.serving.tenants.service import TenantService
 from pelton.serving.timelines import Timelines, new_timeline
@@ -40,6 +43,7 @@ from pelton.store.opener import Store
 from pelton.weights.tensors import GenerationDefaults
 from pelton.weights.tokenizer import Tokenizer
 
+PELTON_VERSION = version("pelton")
 NUM_PREPARE_THREADS = 2
 MAX_PREPARING = 256
 PIECE_CHARS = 1 << 18
@@ -74,6 +78,7 @@ class ServingContext:
     spelling: TokenSpelling
     pool: ThreadPoolExecutor
     responses: ResponseService
+    archive: CompletionArchive
     spelling_of_ids: TokenSpelling
     tenants: TenantService
     store: Store  # of what outlives the process; opened at first use
@@ -101,6 +106,12 @@ class ServingContext:
         """Of the adapter that goes by `name`; empty for the model's own. Raises `ModelNotFoundError`."""
         self.check_model(name)  # again: it may have been unloaded since the request came
         return "" if name is None or name in self.model.names else self.client.adapters[name].lora_id
+
+    def fingerprint(self, name: str | None) -> str:
+        """`system_fingerprint`: the same while model, adapter, kernels, types and version are."""
+        info = self.check_ready()
+        facts = (info.kv_identity, info.kernels, info.dtype, info.device, info.vocab_size, self.lora_id(name))
+        return f"fp_{blake2b(repr((PELTON_VERSION, *facts)).encode(), digest_size=6).hexdigest()}"
 
     @property
     def max_model_len(self) -> int:

@@ -145,16 +145,24 @@ class PromptResult:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
 
+def empty_results(num_prompts: int, num_sequences: int) -> list[PromptResult]:
+    return [PromptResult([SequenceResult() for _ in range(num_sequences)]) for _ in range(num_prompts)]
+
+
+def add_batch(results: list[PromptResult], batch: Batch) -> None:
+    for prompt_index, outputs in batch:
+        result = results[prompt_index]
+        for output in outputs:
+            if output.prompt_logprobs:
+                result.prompt_logprobs += output.prompt_logprobs
+            _add(result.sequences[output.index], output)
+
+
 async def collect(generation: Generation, num_sequences: int) -> list[PromptResult] | None:
     """Read to the end; None where the client went away meanwhile. Raises the streams' typed errors."""
-    results = [PromptResult([SequenceResult() for _ in range(num_sequences)]) for _ in generation.streams]
+    results = empty_results(len(generation.streams), num_sequences)
     while (batch := await generation.read()) is not None:
-        for prompt_index, outputs in batch:
-            result = results[prompt_index]
-            for output in outputs:
-                if output.prompt_logprobs:
-                    result.prompt_logprobs += output.prompt_logprobs
-                _add(result.sequences[output.index], output)
+        add_batch(results, batch)
     if generation.is_cancelled:
         return None
     return results

@@ -57,7 +57,7 @@ _REQUEST_HISTOGRAMS = {
     "vllm:request_decode_time_seconds": ("From the first token to the end", _REQUEST_BUCKETS),
     "vllm:request_prompt_tokens": ("Prompt tokens of a sequence", _LENGTH_BUCKETS),
     "vllm:request_generation_tokens": ("Generated tokens of a sequence", _LENGTH_BUCKETS),
-    "vllm:iteration_tokens_total": ("Tokens computed in a step", _STEP_BUCKETS),
+    "vllm:iteration_tokens_total": ("Prompt tokens computed and tokens made in a step", _STEP_BUCKETS),
 }
 # Detail of a FINISHED event -> value of `finished_reason`; anything else is an error.
 _FINISHED_REASONS = {"stop": "stop", "length": "length", "cancelled": "abort", "request_cancelled": "abort"}
@@ -84,6 +84,12 @@ class ServerMetrics:
         self._published = EngineStats()  # what of it the counters hold
         self._running = self._gauge("vllm:num_requests_running", "Requests in the running batch")
         self._waiting = self._gauge("vllm:num_requests_waiting", "Requests that wait for admission")
+        self._waiting_by_reason = Gauge(
+            "vllm:num_requests_waiting_by_reason",
+            "Requests that wait for room (capacity), or for something else (deferred)",
+            (*_LABELS, "reason"),
+            registry=self.registry,
+        )
         self._kv_usage = self._gauge("vllm:kv_cache_usage_perc", "Part of the KV blocks in use, 0 to 1")
         self._kv_cached = self._gauge("pelton:kv_cache_cached_blocks", "Unused KV blocks that hold a prefix")
         self._counters = {field: self._counter(name, text) for name, (field, text) in _COUNTERS.items()}
@@ -130,21 +136,24 @@ class ServerMetrics:
     def clear_gauges(self) -> None:
         """There is no engine at the moment, so nothing runs or waits."""
         self.tenancy.stats = TenancyStats()
-        self._stats = replace(self._stats, num_running=0, num_waiting=0, num_blocks_used=0, num_blocks_cached=0)
+        self._stats = replace(
+            self._stats, num_running=0, num_waiting=0, num_deferred=0, num_blocks_used=0, num_blocks_cached=0
+        )
 
     def take_update(self, update: EngineUpdate) -> None:
         """Listener of `EngineClient`."""
-        num_steps = self._stats.num_steps_total
+        num_steps, num_tokens = self._stats.num_steps_total, self._stats.num_step_tokens_total
         if update.stats.num_steps_total < num_steps:
             self._forget_lost()
             # A new engine counts from zero; the counters go on.
             self._publish_stats()
             self._published = EngineStats()
-            num_steps = 0
+            num_steps = num_tokens = 0
         for event in update.events:
             self._take_event(event)
         if update.stats.num_steps_total > num_steps:
-            self._step_tokens.observe(update.stats.num_step_tokens)
+            num_new = update.stats.num_steps_total - num_steps
+            self._step_tokens.observe_parts(update.stats.num_step_tokens_total - num_tokens, num_new)
         self._stats = update.stats
 
     def count_rejection(self, reason: str) -> None:
@@ -175,6 +184,8 @@ class ServerMetrics:
         self._published = stats
         self._running.set(stats.num_running)
         self._waiting.set(stats.num_waiting)
+        self._waiting_by_reason.labels(*self._label_values, "capacity").set(stats.num_waiting - stats.num_deferred)
+        self._waiting_by_reason.labels(*self._label_values, "deferred").set(stats.num_deferred)
         self._kv_usage.set(stats.num_blocks_used / stats.num_blocks_total if stats.num_blocks_total else 0.0)
         self._kv_cached.set(stats.num_blocks_cached)
 

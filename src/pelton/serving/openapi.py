@@ -8,6 +8,9 @@ from typing import Any
 import msgspec
 
 from pelton.serving.caller import ID_PATTERN, TENANT_PATTERN
+from pelton.serving.openai.requests import ContentPart
+from pelton.serving.openai.responses_api.items import MAX_ITEMS, InputItem
+from pelton.serving.openai.responses_api.requests import ResponseTool
 from pelton.serving.query import query_parameters
 from pelton.serving.route import Route
 
@@ -41,6 +44,19 @@ _PROMPT = {
         {"type": "array", "minItems": 1, "items": _TOKEN_IDS},
     ]
 }
+# Of /v1/responses, which decodes items one by one. Without it, previous_response_id has to be there.
+_ITEMS = {
+    "anyOf": [
+        {"type": "string"},
+        {
+            "type": "array",
+            "minItems": 1,
+            "maxItems": MAX_ITEMS,
+            "items": {"$ref": f"#/components/schemas/{InputItem.__name__}"},
+        },
+        {"type": "null"},
+    ]
+}
 
 
 def build_openapi(routes: tuple[Route, ...], version: str, *, has_key: bool) -> dict[str, Any]:
@@ -49,9 +65,12 @@ def build_openapi(routes: tuple[Route, ...], version: str, *, has_key: bool) -> 
         structs.update(
             (kind.__name__, kind) for kind in (route.body, route.answer, route.chunk, route.error) if kind is not None
         )
+    structs.update((kind.__name__, kind) for kind in (InputItem, ContentPart, ResponseTool))
     _, schemas = msgspec.json.schema_components(structs.values(), ref_template="#/components/schemas/{name}")
     schemas["CompletionRequest"]["properties"]["prompt"] = _PROMPT
     schemas["EmbeddingRequest"]["properties"]["input"] = _PROMPT
+    for name in ("ResponseRequest", "InputTokensRequest", "CompactRequest"):
+        schemas[name]["properties"]["input"] = _ITEMS
     components: dict[str, Any] = {"schemas": schemas}
     components["securitySchemes"] = {"ApiKey": {"type": "http", "scheme": "bearer"}}
     paths: dict[str, Any] = {}

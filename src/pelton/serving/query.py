@@ -14,16 +14,26 @@ from pelton.serving.request_body import invalid_field
 StructT = TypeVar("StructT", bound=msgspec.Struct)
 
 
-def read_query(request: Request, struct: type[StructT], unsupported: tuple[str, ...] = ()) -> StructT:
+def read_query(
+    request: Request, struct: type[StructT], unsupported: tuple[str, ...] = (), maps: tuple[str, ...] = ()
+) -> StructT:
     """The query as a `struct`, whose fields are numbers, booleans and texts. Raises `InvalidRequestError`.
 
     `unsupported` are names that OpenAI defines and Pelton does not; its clients write lists as `name[]`.
+    `maps` are fields that are written as `name[key]=value`.
     """
     values: dict[str, Any] = {}
     for name, value in request.query_params.multi_items():
         if name.removesuffix("[]") in unsupported:
             name = name.removesuffix("[]")
             raise InvalidRequestError(f"{name} is not supported here", param=name, code="unsupported_parameter")
+        field, _, key = name.partition("[")
+        if field in maps and key.endswith("]"):
+            pairs = values.setdefault(field, {})
+            if key[:-1] in pairs:
+                raise InvalidRequestError(f"{name[:64]} is there twice; send it once", param=name[:64])
+            pairs[key[:-1]] = value
+            continue
         if name in values:
             raise InvalidRequestError(f"{name[:64]} is there twice; send it once", param=name[:64])
         if name not in _fields(struct):
@@ -48,4 +58,8 @@ def query_parameters(struct: type[msgspec.Struct]) -> list[dict[str, Any]]:
     """For the OpenAPI document."""
     schema = msgspec.json.schema(struct)
     found = schema["$defs"][struct.__name__]["properties"]
-    return [{"name": name, "in": "query", "schema": shape} for name, shape in found.items()]
+    return [{"name": name, "in": "query", "schema": shape, **_style(shape)} for name, shape in found.items()]
+
+
+def _style(shape: dict[str, Any]) -> dict[str, Any]:
+    return {"style": "deepObject", "explode": True} if shape.get("type") == "object" else {}

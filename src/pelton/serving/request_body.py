@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import difflib
 import re
+from collections.abc import Callable
 from functools import cache
 from typing import Any, TypeVar
 
@@ -97,17 +99,37 @@ def decode_json(body: bytes, struct: type[StructT]) -> StructT:
         raise InvalidRequestError(f"the body is not valid JSON: {error}", code="invalid_json") from None
 
 
-def invalid_field(message: str, struct: type[msgspec.Struct], what: str = "body") -> InvalidRequestError:
-    """msgspec's message in our words: which parameter of the body or query, what was sent, what is expected."""
+def decode_inner(raw: msgspec.Raw, struct: type[StructT], at: str, check_kind: Callable[[Any, str], None]) -> StructT:
+    """A struct within the body that was left as it came, so that an error names its place, `at`.
+
+    What is of an unknown kind has unknown fields too, but it is the kind that is wrong: `check_kind(value, at)` tells.
+    """
+    try:
+        value: StructT = _decoder(struct).decode(raw)
+        return value
+    except msgspec.ValidationError as error:
+        with contextlib.suppress(msgspec.DecodeError, RecursionError):
+            check_kind(msgspec.json.decode(raw), at)
+        raise invalid_field(str(error), struct, at=at) from None
+    except RecursionError:
+        raise InvalidRequestError("the body is nested too deeply", code="invalid_json") from None
+
+
+def invalid_field(message: str, struct: type[msgspec.Struct], what: str = "body", at: str = "") -> InvalidRequestError:
+    """msgspec's message in our words: which parameter of the body or query, what was sent, what is expected.
+
+    `at`: the place of the struct in the body, where it is not the body.
+    """
     match = _PATH.match(message)
     assert match is not None
-    problem, path = match["problem"], (match["path"] or "$").removeprefix("$").removeprefix(".")
+    problem, rest = match["problem"], (match["path"] or "$").removeprefix("$")
+    path = at + rest if at else rest.removeprefix(".")
     field = _FIELD.match(problem)
     if field is not None:
         param = f"{path}.{field['field']}" if path else field["field"]
         if field["kind"] == "missing required":
             return InvalidRequestError(f"{param} is required", param=param, code="missing_required_parameter")
-        hint = "" if path else _nearest(field["field"], struct)
+        hint = "" if rest else _nearest(field["field"], struct)
         return InvalidRequestError(f"unknown parameter {param!r}{hint}", param=param, code="unknown_parameter")
     problem = problem.replace("`", "").replace(" | null", " or null").replace(" | ", " or ")
     problem = problem[:1].lower() + problem[1:]

@@ -13,12 +13,15 @@ from pelton.serving.openai.chat import create_chat_completion
 from pelton.serving.openai.completions import create_completion
 from pelton.serving.openai.embeddings import create_embeddings
 from pelton.serving.openai.responses_api import handlers, objects
+from pelton.serving.openai.responses_api.compaction import compact_response
 from pelton.serving.openai.responses_api.requests import (
+    CompactRequest,
     InputItemsQuery,
     InputTokensRequest,
     ResponseRequest,
     RetrieveQuery,
 )
+from pelton.serving.openai.stored_chat.routes import STORED_CHAT_ROUTES
 from pelton.serving.route import BODY_ERRORS, GENERATION_ERRORS, Route
 from pelton.serving.scoring import create_ranking, create_score
 from pelton.serving.tenants.admin_routes import ADMIN_ROUTES
@@ -54,6 +57,16 @@ ROUTES = (
         body=ResponseRequest,
         answer=objects.ResponseObject,
         chunk=objects.ResponseEvent,
+        errors=GENERATION_ERRORS,
+        has_tenant=True,
+    ),
+    Route(
+        method="POST",
+        path="/v1/responses/compact",
+        handler=compact_response,
+        summary="Sum a conversation up into an item that stands for it",
+        body=CompactRequest,
+        answer=objects.CompactedResponse,
         errors=GENERATION_ERRORS,
         has_tenant=True,
     ),
@@ -165,6 +178,7 @@ ROUTES = (
         )
         for path in ("/v1/rerank", "/v2/rerank", "/rerank")
     ),
+    *STORED_CHAT_ROUTES,
     *FILE_ROUTES,
     Route(
         method="GET",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import msgspec
 from starlette.responses import Response
@@ -18,7 +18,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from pelton.core.errors import PeltonError
 from pelton.serving.errors import ClientDisconnectedError, ErrorResponse, error_body
-from pelton.serving.generation import Batch, Generation, PromptResult, collect
+from pelton.serving.generation import Batch, Generation, PromptResult, add_batch, collect, empty_results
 
 # In the scope: the server's own `send`, without the layers of middleware in between, which look at nothing
 # but the start of a response.
@@ -27,6 +27,7 @@ SSE_DONE = b"data: [DONE]\n\n"
 # A client that keeps its connection open but has stopped reading is given up after this long.
 MAX_STALL_S = 60.0
 STALL_CHECK_S = 10.0
+AnswerT = TypeVar("AnswerT", bound=msgspec.Struct)
 STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -56,6 +57,22 @@ class ChunkEncoder(Protocol):
 
 def sse_event(value: object) -> bytes:
     return b"data: " + msgspec.json.encode(value) + b"\n\n"
+
+
+class KeepingEncoder:
+    """Another encoder's events; `results` is what they told of."""
+
+    def __init__(self, encoder: ChunkEncoder, num_sequences: int) -> None:
+        self.first, self.last, self.fail = encoder.first, encoder.last, encoder.fail
+        self.results = empty_results(1, num_sequences)
+        self.is_finished = False
+        self._encoder = encoder
+
+    def encode(self, batch: Batch) -> bytes:
+        add_batch(self.results, batch)
+        data = self._encoder.encode(batch)
+        self.is_finished = self._encoder.is_finished
+        return data
 
 
 class OpenAIStreamErrors:
@@ -177,16 +194,22 @@ def _try_send(send: Send, data: bytes) -> bool:
     return False
 
 
-class CollectedAnswer(Response):
-    """Answers with one JSON object once a generation has ended."""
+class CollectedAnswer(Response, Generic[AnswerT]):
+    """Answers with one JSON object once a generation has ended; `keep` is awaited before it is sent."""
 
     def __init__(
-        self, generation: Generation, num_sequences: int, build: Callable[[list[PromptResult]], msgspec.Struct]
+        self,
+        generation: Generation,
+        num_sequences: int,
+        build: Callable[[list[PromptResult]], AnswerT],
+        *,
+        keep: Callable[[AnswerT], Awaitable[None]] | None = None,
     ) -> None:
         super().__init__(media_type="application/json")
         self._generation = generation
         self._num_sequences = num_sequences
         self._build = build
+        self._keep = keep
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         watcher = cancel_on_disconnect(self._generation, receive)
@@ -197,8 +220,10 @@ class CollectedAnswer(Response):
             self._generation.close()
         if results is None:
             raise ClientDisconnectedError
-        answer = msgspec.json.encode(self._build(results))
-        await Response(answer, media_type="application/json")(scope, receive, send)
+        answer = self._build(results)
+        if self._keep is not None:
+            await self._keep(answer)
+        await Response(msgspec.json.encode(answer), media_type="application/json")(scope, receive, send)
 
 
 def cancel_on_disconnect(generation: Generation, receive: Receive) -> asyncio.Task[None]:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from importlib.metadata import version
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from pelton.core.errors import ServiceUnavailableError
 from pelton.engine.client import EngineState
-from pelton.serving.context import ServingContext
+from pelton.serving.context import PELTON_VERSION, ServingContext
 from pelton.serving.errors import json_response
 from pelton.serving.openai.responses import ModelInfo, ModelList, Status, VersionInfo
-
-PELTON_VERSION = version("pelton")
 
 
 async def list_models(context: ServingContext, _: Request) -> Response:

@@ -28,7 +28,7 @@ from pelton.serving.openai.tools import tool_use
 from pelton.serving.parsing.answer import AnswerPlan, ParsedAnswer
 from pelton.serving.reasoning.options import ReasoningOptions
 from pelton.serving.request_body import read_json_body
-from pelton.serving.sse import CollectedAnswer, EventStream
+from pelton.serving.sse import CollectedAnswer, EventStream, KeepingEncoder
 
 
 async def create_chat_completion(context: ServingContext, http_request: Request) -> Response:
@@ -46,9 +46,19 @@ async def create_chat_completion(context: ServingContext, http_request: Request)
     options = _answer_options(context, request, sampling, turn, is_named_tool=conversation.tool_use.is_named)
     tool_names = answered_tools(request.messages)
     generation = context.submit(options.answer_id, [turn.token_ids], request, sampling, caller, tool_names)
-    if request.stream:
-        return EventStream(generation, ChatChunkEncoder(options))
-    return CollectedAnswer(generation, sampling.n, _completion_builder(options, request.prompt_logprobs))
+    build = _completion_builder(options, request.prompt_logprobs)
+    if not request.store:
+        if request.stream:
+            return EventStream(generation, ChatChunkEncoder(options))
+        return CollectedAnswer(generation, sampling.n, build)
+
+    async def keep(answer: ChatCompletion) -> None:
+        await context.archive.save(caller.tenant_id, answer, request.messages, request.metadata)
+
+    if not request.stream:
+        return CollectedAnswer(generation, sampling.n, build, keep=keep)
+    encoder = KeepingEncoder(ChatChunkEncoder(options), sampling.n)
+    return EventStream(generation, encoder, before_last=lambda: keep(build(encoder.results)))
 
 
 def chat_conversation(context: ServingContext, request: ChatRequest | TokenizeRequest) -> Conversation:
@@ -104,6 +114,7 @@ def _answer_options(
         answer_id=new_answer_id("chatcmpl"),
         created=now_unix_s(),
         model=request.model or context.model.names[0],
+        fingerprint=context.fingerprint(request.model),
         prompts=[turn.token_ids],
         n=sampling.n,
         spelling=context.spelling_of_ids if request.return_tokens_as_token_ids else context.spelling,
@@ -133,6 +144,7 @@ def _completion_builder(
             id=options.answer_id,
             created=options.created,
             model=options.model,
+            system_fingerprint=options.fingerprint,
             choices=choices,
             usage=usage.info(),
         )

@@ -63,6 +63,7 @@ class AnswerOptions:
     answer_id: str
     created: int
     model: str
+    fingerprint: str
     prompts: Sequence[list[int]]
     n: int
     spelling: TokenSpelling
@@ -97,7 +98,13 @@ class _Chunks:
 
     def __init__(self, options: AnswerOptions, object_name: str) -> None:
         head = _encode(
-            {"id": options.answer_id, "object": object_name, "created": options.created, "model": options.model}
+            {
+                "id": options.answer_id,
+                "object": object_name,
+                "created": options.created,
+                "model": options.model,
+                "system_fingerprint": options.fingerprint,
+            }
         )
         self._head = b"data: " + head[:-1] + b',"choices":['
         self._tail = b'],"usage":null}\n\n' if options.include_usage else b"]}\n\n"

@@ -102,6 +102,7 @@ def _answer_options(
         answer_id=new_answer_id("cmpl"),
         created=now_unix_s(),
         model=request.model or context.model.names[0],
+        fingerprint=context.fingerprint(request.model),
         prompts=prompts,
         n=request.n or 1,
         spelling=context.spelling_of_ids if request.return_tokens_as_token_ids else context.spelling,
@@ -135,6 +136,7 @@ def _completion_builder(
             id=options.answer_id,
             created=options.created,
             model=options.model,
+            system_fingerprint=options.fingerprint,
             choices=choices,
             usage=usage.info(),
         )

@@ -6,8 +6,11 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from msgspec import Raw
+
 from pelton.core.errors import InvalidRequestError
 from pelton.serving.openai.requests import ChatMessage, ContentPart, check_supported
+from pelton.serving.request_body import decode_inner
 
 
 def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
@@ -41,23 +44,31 @@ def _template_message(message: ChatMessage, path: str) -> dict[str, Any]:
     return result
 
 
-def _text(content: str | list[ContentPart] | None, path: str) -> str | None:
+def _text(content: str | list[Raw] | None, path: str) -> str | None:
     if not isinstance(content, list):
         return content
     texts = []
-    for index, part in enumerate(content):
-        if part.type != "text":
-            raise InvalidRequestError(
-                f"{path}[{index}] is of type {part.type!r}; the model reads text only",
-                param=f"{path}[{index}].type",
-                code="unsupported_content_type",
-            )
+    for index, raw in enumerate(content):
+        place = f"{path}[{index}]"
+        part = decode_inner(raw, ContentPart, place, _check_kind)
+        _check_kind({"type": part.type}, place)
+        check_supported(part, f"{place}.")
         if part.text is None:
             raise InvalidRequestError(
-                f"{path}[{index}].text is required", param=f"{path}[{index}].text", code="missing_required_parameter"
+                f"{place}.text is required", param=f"{place}.text", code="missing_required_parameter"
             )
         texts.append(part.text)
     return "\n".join(texts)
+
+
+def _check_kind(part: Any, path: str) -> None:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if isinstance(kind, str) and kind != "text":
+        raise InvalidRequestError(
+            f"{path} is of type {kind[:64]!r}; the model reads text only",
+            param=f"{path}.type",
+            code="unsupported_content_type",
+        )
 
 
 def _arguments(arguments: str, path: str) -> Any:

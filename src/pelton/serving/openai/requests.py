@@ -199,6 +199,9 @@ class CompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=T
 class FunctionCall(Struct, kw_only=True, forbid_unknown_fields=True):
     name: str
     arguments: str
+    parsed_arguments: Annotated[
+        Any, Meta(description="What the official client made of arguments; changes nothing.")
+    ] = None
 
 
 class ToolCall(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -207,21 +210,29 @@ class ToolCall(Struct, kw_only=True, forbid_unknown_fields=True):
     type: Literal["function"] = "function"
 
 
-class ContentPart(Struct, kw_only=True):
-    """A part of a message's content. Fields of other kinds of part are refused with their type."""
+class ContentPart(Struct, kw_only=True, forbid_unknown_fields=True):
+    """A part of a message's content."""
 
     type: Annotated[str, Meta(extra_json_schema={"enum": ["text"]})]
     text: str | None = None
+    prompt_cache_breakpoint: Annotated[Any, neutral()] = None
+
+
+# Decoded one by one (messages.py), so that an error names the part.
+ContentParts = Annotated[
+    list[msgspec.Raw], Meta(extra_json_schema={"items": {"$ref": "#/components/schemas/ContentPart"}})
+]
 
 
 class ChatMessage(Struct, kw_only=True, forbid_unknown_fields=True):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[ContentPart] | None = None
+    content: str | ContentParts | None = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     reasoning: Annotated[str, Meta(description="Another name of reasoning_content.")] | None = None
+    parsed: Annotated[Any, Meta(description="What the official client made of content; changes nothing.")] = None
     refusal: Annotated[Any, neutral()] = None
     annotations: Annotated[Any, neutral([])] = None
     audio: Annotated[Any, neutral()] = None
@@ -238,6 +249,7 @@ class ChatRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
     """POST /v1/chat/completions."""
 
     messages: Messages
+    store: Annotated[bool, Meta(description="Keep the answer: it can be listed and retrieved.")] | None = None
     max_tokens: Annotated[int, Meta(ge=1, le=INT32_MAX)] | None = None
     max_completion_tokens: Annotated[int, Meta(ge=1, le=INT32_MAX)] | None = None
     logprobs: bool | None = None
@@ -306,7 +318,7 @@ def _neutral_values(struct: type[Struct]) -> tuple[tuple[str, list[Any]], ...]:
 _REASONS = {
     "suffix": "fill-in-the-middle is not supported: the model continues a prompt, it does not join two ends",
     "chat_template": "the server renders its own template only (a template is code); start it with --chat-template",
-    "store": "completions are not stored; keep the answer, or use /v1/responses where it is served",
+    "store": "text completions are not stored; chat completions and responses are",
     "service_tier": "there are no service tiers; priority orders the requests of a tenant",
     "prompt_cache_retention": "cached prompts are kept while there is room, longer within a session",
     "prompt_cache_options": "prompts are cached without being asked for; prompt_cache_key names the session",

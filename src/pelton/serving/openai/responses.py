@@ -96,11 +96,18 @@ class ChatCompletion(Struct, kw_only=True):
     id: str
     created: int
     model: str
+    system_fingerprint: str
     choices: list[ChatChoice]
     usage: UsageInfo
     object: Literal["chat.completion"] = "chat.completion"
     prompt_logprobs: PromptLogprobs | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
+
+
+class StoredChatCompletion(ChatCompletion, kw_only=True):
+    """One that was made with `store: true`."""
+
+    metadata: dict[str, str]
 
 
 class FunctionDelta(Struct, kw_only=True):
@@ -138,6 +145,7 @@ class ChatCompletionChunk(Struct, kw_only=True):
     id: str
     created: int
     model: str
+    system_fingerprint: str
     choices: list[ChatChunkChoice]
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     usage: UsageInfo | UnsetType | None = UNSET
@@ -161,6 +169,7 @@ class Completion(Struct, kw_only=True):
     id: str
     created: int
     model: str
+    system_fingerprint: str
     choices: list[CompletionChoice]
     object: Literal["text_completion"] = "text_completion"
     usage: UsageInfo | UnsetType | None = UNSET

@@ -16,7 +16,7 @@ from pelton.serving.errors import error_body
 from pelton.serving.generation import Batch
 from pelton.serving.openai.logprobs import TokenSpelling, chat_logprobs
 from pelton.serving.openai.responses import TokenLogprob
-from pelton.serving.openai.responses_api.conversation import seal_reasoning
+from pelton.serving.openai.responses_api.conversation import seal
 from pelton.serving.openai.responses_api.objects import (
     FunctionCallItem,
     IncompleteDetails,
@@ -225,7 +225,7 @@ class ResponseBuilder:
         else:
             item.content = [ReasoningText(text=text)]
             if self._options.seals_reasoning:
-                item.encrypted_content = seal_reasoning(text)
+                item.encrypted_content = seal(text)
             self._event("response.reasoning_text.done", **place, content_index=0, text=text)
             self._part_event("response.content_part.done", item.content[0], item)
         item.status = status

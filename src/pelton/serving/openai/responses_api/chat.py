@@ -9,9 +9,9 @@ from pelton.core.errors import InvalidRequestError
 from pelton.serving.openai.as_chat import as_chat
 from pelton.serving.openai.requests import ChatRequest
 from pelton.serving.openai.responses_api.conversation import Conversation, chat_tools
+from pelton.serving.openai.responses_api.items import InputItem
 from pelton.serving.openai.responses_api.requests import (
     SAME_IN_CHAT,
-    InputItem,
     InputTokensRequest,
     ResponseRequest,
     ResponseToolChoice,
@@ -29,6 +29,12 @@ def chat_request(request: InputTokensRequest, earlier: Sequence[InputItem], own:
         conversation.messages.append({"role": "system", "content": request.instructions})
     conversation.add_all(earlier, "previous_response_id")
     conversation.add_all(own)
+    if not earlier and not own:
+        raise InvalidRequestError(
+            "input is required, unless previous_response_id names a response to go on from",
+            param="input",
+            code="missing_required_parameter",
+        )
     body: dict[str, Any] = {"messages": conversation.messages}
     for name in SAME_IN_CHAT:
         value = getattr(request, name, None)
@@ -70,7 +76,7 @@ def _add_tools(body: dict[str, Any], request: InputTokensRequest) -> None:
 def _allowed_names(choice: ResponseToolChoice) -> set[str]:
     if choice.tools is None:
         raise InvalidRequestError("tool_choice.tools is required", param="tool_choice.tools")
-    return {tool["function"]["name"] for tool in chat_tools(choice.tools)}
+    return {tool["function"]["name"] for tool in chat_tools(choice.tools, "tool_choice.tools")}
 
 
 def _chat_choice(choice: ToolChoice) -> Any:

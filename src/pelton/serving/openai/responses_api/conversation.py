@@ -7,33 +7,22 @@ import binascii
 from collections.abc import Sequence
 from typing import Any
 
+from msgspec import Raw
+
 from pelton.core.errors import InvalidRequestError
-from pelton.serving.openai.responses_api.requests import ITEM_TYPES, InputItem, InputPart, ResponseTool
+from pelton.serving.openai.requests import check_supported
+from pelton.serving.openai.responses_api.items import InputItem, InputPart, item_type, part_text
+from pelton.serving.openai.responses_api.requests import ResponseTool
+from pelton.serving.request_body import decode_inner
 
 Message = dict[str, Any]
-_TEXT_PARTS = ("input_text", "output_text", "text", "reasoning_text")
+# Before what a conversation was compacted to.
+SUMMARY_HEAD = "Summary of the conversation so far:\n"
 
 
-def seal_reasoning(text: str) -> str:
+def seal(text: str) -> str:
     """`encrypted_content`: no secret, since the text stands beside it, but all that a stateless client keeps."""
     return base64.urlsafe_b64encode(text.encode()).decode()
-
-
-def input_items(input: str | list[InputItem]) -> list[InputItem]:
-    return [InputItem(type="message", role="user", content=input)] if isinstance(input, str) else input
-
-
-def item_type(item: InputItem, path: str) -> str:
-    kind = item.type
-    if kind is None:
-        kind = "message" if item.role is not None else "item_reference"
-    if kind not in ITEM_TYPES:
-        raise InvalidRequestError(
-            f"{path} is of type {kind[:64]!r}, which is not supported; items may be {', '.join(ITEM_TYPES)}",
-            param=f"{path}.type",
-            code="unsupported_parameter",
-        )
-    return kind
 
 
 class Conversation:
@@ -55,6 +44,8 @@ class Conversation:
             text = _reasoning(item, path)
             if text:
                 self.messages.append({"role": "assistant", "content": "", "reasoning_content": text})
+        elif kind == "compaction":
+            self._add_compaction(item, path)
         elif kind == "function_call":
             self._add_call(item, path)
         elif kind == "function_call_output":
@@ -70,6 +61,15 @@ class Conversation:
             last["content"] = content
         else:
             self.messages.append({"role": role, "content": content})
+
+    def _add_compaction(self, item: InputItem, path: str) -> None:
+        """The user's messages before it are one from here on: many templates know no two in a row."""
+        text = _unseal(_required(item.encrypted_content, f"{path}.encrypted_content"), path)
+        messages = self.messages
+        while len(messages) > 1 and messages[-1]["role"] == messages[-2]["role"] == "user":
+            last = messages.pop()
+            messages[-1]["content"] += "\n\n" + last["content"]
+        messages.append({"role": "assistant", "content": SUMMARY_HEAD + text})
 
     def _add_call(self, item: InputItem, path: str) -> None:
         call_id = _required(item.call_id, f"{path}.call_id")
@@ -106,20 +106,7 @@ def _required(value: Any, path: str) -> Any:
 def _text(content: str | list[InputPart], path: str) -> str:
     if isinstance(content, str):
         return content
-    texts = []
-    for index, part in enumerate(content):
-        where = f"{path}[{index}]"
-        if part.type == "refusal":
-            texts.append(_required(part.refusal, f"{where}.refusal"))
-        elif part.type in _TEXT_PARTS:
-            texts.append(_required(part.text, f"{where}.text"))
-        else:
-            raise InvalidRequestError(
-                f"{where} is of type {part.type[:64]!r}; the model reads text only",
-                param=f"{where}.type",
-                code="unsupported_content_type",
-            )
-    return "\n".join(texts)
+    return "\n".join(part_text(part, f"{path}[{index}]") for index, part in enumerate(content))
 
 
 def _reasoning(item: InputItem, path: str) -> str:
@@ -127,28 +114,46 @@ def _reasoning(item: InputItem, path: str) -> str:
         return _text(item.content, f"{path}.content")
     if item.encrypted_content is None:
         return "\n".join(part.text for part in item.summary or ())
+    return _unseal(item.encrypted_content, path)
+
+
+def _unseal(sealed: str, path: str) -> str:
     try:
-        return base64.b64decode(item.encrypted_content.encode(), altchars=b"-_", validate=True).decode()
+        return base64.b64decode(sealed.encode(), altchars=b"-_", validate=True).decode()
     except (binascii.Error, ValueError):
         raise InvalidRequestError(
             f"{path}.encrypted_content was not made by this server", param=f"{path}.encrypted_content"
         ) from None
 
 
-def chat_tools(tools: Sequence[ResponseTool] | None) -> list[dict[str, Any]]:
-    """As /v1/chat/completions takes them."""
-    return [_chat_tool(tool, f"tools[{index}]") for index, tool in enumerate(tools or ())]
+def response_tools(tools: Sequence[Raw] | None, path: str = "tools") -> list[ResponseTool]:
+    """Raises `InvalidRequestError` for what is no function."""
+    found = []
+    for index, raw in enumerate(tools or ()):
+        place = f"{path}[{index}]"
+        tool = decode_inner(raw, ResponseTool, place, _check_tool_kind)
+        _check_tool_kind({"type": tool.type}, place)
+        check_supported(tool, f"{place}.")
+        _required(tool.name, f"{place}.name")
+        found.append(tool)
+    return found
 
 
-def _chat_tool(tool: ResponseTool, path: str) -> dict[str, Any]:
-    if tool.type != "function":
+def _check_tool_kind(tool: Any, path: str) -> None:
+    kind = tool.get("type") if isinstance(tool, dict) else None
+    if isinstance(kind, str) and kind != "function":
         raise InvalidRequestError(
-            f"{path} is of type {tool.type[:64]!r}; tools are of type 'function', and the client runs them",
+            f"{path} is of type {kind[:64]!r}; tools are of type 'function', and the client runs them",
             param=f"{path}.type",
             code="unsupported_parameter",
         )
-    function = {"name": _required(tool.name, f"{path}.name")}
-    for name in ("description", "parameters", "strict"):
-        if getattr(tool, name) is not None:
-            function[name] = getattr(tool, name)
-    return {"type": "function", "function": function}
+
+
+def chat_tools(tools: Sequence[Raw] | None, path: str = "tools") -> list[dict[str, Any]]:
+    """As /v1/chat/completions takes them."""
+    found = []
+    for tool in response_tools(tools, path):
+        values = {name: getattr(tool, name) for name in ("name", "description", "parameters", "strict")}
+        function = {name: value for name, value in values.items() if value is not None}
+        found.append({"type": "function", "function": function})
+    return found

@@ -20,7 +20,8 @@ from pelton.serving.openai.chat import chat_conversation
 from pelton.serving.openai.requests import ChatRequest, check_supported
 from pelton.serving.openai.responses_api.builder import BuildOptions, ResponseBuilder
 from pelton.serving.openai.responses_api.chat import chat_request
-from pelton.serving.openai.responses_api.conversation import input_items
+from pelton.serving.openai.responses_api.conversation import response_tools
+from pelton.serving.openai.responses_api.items import input_items
 from pelton.serving.openai.responses_api.listing import listed_items
 from pelton.serving.openai.responses_api.objects import DeletedResponse, InputTokenCount, ResponseObject
 from pelton.serving.openai.responses_api.requests import (
@@ -130,7 +131,7 @@ def _new_response(context: ServingContext, request: ResponseRequest, sampling: S
         temperature=sampling.temperature,
         text={"format": _plain(format) if format is not None else {"type": "text"}, "verbosity": "medium"},
         tool_choice=_plain(request.tool_choice) if request.tool_choice is not None else "auto",
-        tools=[_TOOL_DEFAULTS | _plain(tool) for tool in request.tools or ()],
+        tools=[_TOOL_DEFAULTS | _plain(tool) for tool in response_tools(request.tools)],
         top_logprobs=request.top_logprobs or 0,
         top_p=sampling.top_p,
         presence_penalty=sampling.presence_penalty,

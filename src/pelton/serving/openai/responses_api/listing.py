@@ -8,10 +8,16 @@ from typing import Any
 import msgspec
 
 from pelton.serving.openai.responses_api.builder import item_id
+from pelton.serving.openai.responses_api.items import InputItem
 from pelton.serving.openai.responses_api.objects import InputItemList
-from pelton.serving.openai.responses_api.requests import InputItem
 
-_PREFIXES = {"message": "msg", "function_call": "fc", "function_call_output": "fco", "reasoning": "rs"}
+_PREFIXES = {
+    "message": "msg",
+    "function_call": "fc",
+    "function_call_output": "fco",
+    "reasoning": "rs",
+    "compaction": "cmp",
+}
 # Beyond the items that an answer can have: no two ids are one.
 _FIRST_INDEX = 0x8000
 
@@ -19,7 +25,7 @@ _FIRST_INDEX = 0x8000
 def listed_items(
     items: Sequence[InputItem], response_id: str, *, limit: int, after: str | None, descending: bool
 ) -> InputItemList:
-    listed = [_listed(item, response_id, index) for index, item in enumerate(items)]
+    listed = [listed_item(item, response_id, index) for index, item in enumerate(items)]
     if descending:
         listed.reverse()
     start = 0
@@ -34,15 +40,18 @@ def listed_items(
     )
 
 
-def _listed(item: InputItem, response_id: str, index: int) -> dict[str, Any]:
+def listed_item(item: InputItem, response_id: str, index: int) -> dict[str, Any]:
     kind = item.type or "message"
-    known: dict[str, Any] = {name: value for name, value in msgspec.to_builtins(item).items() if value is not None}
+    known: dict[str, Any] = msgspec.to_builtins(item)
     known |= {"type": kind, "id": item.id or item_id(_PREFIXES[kind], response_id, _FIRST_INDEX + index)}
     if kind == "reasoning":
         known.setdefault("summary", [])
-    else:
+    elif kind != "compaction":
         known.setdefault("status", "completed")
     if isinstance(item.content, str):
-        part = {"type": "output_text", "annotations": []} if item.role == "assistant" else {"type": "input_text"}
-        known["content"] = [part | {"text": item.content}]
+        part_type = "output_text" if item.role == "assistant" else "input_text"
+        known["content"] = [{"type": part_type, "text": item.content}]
+    for part in known.get("content") or ():
+        if part["type"] == "output_text":
+            part.setdefault("annotations", [])
     return known

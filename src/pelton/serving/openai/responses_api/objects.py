@@ -137,6 +137,16 @@ class InputItemList(Struct, kw_only=True):
     object: Literal["list"] = "list"
 
 
+class CompactedResponse(Struct, kw_only=True):
+    """`output` goes ahead of the next input: the user's messages, and an item that stands for all there was."""
+
+    id: str
+    created_at: int
+    output: list[dict[str, Any]]
+    usage: ResponseUsage
+    object: Literal["response.compaction"] = "response.compaction"
+
+
 class InputTokenCount(Struct, kw_only=True):
     input_tokens: int
     object: Literal["response.input_tokens"] = "response.input_tokens"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from msgspec import UNSET, Meta, Struct, UnsetType
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from pelton.core.sampling_params import MAX_STOP_STRINGS
 from pelton.serving.openai.requests import (
@@ -20,59 +20,27 @@ from pelton.serving.openai.requests import (
     StopString,
     neutral,
 )
+from pelton.serving.openai.responses_api.items import Items
 
-MAX_ITEMS = 1 << 14
 MAX_TOOLS = 1024
 
 
-class InputPart(Struct, kw_only=True):
-    """Of a message's content. Fields of other kinds of part are refused with their type."""
-
-    type: Annotated[
-        str, Meta(extra_json_schema={"enum": ["input_text", "output_text", "text", "refusal", "reasoning_text"]})
-    ]
-    text: str | None = None
-    refusal: str | None = None
-
-
-class SummaryPart(Struct, kw_only=True):
-    text: str
-    type: Literal["summary_text"] = "summary_text"
-
-
-ITEM_TYPES = ("message", "function_call", "function_call_output", "reasoning", "item_reference")
-
-
-class InputItem(Struct, kw_only=True):
-    """One thing said, called, answered or thought. Fields of other kinds of item are refused with their type."""
-
-    type: Annotated[str, Meta(extra_json_schema={"enum": [*ITEM_TYPES, None]})] | None = None
-    id: ShortText | None = None
-    role: Literal["system", "developer", "user", "assistant"] | None = None
-    content: str | list[InputPart] | None = None
-    status: Literal["in_progress", "completed", "incomplete"] | None = None
-    call_id: ShortText | None = None
-    name: ShortText | None = None
-    arguments: str | None = None
-    output: str | list[InputPart] | None = None
-    summary: list[SummaryPart] | None = None
-    encrypted_content: str | None = None
-
-
-Items = Annotated[list[InputItem], Meta(min_length=1, max_length=MAX_ITEMS)]
-
-
-class ResponseTool(Struct, kw_only=True):
-    """A function. Fields of other kinds of tool are refused with their type."""
+class ResponseTool(Struct, kw_only=True, forbid_unknown_fields=True):
+    """A function."""
 
     type: Annotated[str, Meta(extra_json_schema={"enum": ["function"]})]
     name: str | None = None
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
+    defer_loading: Annotated[Any, neutral(False)] = None
+    output_schema: Annotated[Any, neutral()] = None
+    allowed_callers: Annotated[Any, neutral(["direct"])] = None
 
 
-Tools = Annotated[list[ResponseTool], Meta(max_length=MAX_TOOLS)]
+# Decoded one by one, so that an error names the tool.
+_TOOL_SCHEMA = {"items": {"$ref": "#/components/schemas/ResponseTool"}}
+Tools = Annotated[list[Raw], Meta(max_length=MAX_TOOLS, extra_json_schema=_TOOL_SCHEMA)]
 
 
 class ResponseToolChoice(Struct, kw_only=True):
@@ -81,7 +49,7 @@ class ResponseToolChoice(Struct, kw_only=True):
     type: Annotated[str, Meta(extra_json_schema={"enum": ["function", "allowed_tools"]})]
     name: str | None = None
     mode: Literal["auto", "required"] | None = None
-    tools: Annotated[list[ResponseTool], Meta(min_length=1, max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[Raw], Meta(min_length=1, max_length=MAX_TOOLS, extra_json_schema=_TOOL_SCHEMA)] | None = None
 
 
 ToolChoice = Literal["none", "auto", "required"] | ResponseToolChoice
@@ -119,7 +87,7 @@ Include = Literal["message.output_text.logprobs", "reasoning.encrypted_content"]
 class InputTokensRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     """POST /v1/responses/input_tokens, and what a response takes of the same."""
 
-    input: str | Items
+    input: Annotated[str | Items, Meta(description="Required, unless previous_response_id is there.")] | None = None
     model: Annotated[str, Meta(description="A served name; default: the served model.")] | None = None
     instructions: str | None = None
     previous_response_id: ShortText | None = None
@@ -179,6 +147,19 @@ class ResponseRequest(InputTokensRequest, kw_only=True, forbid_unknown_fields=Tr
     access_programs: Annotated[Any, neutral()] = None
     background_options: Annotated[Any, neutral()] = None
     image: Annotated[Any, neutral()] = None
+
+
+class CompactRequest(Struct, kw_only=True, forbid_unknown_fields=True):
+    """POST /v1/responses/compact."""
+
+    model: Annotated[str, Meta(description="A served name; null: the served model.")] | None
+    input: Annotated[str | Items, Meta(description="Required, unless previous_response_id is there.")] | None = None
+    instructions: str | None = None
+    previous_response_id: ShortText | None = None
+    prompt_cache_key: Annotated[ShortText, Meta(description="Names the session, as X-Session-Id does.")] | None = None
+    prompt_cache_options: Annotated[Any, neutral()] = None
+    prompt_cache_retention: Annotated[Any, neutral("in_memory", "in-memory")] = None
+    service_tier: Annotated[Any, neutral("auto", "default")] = None
 
 
 # Of ours that a chat has under the same name.

@@ -16,8 +16,8 @@ from pelton.core.errors import ContextLengthExceededError, InvalidRequestError, 
 from pelton.serving.errors import HTTPProblemError, error_body
 from pelton.serving.generation import Generation
 from pelton.serving.openai.responses_api.builder import ResponseBuilder, response_of_item
+from pelton.serving.openai.responses_api.items import InputItem
 from pelton.serving.openai.responses_api.objects import RUNNING, ResponseError, ResponseObject
-from pelton.serving.openai.responses_api.requests import InputItem
 from pelton.serving.openai.responses_api.runs import BackgroundRun, EventLog
 from pelton.store.opener import Store
 from pelton.store.stored_response import StoredResponse
