@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import numpy as np
 import uvicorn
 
@@ -218,8 +219,14 @@ def running_server(
     thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
     thread.start()
     loop = started.result(30)
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     try:
-        yield RunningServer(f"http://127.0.0.1:{listener.getsockname()[1]}", app, client, executor, loop)
+        if start_engine and store is not None:  # one with a database reads its keys first
+            deadline_s = time.monotonic() + 30
+            while httpx2.get(f"{url}/ready", timeout=30).status_code != 200:
+                assert time.monotonic() < deadline_s, "the server is not ready"
+                time.sleep(0.02)
+        yield RunningServer(url, app, client, executor, loop)
     finally:
         server.should_exit = True
         thread.join(30)

@@ -41,7 +41,8 @@ def test_bytes_of_a_chat_stream(http: httpx2.Client) -> None:
     assert response.headers["cache-control"] == "no-cache"
     role, first, last, usage, done = events(response.content)
     frame = json.loads(role)
-    head = {"id": frame["id"], "object": "chat.completion.chunk", "created": frame["created"], "model": MODEL_NAME}
+    names = ("id", "created", "system_fingerprint")
+    head = {"object": "chat.completion.chunk", "model": MODEL_NAME, **{name: frame[name] for name in names}}
 
     def chunk(delta: Any, finish_reason: str | None) -> dict[str, Any]:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}

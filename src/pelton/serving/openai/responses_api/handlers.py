@@ -146,7 +146,7 @@ _TOOL_DEFAULTS = {"description": None, "parameters": None, "strict": None}
 
 def _plain(value: Any) -> Any:
     """As JSON, without what was not sent."""
-    value = msgspec.to_builtins(value)
+    value = msgspec.json.decode(msgspec.json.encode(value))  # tools in it are as they came
     return {name: inner for name, inner in value.items() if inner is not None} if isinstance(value, dict) else value
 
 
