@@ -1,6 +1,7 @@
 """Whatever arrives, the answer is typed and the server goes on: hypothesis here, schemathesis below.
 
-More examples of the latter: PELTON_NUM_EXAMPLES=1000 pytest tests/serving/test_fuzz.py -k schema
+More examples of the latter: PELTON_NUM_EXAMPLES=1000 pytest tests/serving/test_fuzz.py -k schema; of one operation:
+PELTON_OPERATION="POST /v1/responses".
 """
 
 from __future__ import annotations
@@ -30,10 +31,12 @@ from pelton.serving.routes import ROUTES
 from tests.serving.make import RunningServer
 
 NUM_EXAMPLES = int(os.environ.get("PELTON_NUM_EXAMPLES", "10"))
+OPERATION = os.environ.get("PELTON_OPERATION")
 PATHS = [
     "/v1/chat/completions",
     "/v1/completions",
     "/v1/responses",
+    "/v1/responses/compact",
     "/v1/messages",
     "/tokenize",
     "/detokenize",
@@ -75,7 +78,7 @@ def test_any_bytes(http: httpx2.Client, path: str, content: bytes) -> None:
 def test_any_fields(http: httpx2.Client, path: str, fields: dict[str, Any]) -> None:
     messages = [{"role": "user", "content": "a"}]
     prompt: dict[str, Any] = {"messages": messages} if "chat" in path or "messages" in path else {"prompt": "a"}
-    if path.endswith("responses"):
+    if "responses" in path:
         prompt = {"input": messages}
     # Python writes NaN, Infinity and lone surrogates: the server has to refuse them.
     content = json.dumps(prompt | {"max_tokens": 2} | fields)
@@ -132,6 +135,8 @@ def test_any_headers(http: httpx2.Client, name: str, value: bytes) -> None:
 
 
 schema = schemathesis.openapi.from_dict(build_openapi(ROUTES, "test", has_key=False))
+if OPERATION:
+    schema = schema.include(method=OPERATION.split()[0], path=OPERATION.split()[1])
 
 
 @schema.parametrize()

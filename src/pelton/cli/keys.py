@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
@@ -23,9 +24,9 @@ from pelton.core.request import DEFAULT_TENANT
 
 if TYPE_CHECKING:
     from pelton.store.database import Database
-    from pelton.store.records import KeyRecord
+    from pelton.store.records import KeyRecord, TenantRecord
 
-app = App(name="keys", help="Make, list, rotate and revoke API keys.")
+app = App(name="keys", help="Make, list, rotate and revoke API keys; set what tenants may use.")
 KeyArgument = Annotated[str, Parameter(help="the key's id, the part between the underscores; not the key itself")]
 
 
@@ -44,12 +45,9 @@ def create(
     as_json: JsonFlag = False,
 ) -> int:
     """Make a key and print it, this once."""
-    import re
-
     from pelton.store.access import AccessTables
 
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}", tenant):
-        raise ConfigError(f"tenant: {tenant!r} must be 1 to 128 letters, digits or ._:@- and start with one")
+    _check_tenant_name(tenant)
     expires_s = None if expires is None else time.time() + parse_duration_s(expires)
 
     async def make(database: Database) -> tuple[KeyRecord, NewKey]:
@@ -131,6 +129,94 @@ def rotate(
         raise ConfigError(f"there is no active key {key_id_of(key)}; `pelton keys list` shows them")
     _show_new(*made, as_json=as_json)
     return 0
+
+
+@app.command
+def limits(
+    tenant: Annotated[str | None, Parameter(help="whose; default: show those of all")] = None,
+    /,
+    *changes: Annotated[str, Parameter(help="NAME=VALUE, as in `requests_per_minute=60`; `none` takes one away")],
+    data_dir: DataDirFlag = None,
+    database_url: UrlFlag = None,
+    config: ConfigFlag = None,
+    as_json: JsonFlag = False,
+) -> int:
+    """Show or set what a tenant may use: weight, rates, budget, caps. A running server takes it over at once."""
+    from pelton.store.access import AccessTables
+
+    values = _parse_changes(changes)
+    if tenant is not None:
+        _check_tenant_name(tenant)
+
+    async def run(database: Database) -> list[TenantRecord]:
+        tables = AccessTables(database)
+        if tenant is not None and values:
+            return [await tables.set_tenant(tenant, values)]
+        known = await tables.list_tenants()
+        return known if tenant is None else [record for record in known if record.tenant_id == tenant]
+
+    records = with_database(run, data_dir, database_url, config)
+    if tenant is not None and not records:
+        raise ConfigError(f"there is no tenant {tenant}; it is made with its first key or limit")
+    _show_limits(records, as_json=as_json)
+    return 0
+
+
+def _parse_changes(changes: Sequence[str]) -> dict[str, Any]:
+    """As the admin API takes them, from text. Raises `ConfigError`."""
+    import msgspec
+
+    from pelton.core.errors import InvalidRequestError
+    from pelton.serving.request_body import invalid_field
+    from pelton.serving.tenants.admin_types import TenantChanges
+
+    texts: dict[str, str | None] = {}
+    for change in changes:
+        name, equals, value = change.partition("=")
+        if not equals or not name or not value:
+            raise ConfigError(f"{change!r} is no limit; write NAME=VALUE, as in requests_per_minute=60")
+        texts[name.strip().replace("-", "_")] = None if value == "none" else value
+    try:
+        found = msgspec.convert(texts, TenantChanges, strict=False)
+    except msgspec.ValidationError as error:
+        problem: InvalidRequestError = invalid_field(str(error), TenantChanges)
+        raise ConfigError(str(problem)) from None
+    return {name: getattr(found, name) for name in texts}
+
+
+def _show_limits(records: Sequence[TenantRecord], *, as_json: bool) -> None:
+    from pelton.store.access import TENANT_FIELDS
+
+    if as_json:
+        found = [{"tenant_id": r.tenant_id} | {name: getattr(r, name) for name in TENANT_FIELDS} for r in records]
+        print(json.dumps(found, indent=1))
+        return
+    from rich import box
+    from rich.table import Table
+
+    from pelton.cli.tables import format_figure, print_table
+
+    table = Table(
+        "tenant", *(name.removeprefix("is_").replace("_", " ") for name in TENANT_FIELDS), box=box.SIMPLE_HEAD
+    )
+    for record in records:
+        values = (getattr(record, name) for name in TENANT_FIELDS)
+        shown = [
+            ("yes" if value else "") if isinstance(value, bool)
+            else value if isinstance(value, str)
+            else "" if value is None
+            else format_figure(value)
+            for value in values
+        ]  # fmt: skip
+        table.add_row(record.tenant_id, *shown)
+    print_table(table)
+
+
+def _check_tenant_name(tenant: str) -> None:
+    import re
+
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}", tenant):
+        raise ConfigError(f"tenant: {tenant!r} must be 1 to 128 letters, digits or ._:@- and start with one")
 
 
 def key_id_of(text: str) -> str:
