@@ -109,6 +109,25 @@ def test_nothing_is_accepted_and_ignored(http: httpx2.Client, input: Any, param:
     assert code in (error["code"], error["type"]), error
 
 
+@pytest.mark.parametrize("path", [PATH, "/v1/chat/completions"])
+def test_parts_that_are_no_text_are_refused(http: httpx2.Client, path: str) -> None:
+    """They are decoded after the rest of the body."""
+    name = b"input" if path == PATH else b"messages"
+    for part in (
+        b'"text":"\xa3"',
+        b'"text":"\\ud800"',
+        b'"\xa3":1',
+        b'"text":1,"b":"\xa3"',
+        b'"text":' + b"[" * 2000 + b"]" * 2000,
+    ):
+        body = b'{"' + name + b'":[{"role":"user","content":[{"type":"text",' + part + b"}]}]}"
+        response = http.post(path, content=body, headers={"content-type": "application/json"})
+        assert response.status_code == 400, response.text
+    body = b'{"' + name + b'":[{"role":"user","content":[{"type":"text","text":"\xa3"}]}]}'
+    error = http.post(path, content=body, headers={"content-type": "application/json"}).json()["error"]
+    assert (error["code"], error["message"]) == ("invalid_json", "the body is not valid UTF-8")
+
+
 TOOL_REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"type": "mcp", "server_label": "a", "server_url": "u"}, "tools[0].type"),
     ({"type": "function", "name": "f", "colour": "red"}, "tools[0].colour"),

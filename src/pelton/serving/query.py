@@ -29,10 +29,12 @@ def read_query(
             raise InvalidRequestError(f"{name} is not supported here", param=name, code="unsupported_parameter")
         field, _, key = name.partition("[")
         if field in maps and key.endswith("]"):
-            pairs = values.setdefault(field, {})
-            if key[:-1] in pairs:
+            pairs, key = values.setdefault(field, {}), key[:-1]
+            if "[" in key or "]" in key:
+                raise InvalidRequestError(f"{name[:64]} is not {field}[KEY]: no brackets in KEY", param=name[:64])
+            if key in pairs:
                 raise InvalidRequestError(f"{name[:64]} is there twice; send it once", param=name[:64])
-            pairs[key[:-1]] = value
+            pairs[key] = value
             continue
         if name in values:
             raise InvalidRequestError(f"{name[:64]} is there twice; send it once", param=name[:64])

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, TypeVar
 
@@ -87,16 +87,11 @@ def _decoder(struct: type[msgspec.Struct]) -> msgspec.json.Decoder[Any]:
 def decode_json(body: bytes, struct: type[StructT]) -> StructT:
     """Strict: no boolean passes as a number, no unknown key, no NaN, no lone surrogate."""
     try:
-        value: StructT = _decoder(struct).decode(body)
-        return value
+        with _json_errors():
+            value: StructT = _decoder(struct).decode(body)
+            return value
     except msgspec.ValidationError as error:
         raise invalid_field(str(error), struct) from None
-    except RecursionError:
-        raise InvalidRequestError("the body is nested too deeply", code="invalid_json") from None
-    except UnicodeDecodeError:
-        raise InvalidRequestError("the body is not valid UTF-8", code="invalid_json") from None
-    except (msgspec.DecodeError, ValueError) as error:
-        raise InvalidRequestError(f"the body is not valid JSON: {error}", code="invalid_json") from None
 
 
 def decode_inner(raw: msgspec.Raw, struct: type[StructT], at: str, check_kind: Callable[[Any, str], None]) -> StructT:
@@ -105,14 +100,29 @@ def decode_inner(raw: msgspec.Raw, struct: type[StructT], at: str, check_kind: C
     What is of an unknown kind has unknown fields too, but it is the kind that is wrong: `check_kind(value, at)` tells.
     """
     try:
-        value: StructT = _decoder(struct).decode(raw)
-        return value
+        with _json_errors():
+            value: StructT = _decoder(struct).decode(raw)
+            return value
     except msgspec.ValidationError as error:
-        with contextlib.suppress(msgspec.DecodeError, RecursionError):
-            check_kind(msgspec.json.decode(raw), at)
+        with _json_errors():  # text that was skipped so far may be no UTF-8
+            found = msgspec.json.decode(raw)
+        check_kind(found, at)
         raise invalid_field(str(error), struct, at=at) from None
+
+
+@contextlib.contextmanager
+def _json_errors() -> Iterator[None]:
+    """What is wrong with the JSON itself; of its types, a `msgspec.ValidationError` comes out as it is."""
+    try:
+        yield
+    except msgspec.ValidationError:
+        raise
     except RecursionError:
         raise InvalidRequestError("the body is nested too deeply", code="invalid_json") from None
+    except UnicodeDecodeError:
+        raise InvalidRequestError("the body is not valid UTF-8", code="invalid_json") from None
+    except (msgspec.DecodeError, ValueError) as error:
+        raise InvalidRequestError(f"the body is not valid JSON: {error}", code="invalid_json") from None
 
 
 def invalid_field(message: str, struct: type[msgspec.Struct], what: str = "body", at: str = "") -> InvalidRequestError:
