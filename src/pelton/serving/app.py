@@ -95,9 +95,7 @@ def create_app(
         pool=ThreadPoolExecutor(NUM_PREPARE_THREADS, "pelton-prepare"),
         store=store,
         responses=_response_service(store, config),
-        archive=CompletionArchive(
-            store, retention_s=config.response_retention_days * 86400.0, max_per_tenant=config.max_stored_responses
-        ),
+        archive=_completion_archive(store, config),
         tenants=tenants,
     )
     context.batches = BatchRunner(context, FileStore(context.store.config.data_path))
@@ -124,6 +122,11 @@ def _response_service(store: Store, config: ServerConfig) -> ResponseService:
         max_per_tenant=config.max_stored_responses,
         server_id=place,
     )
+
+
+def _completion_archive(store: Store, config: ServerConfig) -> CompletionArchive:
+    retention_s = config.response_retention_days * 86400.0
+    return CompletionArchive(store, retention_s=retention_s, max_per_tenant=config.max_stored_responses)
 
 
 class _Route(Route):
