@@ -236,10 +236,15 @@ def measure_generation(arguments: argparse.Namespace) -> dict[str, Any]:
             for (case, kind), answer in zip(asked, answers, strict=True):
                 found = judge(case, answer.sequences[0], walker)
                 results.setdefault(case.name, {})[kind] = found | {"tokens": arguments.tokens}
+            write_report(generation_report(results, left), arguments.output)
+    return generation_report(results, left)
+
+
+def generation_report(results: dict[str, dict[str, Any]], left: list[Case]) -> dict[str, Any]:
     counts = Counter(f"{kind} {found['is']}" for result in results.values() for kind, found in result.items())
     return {
         "accepted": len(results),
-        "left": [case.name for case in left],
+        "num_left": len(left),
         "counts": dict(sorted(counts.items())),
         "wrong": [(name, result) for name, result in results.items() if is_wrong(result)][:NAMES_SHOWN],
         "results": results,
@@ -337,8 +342,14 @@ def main() -> None:
         parser.error("--data is needed")
     report = MODES[arguments.mode](arguments)
     print(json.dumps({name: value for name, value in report.items() if name != "results"}, indent=1))
-    if arguments.output is not None:
-        arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_report(report, arguments.output)
+
+
+def write_report(report: dict[str, Any], path: Path | None) -> None:
+    if path is not None:
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        part.replace(path)
 
 
 if __name__ == "__main__":
