@@ -56,8 +56,6 @@ struct KernelTable {
     void (*block_weights)(const float* x, int64_t size, float greatest, float inverse_temperature, int64_t* weights);
     int64_t (*num_above)(const float* x, int64_t size, int64_t index);
     void (*mask_row)(float* x, int64_t size, const uint32_t* words);
-    float (*masked_maxima)(const float* x, int64_t size, const uint32_t* words, float* copy, float* maxima,
-                           float& unmasked);
 
     // Ranks `ranks` of A x, for num_rows <= kLoraRows rows x [I] into out [ranks].
     void (*lora_shrink)(const LoraMatrix& matrix, int num_inputs, LoraRange ranks, const float* const* x, int num_rows,

@@ -120,40 +120,6 @@ float block_maxima_512(const float* x, int64_t size, float* maxima) {
     return std::isnan(rest) ? rest : std::max(rest, result);
 }
 
-// Sixteen bits of a mask are a mask of sixteen lanes.
-float masked_maxima_512(const float* x, int64_t size, const uint32_t* words, float* copy, float* maxima,
-                        float& unmasked) {
-    const __m512 lowest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-    __mmask16 has_nan = 0;
-    __m512 greatest = lowest, before = lowest;
-    int64_t start = 0;
-    for (; start + kSampleBlock <= size; start += kSampleBlock) {
-        const uint64_t bits = words[start / 32] | static_cast<uint64_t>(words[start / 32 + 1]) << 32;
-        __m512 best = lowest;
-        for (int i = 0; i < kSampleBlock; i += 16) {
-            const __m512 value = _mm512_loadu_ps(x + start + i);
-            has_nan |= _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-            before = _mm512_max_ps(before, value);
-            const __m512 kept = _mm512_mask_mov_ps(lowest, static_cast<__mmask16>(bits >> i), value);
-            _mm512_storeu_ps(copy + start + i, kept);
-            best = _mm512_max_ps(best, kept);
-        }
-        greatest = _mm512_max_ps(greatest, best);
-        maxima[start / kSampleBlock] = _mm512_reduce_max_ps(best);
-    }
-    float result = _mm512_reduce_max_ps(greatest);
-    unmasked = has_nan ? std::numeric_limits<float>::quiet_NaN() : _mm512_reduce_max_ps(before);
-    if (start < size) {
-        float rest_unmasked;
-        float* const rest_maxima = maxima + start / kSampleBlock;
-        const float rest =
-            masked_maxima(x + start, size - start, words + start / 32, copy + start, rest_maxima, rest_unmasked);
-        result = std::max(result, rest);
-        if (!(unmasked > rest_unmasked) && !std::isnan(unmasked)) unmasked = rest_unmasked;
-    }
-    return result;
-}
-
 void softcap_row(float* x, int64_t size, float cap) {
     const __m512 wide_cap = _mm512_set1_ps(cap);
     for (int64_t i = 0; i < size; i += 16) {
@@ -170,7 +136,6 @@ const KernelTable& avx512_kernels() {
     static const KernelTable table = {"avx512",          quantize_row, linear_panel, dense_panel,      rms_norm_row,
                                       silu_mul_row,      gelu_tanh_mul_row, rotate_head, store_kv,    attend_head,
                                       softcap_row,       block_maxima_512, block_weights, num_above,  mask_row,
-                                      masked_maxima_512,
                                       lora_shrink,       lora_expand,
                                       quantize_channel_row, quantize_channel_rest, channel_panels};
     return table;

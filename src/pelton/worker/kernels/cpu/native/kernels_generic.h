@@ -17,7 +17,6 @@ inline KernelTable make_table(const char* name) {
     return {name,         quantize_row,      linear_panel,  dense_panel, rms_norm_row,
             silu_mul_row, gelu_tanh_mul_row, rotate_head,   store_kv,    attend_head,
             softcap_row,  block_maxima,      block_weights, num_above,   mask_row,
-            masked_maxima,
             lora_shrink,  lora_expand,
             quantize_channel_row, quantize_channel_rest, channel_panels};
 }

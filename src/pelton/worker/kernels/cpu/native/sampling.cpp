@@ -314,35 +314,30 @@ void edit(const KernelTable& kernels, const SampleTask& task, float* x) {
 void sample_row(const KernelTable& kernels, float* logits, Scratch& scratch, SampleTask& task) {
     const SamplingRow& row = *task.row;
     const int64_t size = row.vocab_size;
-    const bool is_masked = task.mask != nullptr, has_edits = row.has_edits(task.position);
-    float* x = logits;
-    float greatest, greatest_left;
-    if (is_masked && !has_edits) {
-        x = scratch.row;
-        greatest_left = kernels.masked_maxima(logits, size, task.mask, x, scratch.maxima, greatest);
-    } else {
-        greatest = greatest_left = kernels.block_maxima(logits, size, scratch.maxima);
-    }
+    const float greatest = kernels.block_maxima(logits, size, scratch.maxima);
     if (!std::isfinite(greatest)) {
         task.token_id = kNotFinite;
         return;
     }
-    if (has_edits) {
+    float* x = logits;
+    float greatest_left = greatest;
+    const bool is_edited = task.mask != nullptr || row.has_edits(task.position);
+    if (is_edited) {
         if (row.num_logprobs >= 0) {  // which are of the raw logits
             x = scratch.row;
             std::copy_n(logits, size, x);
         }
         edit(kernels, task, x);
         greatest_left = kernels.block_maxima(x, size, scratch.maxima);
-    }
-    if (!std::isfinite(greatest_left)) {
-        task.token_id = greatest_left == kLowest ? kAllBanned : kOverflow;
-        return;
+        if (!std::isfinite(greatest_left)) {
+            task.token_id = greatest_left == kLowest ? kAllBanned : kOverflow;
+            return;
+        }
     }
     Chooser chooser(kernels, x, size, greatest_left, scratch);
     task.token_id = row.temperature == 0.0 ? chooser.argmax() : chooser.draw(row, task.position);
     if (row.num_logprobs >= 0) {
-        if (is_masked || has_edits) kernels.block_maxima(logits, size, scratch.maxima);
+        if (is_edited) kernels.block_maxima(logits, size, scratch.maxima);
         Chooser(kernels, logits, size, greatest, scratch).logprobs(task.token_id, row.num_logprobs, task.logprobs);
     }
 }

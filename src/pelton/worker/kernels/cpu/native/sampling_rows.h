@@ -83,26 +83,4 @@ inline void mask_row(float* x, int64_t size, const uint32_t* words) {
     }
 }
 
-// mask_row of a copy and then its block_maxima, in one pass; `unmasked` is what block_maxima says of `x`.
-inline float masked_maxima(const float* x, int64_t size, const uint32_t* words, float* copy, float* maxima,
-                           float& unmasked) {
-    const float lowest = -std::numeric_limits<float>::infinity();
-    int32_t greatest = std::numeric_limits<int32_t>::min(), before = greatest, magnitude = 0, unused = 0;
-    for (int64_t start = 0; start < size; start += kSampleBlock) {
-        const int count = static_cast<int>(std::min<int64_t>(kSampleBlock, size - start));
-        int32_t best, raw;
-        find_greatest(x + start, count, raw, magnitude);
-        for (int i = 0; i < count; ++i) {
-            copy[start + i] = (words[(start + i) / 32] >> (i % 32)) & 1 ? x[start + i] : lowest;
-        }
-        find_greatest(copy + start, count, best, unused);
-        maxima[start / kSampleBlock] = bits_to_float(static_cast<uint32_t>(ordered(best)));
-        greatest = std::max(greatest, best);
-        before = std::max(before, raw);
-    }
-    const float nan = std::numeric_limits<float>::quiet_NaN();
-    unmasked = magnitude > 0x7f800000 ? nan : bits_to_float(static_cast<uint32_t>(ordered(before)));
-    return bits_to_float(static_cast<uint32_t>(ordered(greatest)));
-}
-
 }  // namespace pelton::PELTON_ISA
