@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import time
 import zipfile
 from collections import Counter
@@ -195,8 +196,9 @@ def schema_problem(case: Case, calls: list[Call], reason: str) -> str | None:
 
 
 async def run_case(asker: Asker, case: Case, *, check: bool) -> dict[str, Any]:
-    parallel: dict[str, Any] = {} if case.category == "parallel" else {"parallel_tool_calls": False}
-    calls, reason = await asker.ask(case)
+    # Said at every turn: what holds without it differs from server to server.
+    parallel = {"parallel_tool_calls": case.category == "parallel"}
+    calls, reason = await asker.ask(case, **parallel)
     result: dict[str, Any] = {"id": case.case_id, "calls": calls, "problem": check_calls(case, calls)}
     required, required_reason = await asker.ask(case, tool_choice="required", **parallel)
     result["required"] = {
@@ -205,36 +207,67 @@ async def run_case(asker: Asker, case: Case, *, check: bool) -> dict[str, Any]:
         "schema": schema_problem(case, required, required_reason),
     }
     if check:
-        result["streams_alike"] = await asker.ask_streaming(case) == (calls, reason) and await asker.ask_streaming(
-            case, tool_choice="required", **parallel
-        ) == (required, required_reason)
+        result["streams_alike"] = await asker.ask_streaming(case, **parallel) == (
+            calls,
+            reason,
+        ) and await asker.ask_streaming(case, tool_choice="required", **parallel) == (required, required_reason)
     return result
 
 
-async def run(args: argparse.Namespace) -> dict[str, Any]:
+class Report:
+    """What is known so far, written to `--output` after each case: a run that is cut off goes on where it was."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._path: Path | None = args.output
+        self._categories: dict[str, dict[str, Any]] = {}
+        self._head = {"model": args.model, "label": args.label}
+        if self._path is not None and self._path.exists():
+            report = json.loads(self._path.read_text(encoding="utf-8"))
+            self._categories = report.pop("categories")
+            self._head = report
+
+    def has(self, case: Case, *, check: bool) -> bool:
+        found = self._results(case.category).get(case.case_id)
+        return found is not None and (not check or "streams_alike" in found)
+
+    def add(self, case: Case, result: dict[str, Any], elapsed_s: float) -> None:
+        results = self._results(case.category)
+        results[case.case_id] = result
+        elapsed_s += self._categories.get(case.category, {}).get("elapsed_s", 0.0)
+        ordered = sorted(results.values(), key=lambda found: int(found["id"].rsplit("_", 1)[1]))
+        self._categories[case.category] = summary(ordered, elapsed_s)
+        if self._path is not None:
+            part = self._path.with_suffix(".part")
+            part.write_text(
+                json.dumps(self._head | {"categories": self._categories}, indent=1) + "\n", encoding="utf-8"
+            )
+            part.replace(self._path)
+
+    def show(self) -> None:
+        for category, found in self._categories.items():
+            print_summary(category, found)
+
+    def _results(self, category: str) -> dict[str, dict[str, Any]]:
+        return {result["id"]: result for result in self._categories.get(category, {}).get("results", ())}
+
+
+async def run(args: argparse.Namespace) -> None:
     asker = Asker(args.url.rstrip("/"), args.model, args.max_tokens)
     gate = asyncio.Semaphore(args.concurrency)
+    report = Report(args)
+    until_s = time.monotonic() + args.seconds
 
-    async def one(case: Case) -> dict[str, Any]:
+    async def one(case: Case) -> None:
         async with gate:
-            return await run_case(asker, case, check=args.check)
+            start_s = time.monotonic()
+            if start_s < until_s:
+                result = await run_case(asker, case, check=args.check)
+                report.add(case, result, time.monotonic() - start_s)
 
-    report: dict[str, Any] = {"model": args.model, "label": args.label, "categories": {}}
-    if args.output is not None and args.output.exists():
-        report = json.loads(args.output.read_text(encoding="utf-8"))
     for category in args.categories.split(","):
-        start_s = time.perf_counter()
         cases = load_cases(args.data, category, args.start, args.count)
-        results = await asyncio.gather(*map(one, cases))
-        elapsed_s = time.perf_counter() - start_s
-        before = report["categories"].get(category)
-        if before is not None:
-            new_ids = {case.case_id for case in cases}
-            results = [result for result in before["results"] if result["id"] not in new_ids] + results
-            elapsed_s += before["elapsed_s"]
-        report["categories"][category] = summary(results, elapsed_s)
-        print_summary(category, report["categories"][category])
-    return report
+        await asyncio.gather(*(one(case) for case in cases if not report.has(case, check=args.check)))
+    report.show()
 
 
 def summary(results: list[dict[str, Any]], elapsed_s: float) -> dict[str, Any]:
@@ -249,18 +282,19 @@ def summary(results: list[dict[str, Any]], elapsed_s: float) -> dict[str, Any]:
         "auto_right": len(results) - sum(auto.values()),
         "required_right": len(results) - sum(required.values()),
         "required_valid": len(results) - sum(schema.values()),
-        "streams_alike": sum(result["streams_alike"] for result in results) if "streams_alike" in results[0] else None,
+        "streams_alike": sum(result.get("streams_alike", False) for result in results),
+        "streams_asked": sum("streams_alike" in result for result in results),
         "auto_problems": auto,
         "required_problems": required,
         "schema_problems": schema,
-        "elapsed_s": round(elapsed_s, 1),
+        "elapsed_s": round(elapsed_s, 1),  # of all cases, which run beside each other
         "results": results,
     }
 
 
 def print_summary(category: str, found: dict[str, Any]) -> None:
     count = found["num_cases"]
-    alike = "" if found["streams_alike"] is None else f", streams alike {found['streams_alike']}"
+    alike = f", streams alike {found['streams_alike']} of {found['streams_asked']}"
     print(
         f"{category}: {count} cases, auto {found['auto_right']} right, required {found['required_right']} right and "
         f"{found['required_valid']} valid{alike}, {found['elapsed_s']} s",
@@ -282,11 +316,9 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=8)
     parser.add_argument("--max-tokens", type=int, default=384)
     parser.add_argument("--check", action="store_true", help="stream each case too, and compare")
-    parser.add_argument("--output", type=Path, help="cases that it holds already stay")
-    args = parser.parse_args()
-    report = asyncio.run(run(args))
-    if args.output is not None:
-        args.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    parser.add_argument("--output", type=Path, help="cases that it holds already are not asked again")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="after which no further case is begun")
+    asyncio.run(run(parser.parse_args()))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ Cases are lines of JSON with `name`, `schema` and `tests` (instances, each `vali
 `masks` needs no model but its vocabulary: every schema goes through the server's helper process, every instance through
 the matcher, token by token, and random walks through the mask look for what it should not let through. An object's
 keys follow the order of the schema; instances with another order are counted apart. `generate` asks the model, greedy
-and sampled, and validates with `jsonschema`. `speed` compares decoding with a schema and without, in alternate rounds.
+and sampled, and validates with `jsonschema`; it goes on where its `--output` ends. `speed` compares decoding with a
+schema and without, in alternate rounds.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import random
 import statistics
 import time
@@ -108,6 +110,11 @@ class Walker:
             if not mask[token_id // 32] >> (token_id % 32) & 1 or not matcher.consume_token(token_id):
                 return False
         return matcher.is_accepting()
+
+    def begins(self, grammar: Grammar, token_ids: list[int]) -> bool:
+        """Whether an instance may begin with these tokens, or be them."""
+        matcher = self._compiler.compile(check_without_vocabulary(grammar))
+        return matcher.try_consume_tokens(token_ids) == len(token_ids)
 
     def random_text(self, grammar: Grammar, max_tokens: int) -> str | None:
         """Tokens drawn evenly from the masks; None where no end was found."""
@@ -206,27 +213,62 @@ def accepted_cases(cases: list[Case]) -> list[Case]:
 
 def measure_generation(arguments: argparse.Namespace) -> dict[str, Any]:
     cases = read_cases(arguments.data, arguments.cases)
-    asked = [(case, temperature) for case in accepted_cases(cases) for temperature in (0.0, 1.0)]
-    counts: Counter[str] = Counter(schemas=len(cases), accepted=len(asked) // 2)
-    wrong = []
+    accepted = accepted_cases(cases)
+    results: dict[str, dict[str, Any]] = {}
+    if arguments.output is not None and arguments.output.exists():
+        results = json.loads(arguments.output.read_text(encoding="utf-8"))["results"]
+    left = [case for case in accepted if case.name not in results]
+    until_s = time.monotonic() + arguments.seconds
+    walker = Walker(*open_vocabulary(arguments.model))
     with LLM(arguments.model, max_num_seqs=arguments.requests, max_model_len=4096) as llm:
-        answers = llm.chat(
-            [prompt_of(case) for case, _ in asked],
-            [
-                SamplingParams(temperature=temperature, seed=1, max_tokens=arguments.tokens, grammar=case.grammar)
-                for case, temperature in asked
-            ],
-        )
-    for (case, temperature), answer in zip(asked, answers, strict=True):
-        kind = "greedy" if temperature == 0 else "sampled"
-        if answer.sequences[0].finish_reason is FinishReason.LENGTH:
-            counts[f"{kind} cut"] += 1
-            continue
-        problem = case.problem(json.loads(answer.text))
-        counts[f"{kind} valid" if problem is None else f"{kind} invalid"] += 1
-        if problem is not None:
-            wrong.append((case.name, kind, answer.text[:200], problem))
-    return {"cases": arguments.cases, "tokens": arguments.tokens, "counts": dict(counts), "wrong": wrong}
+        while left and time.monotonic() < until_s:
+            here, left = left[: arguments.requests], left[arguments.requests :]
+            asked = [(case, kind) for case in here for kind in TEMPERATURES]
+            answers = llm.chat(
+                [prompt_of(case) for case, _ in asked],
+                [
+                    SamplingParams(
+                        temperature=TEMPERATURES[kind], seed=1, max_tokens=arguments.tokens, grammar=case.grammar
+                    )
+                    for case, kind in asked
+                ],
+            )
+            for (case, kind), answer in zip(asked, answers, strict=True):
+                found = judge(case, answer.sequences[0], walker)
+                results.setdefault(case.name, {})[kind] = found | {"tokens": arguments.tokens}
+            write_report(generation_report(results, left), arguments.output)
+    return generation_report(results, left)
+
+
+def generation_report(results: dict[str, dict[str, Any]], left: list[Case]) -> dict[str, Any]:
+    counts = Counter(f"{kind} {found['is']}" for result in results.values() for kind, found in result.items())
+    return {
+        "accepted": len(results),
+        "num_left": len(left),
+        "counts": dict(sorted(counts.items())),
+        "wrong": [(name, result) for name, result in results.items() if is_wrong(result)][:NAMES_SHOWN],
+        "results": results,
+    }
+
+
+TEMPERATURES = {"greedy": 0.0, "sampled": 1.0}
+
+
+def judge(case: Case, sequence: Any, walker: Walker) -> dict[str, Any]:
+    """An answer that ended must validate, one that was cut must be what an instance may begin with."""
+    if sequence.finish_reason is FinishReason.LENGTH:
+        return {"is": "cut" if walker.begins(case.grammar, sequence.token_ids) else "cut, no beginning"}
+    try:
+        problem = case.problem(json.loads(sequence.text))
+    except ValueError as error:
+        problem = str(error)
+    if problem is None:
+        return {"is": "valid"}
+    return {"is": "invalid", "problem": problem, "text": sequence.text}
+
+
+def is_wrong(result: dict[str, Any]) -> bool:
+    return any(found["is"] not in ("valid", "cut") for found in result.values())
 
 
 # -- speed ----------------------------------------------------------------------------------------
@@ -293,14 +335,21 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64, help="of each answer at most")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="after which nothing more is generated")
+    parser.add_argument("--output", type=Path, help="what `generate` finds in it is not generated again")
     arguments = parser.parse_args()
     if arguments.mode != "speed" and arguments.data is None:
         parser.error("--data is needed")
-    report = json.dumps(MODES[arguments.mode](arguments), indent=1)
-    print(report)
-    if arguments.output is not None:
-        arguments.output.write_text(report + "\n", encoding="utf-8")
+    report = MODES[arguments.mode](arguments)
+    print(json.dumps({name: value for name, value in report.items() if name != "results"}, indent=1))
+    write_report(report, arguments.output)
+
+
+def write_report(report: dict[str, Any], path: Path | None) -> None:
+    if path is not None:
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        part.replace(path)
 
 
 if __name__ == "__main__":

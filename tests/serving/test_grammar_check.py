@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from typing import Any
 
 import jsonschema
@@ -164,6 +165,46 @@ def test_other_kinds(
 def test_broken_and_explosive_grammars(compiler: GrammarCompiler, kind: GrammarKind, source: str) -> None:
     with pytest.raises((GrammarError, RecursionError)):
         check_grammar(compiler, Grammar(kind=kind, source=source))
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "good", "bad"),
+    [
+        (GrammarKind.REGEX, "(a?){30}a{30}", ["a" * 30, "a" * 60], ["a" * 29, "a" * 61]),
+        (GrammarKind.REGEX, "(x{1000}){2}", ["x" * 2000], ["x" * 1999, "x" * 2001]),
+        (GrammarKind.REGEX, "(a+)+b", ["a" * 500 + "b"], ["a" * 500]),
+        (GrammarKind.REGEX, "(a|b)*a(a|b){20}", ["ab" * 10 + "a"], ["b" * 21]),
+        (GrammarKind.LARK, 'start: a{100}\na: b{100}\nb: "x"', ["x" * 10000], ["x" * 9999]),
+    ],
+)
+def test_what_would_take_other_engines_for_ever(
+    compiler: GrammarCompiler, kind: GrammarKind, source: str, good: list[str], bad: list[str]
+) -> None:
+    grammar = check_grammar(compiler, Grammar(kind=kind, source=source))
+    assert [text for text in good + bad if accepts(compiler, grammar, text)] == good
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "problem"),
+    [
+        (GrammarKind.LARK, 'start: s\ns: s s | "a" | "b" |', "[Tt]oo many items|items; max"),
+        (GrammarKind.LARK, 'start: (a | c)*\na: "x" a | "x"\nc: c c | "x"', "[Tt]oo many items|items; max"),
+        (GrammarKind.REGEX, "((a{1,1000}){1,1000}){1,1000}", "too many expressions"),
+    ],
+)
+def test_what_grows_without_end_meets_a_limit(
+    monkeypatch: pytest.MonkeyPatch, kind: GrammarKind, source: str, problem: str
+) -> None:
+    monkeypatch.setattr("pelton.weights.tokenizer.grammar._STEP_MAX_ITEMS", 1000)  # to be there sooner
+    compiler = GrammarCompiler(BYTES)
+    matcher = compiler.compile(check_grammar(compiler, Grammar(kind=kind, source=source)))
+    letter = ord("x") if "x" in source else ord("a")
+    for _ in range(3000):
+        matcher.compute_bitmask()
+        if matcher.is_error():
+            break
+        matcher.consume_token(letter)
+    assert re.search(problem, matcher.get_error())
 
 
 @pytest.mark.parametrize(("marker", "token_ids"), [("END", list(b"END")), ("<think>", [257])])

@@ -92,6 +92,7 @@ def format_of(schema: Any) -> dict[str, Any]:
         ({"structured_outputs": {}}, "invalid_value", "structured_outputs", "one of"),
         ({"structured_outputs": {"regex": "a", "whitespace_pattern": " "}}, "unsupported_parameter", None, "whites"),
         ({"structured_outputs": {"structural_tag": "{}"}}, "unsupported_parameter", None, "structural_tag"),
+        (format_of({"type": "integer", "multipleOf": 999983}), "invalid_grammar", "response_format", "takes more than"),
         ({"guided_regex": "a" * (1 << 20 | 1)}, "invalid_grammar", "guided_regex", "longer"),
     ],
 )

@@ -246,9 +246,13 @@ def sample(grammar: str, seed: int, max_tokens: int = 600) -> str:
 
 @pytest.mark.parametrize("name", TOOL_CALL_FORMATS)
 @pytest.mark.parametrize("is_parallel", [True, False])
-def test_reads_what_it_enforces(name: str, is_parallel: bool) -> None:
+@pytest.mark.parametrize("is_required", [True, False])
+def test_reads_what_it_enforces(name: str, is_parallel: bool, is_required: bool) -> None:
     row = tool_call_format(name)
-    grammar = calls_grammar(row.syntax(lark_string), TOOLS, lark_string, is_parallel=is_parallel)
+    syntax = row.syntax(lark_string)
+    if is_required:
+        syntax = syntax.required or syntax
+    grammar = calls_grammar(syntax, TOOLS, lark_string, is_parallel=is_parallel)
     schemas = {tool.name: tool.parameters for tool in TOOLS}
     num_texts = 0
     for seed in range(25):
@@ -259,6 +263,8 @@ def test_reads_what_it_enforces(name: str, is_parallel: bool) -> None:
         answer = parse_answer(plan(name), text)
         assert answer.content is None, text
         assert answer.tool_calls, text
+        held = AnswerPlan(make_call_id=row.make_call_id, answer=row.reader(NAMES, starts_only=True))
+        assert calls_of(parse_answer(held, text)) == calls_of(answer), text
         assert is_parallel or len(answer.tool_calls) == 1
         for call in answer.tool_calls:
             jsonschema.validate(json.loads(call.arguments), schemas[call.name])
@@ -321,3 +327,9 @@ def test_the_template_tells_the_format(name: str) -> None:
 
 def test_the_coder_is_told_by_its_name() -> None:
     assert detect_tool_call_format(TEMPLATES["hermes"], "Qwen2.5-Coder-0.5B").name == "qwen_coder"
+
+
+def test_enforced_calls_have_no_parameters_that_are_not_listed() -> None:
+    grammar = calls_grammar(tool_call_format("json").syntax(lark_string), TOOLS, lark_string, is_parallel=True)
+    assert accepts(grammar, f"[{obj(('math.add', {'a': 1, 'b': 2}))}, {obj(OSLO)}]")
+    assert not accepts(grammar, f"[{obj(('math.add', {'a': 1, 'c': 2}))}]")

@@ -217,3 +217,12 @@ def test_tokenize_counts_tools(server: RunningServer) -> None:
         return int(answer.json()["count"])
 
     assert count(tools=TOOLS) > count() + 200
+
+
+def test_a_regex_for_the_answer_does_not_go_together_with_tools(server: RunningServer, client: openai.OpenAI) -> None:
+    for fields in ({"guided_regex": "[0-9]+"}, {"guided_grammar": 'start: "a"'}):
+        with pytest.raises(openai.BadRequestError, match="JSON schema or a choice") as refused:
+            ask(server, client, CALL, tools=TOOLS, extra_body=fields)
+        assert refused.value.param == "tools"
+        answer = ask(server, client, "7", tools=TOOLS, tool_choice="none", extra_body=fields)
+        assert answer.choices[0].message.content == "7"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 
@@ -18,9 +20,11 @@ NUMBER = Grammar(kind=GrammarKind.REGEX, source="[0-9]{3}")
 LETTERS = Grammar(kind=GrammarKind.REGEX, source="a+")
 
 
-def states_of(*samplings: SamplingParams, outputs: tuple[int, ...] = ()) -> list[RequestState]:
+def states_of(
+    *samplings: SamplingParams, outputs: tuple[int, ...] = (), matchers: GrammarMatchers | None = None
+) -> list[RequestState]:
     sampler = ReferenceSampler(VOCAB_SIZE, {EOS_TOKEN_ID})
-    states = RequestStates(sampler, VOCAB_SIZE, GrammarMatchers(ByteDecoder(), VOCAB_SIZE))
+    states = RequestStates(sampler, VOCAB_SIZE, matchers or GrammarMatchers(ByteDecoder(), VOCAB_SIZE))
     scheduled = tuple(
         ScheduledRequest(str(i), (1,), 0, ((1,),), sampling, True, context=RequestContext((1,), outputs, 0))
         for i, sampling in enumerate(samplings)
@@ -33,7 +37,6 @@ def states_of(*samplings: SamplingParams, outputs: tuple[int, ...] = ()) -> list
 def fill(states: list[RequestState]) -> list[set[int] | None]:
     """The allowed tokens of each row."""
     masks = GrammarMasks(VOCAB_SIZE, {EOS_TOKEN_ID}).fill([state.grammar for state in states])
-    assert masks is not None
     bits = [None if mask is None else np.unpackbits(mask.view(np.uint8), bitorder="little") for mask in masks]
     return [None if row is None else set(np.flatnonzero(row).tolist()) for row in bits]
 
@@ -48,7 +51,7 @@ def test_rows_with_and_without_a_grammar() -> None:
     for state, token_id in zip(states, b"7xa", strict=True):
         state.add_output(token_id)
     assert fill(states) == [set(b"0123456789"), None, {*b"a", EOS_TOKEN_ID}]
-    assert GrammarMasks(VOCAB_SIZE, ()).fill([None, None]) is None
+    assert GrammarMasks(VOCAB_SIZE, ()).start([None, None]) is None
 
 
 def test_the_end_is_told_with_the_last_token_and_what_comes_after_it_changes_nothing() -> None:
@@ -124,6 +127,41 @@ def test_a_grammar_that_does_not_compile_costs_its_own_request() -> None:
     assert "unclosed group" in (states[0].grammar.problem or "")
     with pytest.raises(GrammarError):
         GrammarMatchers(ByteDecoder(), VOCAB_SIZE).prepare(bad).result(10)
+
+
+def test_a_request_that_meets_a_limit_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matchers of one grammar share a lexer, and one of them may bring it to the limit of its states."""
+    monkeypatch.setattr("pelton.weights.tokenizer.grammar._MAX_LEXER_STATES", 300)
+    wild = params(Grammar(kind=GrammarKind.REGEX, source="[ab]*a[ab]{12}"))
+    matchers = GrammarMatchers(ByteDecoder(), VOCAB_SIZE)
+    hungry, modest = states_of(wild, wild, matchers=matchers)
+    modest.add_output(ord("a"))
+    source = random.Random(1)
+    for _ in range(600):
+        allowed, beside = fill([hungry, modest])
+        assert beside == set(b"ab")
+        if not allowed:
+            break
+        hungry.add_output(source.choice(b"ab"))
+    assert hungry.grammar is not None
+    assert "too many states" in (hungry.grammar.problem or "")
+    (new,) = states_of(wild, outputs=tuple(b"ab"), matchers=matchers)
+    for token_id in b"ab" * 4:
+        for state in (modest, new):
+            assert fill([state]) == [set(b"ab")]
+            state.add_output(token_id)
+
+
+def test_a_grammar_that_is_slow_to_compile_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pelton.weights.tokenizer.grammar._MAX_LEXER_STATES", 40)
+    monkeypatch.setattr("pelton.worker.sampling.grammar._MAX_AGAIN_S", 0.0)
+    hungry, modest = states_of(*[params(Grammar(kind=GrammarKind.REGEX, source="[ab]*a[ab]{12}"))] * 2)
+    fill([modest])
+    while fill([hungry]) != [set()]:
+        hungry.add_output(ord("a"))
+    assert fill([modest]) == [set()]
+    assert modest.grammar is not None
+    assert "too many states" in (modest.grammar.problem or "")
 
 
 def test_without_a_vocabulary_a_grammar_fails() -> None:

@@ -273,7 +273,9 @@ def random_case(rng: np.random.Generator, vocab_size: int) -> Case:
         ignore_eos=bool(rng.random() < 0.5),
         logprobs=maybe(int(rng.integers(0, 21)), None),
     )
-    mask = rng.integers(0, 2**32, -(-vocab_size // 32), np.uint32) if rng.random() < 0.2 else None
+    mask = rng.integers(0, 2**32, -(-vocab_size // 32), np.uint32) if rng.random() < 0.3 else None
+    if mask is not None and rng.random() < 0.5:  # a grammar alone
+        params = SamplingParams(temperature=params.temperature, top_p=params.top_p, logprobs=params.logprobs)
     prompt, outputs = rng.integers(0, vocab_size, 20).tolist(), rng.integers(0, vocab_size, rng.integers(30)).tolist()
     return Case(params, tuple(prompt), tuple(outputs), int(rng.integers(2**63)), mask)
 

@@ -73,7 +73,9 @@ async def constrain_turn(context: ServingContext, turn: PreparedTurn, sampling: 
         text = answer_text(asked)
         if text is None and turn.tool_use.may_call:
             raise InvalidRequestError(
-                f"a format of kind {asked.kind} does not go together with tools; JSON and choices do", param="tools"
+                "a regular expression or a grammar for the answer does not go together with tools, whose calls it "
+                "would have to allow: use a JSON schema or a choice, leave out the tools, or set tool_choice to 'none'",
+                param="tools",
             )
         if text is None:
             grammar = replace(asked, starts_after=turn.reasoning_end)
@@ -179,6 +181,7 @@ def _tools_grammar(dialect: Dialect, use: ToolUse, thought: str) -> Grammar | No
         return None
     syntax = dialect.tool_format.syntax(dialect.spell)
     if use.mode is ToolMode.REQUIRED:
+        syntax = syntax.required or syntax
         source = calls_grammar(syntax, use.tools, dialect.spell, is_parallel=use.is_parallel, thought=thought)
     elif any(tool.strict for tool in use.tools):
         tools = [tool if tool.strict else without_schema(tool) for tool in use.tools]

@@ -130,6 +130,9 @@ class ModelRunner:
         return rows
 
     def _forward(self, rows: Sequence[StepRow], answers: _Answers) -> None:
+        sampling_rows = [row for row in rows if row.samples]
+        # What may follow is known before the logits are.
+        masks = self._masks.start([row.state.grammar for row in sampling_rows])
         batch = prepare_forward_batch(rows, self._rotary_tables, self._block_size)
         self._program.forward(batch)
         for row, start in zip(rows, batch.query_start_loc.tolist(), strict=False):
@@ -137,25 +140,21 @@ class ModelRunner:
                 self._add_prompt_logprobs(row, start, batch.adapters, answers)
             if row.state.pooler is not None:
                 self._pool(row, row.state.pooler, start, batch.adapters, answers)
-        sampling_rows = [row for row in rows if row.samples]
         for low in range(0, len(sampling_rows), _MAX_LOGITS_ROWS):
             here = slice(low, low + _MAX_LOGITS_ROWS)
             logits = self._program.logits(batch.logits_indices[here], batch.adapters)
-            self._sample(sampling_rows[here], logits, answers)
+            self._sample(sampling_rows[here], logits, None if masks is None else masks.result()[here], answers)
 
-    def _masks_of(self, states: Sequence[RequestState], vocab_size: int) -> list[TokenMask | None] | None:
-        """What each row may sample: by its grammar, without banned words, or the end of thinking alone."""
-        masks = _without_banned(states, self._masks.fill([state.grammar for state in states]))
-        return with_forced_tokens(masks, states, vocab_size)
-
-    def _sample(self, rows: Sequence[StepRow], logits: Floats, answers: _Answers) -> None:
-        """The next token of each of `rows`, from their logits [S, V]."""
+    def _sample(
+        self, rows: Sequence[StepRow], logits: Floats, masks: list[TokenMask | None] | None, answers: _Answers
+    ) -> None:
+        """The next token of each of `rows`, from their logits [S, V] and what their grammars allow."""
         states = [row.state for row in rows]
         samples = self._sampler.sample(
             logits,
             [state.sampling_row for state in states],
             [len(state.output_token_ids) for state in states],
-            self._masks_of(states, logits.shape[1]),
+            with_forced_tokens(_without_banned(states, masks), states, logits.shape[1]),
         )
         for row, token_id in zip(rows, samples.token_ids, strict=True):
             if token_id >= 0:

@@ -30,6 +30,7 @@ class CallSyntax:
 
     `trigger` is a marker's text, "" where calls begin without one. A format that writes one call per answer has no
     `separator`. `free` is an answer without calls, where it is not just any text that does not begin like calls.
+    `required` is how they are written where they must come, if in another way.
     """
 
     call: Callable[[ToolDefinition], str]
@@ -39,6 +40,7 @@ class CallSyntax:
     opening: str = ""
     closing: str = ""
     free: str = ""
+    required: CallSyntax | None = None
 
 
 class ToolCallFormat(Protocol):

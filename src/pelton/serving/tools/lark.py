@@ -12,6 +12,7 @@ from typing import Any
 
 from pelton.core.grammar import Grammar, GrammarKind
 from pelton.serving.tools.format import CallSyntax, SpellMarker, ToolDefinition
+from pelton.serving.tools.listed_parameters import with_listed_only
 
 # Of one answer that is constrained: a small model does not always find an end.
 MAX_PARALLEL_CALLS = 16
@@ -31,7 +32,7 @@ def _json(value: Any) -> str:
 
 def arguments_json(tool: ToolDefinition) -> str:
     """The arguments as an expression."""
-    schema = {**tool.parameters, "x-guidance": _SPACING}
+    schema = {**with_listed_only(tool.parameters), "x-guidance": _SPACING}
     if "type" not in schema and "$ref" not in schema:
         schema["type"] = "object"
     return f"%json {_json(schema)}"

@@ -11,7 +11,7 @@ from pelton.serving.parsing.answer import ReadAnswer
 from pelton.serving.parsing.reader import Steps, TextReader
 from pelton.serving.parsing.sink import AnswerSink
 from pelton.serving.tools.format import CallSyntax, SpellMarker
-from pelton.serving.tools.hermes import CLOSE, OPEN, HermesFormat, read_tagged_calls
+from pelton.serving.tools.hermes import CLOSE, OPEN, HermesFormat, read_hermes, read_tagged_calls
 from pelton.serving.tools.json_calls import read_calls
 from pelton.serving.tools.lark import call_json, lark_string
 
@@ -29,13 +29,19 @@ class QwenCoderFormat(HermesFormat):
         return partial(_read, tool_names=tool_names, starts_only=starts_only)
 
     def syntax(self, spell: SpellMarker) -> CallSyntax:
-        """The bare objects that it writes of its own accord, a line each."""
-        return CallSyntax(call=call_json, separator=lark_string("\n"))
+        """The bare objects that it writes of its own accord, a line each; where calls must come, those of its template.
+
+        After a bare object it always ends; after a `</tool_call>` it goes on where several calls are wanted.
+        """
+        return CallSyntax(call=call_json, separator=lark_string("\n"), required=super().syntax(spell))
 
 
 def _read(reader: TextReader, sink: AnswerSink, *, tool_names: frozenset[str], starts_only: bool) -> Steps[None]:
     yield from read_calls(reader, sink, tool_names)
     if starts_only:
+        if (yield from reader.take((OPEN,))):
+            yield from read_tagged_calls(reader, sink, OPEN, CLOSE)
+            yield from read_hermes(reader, sink)
         return
     openings = tuple(_CLOSING)
     while (opening := (yield from reader.until(openings, sink.content))) is not None:

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 JSON_WHITESPACE = r"\n?[ ]{0,20}"
 # For the `x-guidance` key of a schema that stands in a Lark grammar (`%json {...}`).
 JSON_OPTIONS = {"whitespace_pattern": JSON_WHITESPACE}
-# Per grammar and per mask: a mask takes 10 to 100 us, and a row that is out of fuel fails after 10 ms.
-_MAX_LEXER_STATES, _STEP_LEXER_FUEL, _STEP_MAX_ITEMS = 50_000, 100_000, 25_000
+# Per grammar and per mask: a mask takes 10 to 100 us, and a row that is out of fuel fails after 10 ms. Items cost more
+# the more there are: an ambiguous grammar took seconds for a mask at twice as many, and real schemas need half of them.
+_MAX_LEXER_STATES, _STEP_LEXER_FUEL, _STEP_MAX_ITEMS = 50_000, 100_000, 12_000
 # Text that a grammar leaves no choice about may be spelled in any tokens: those the model prefers, found without
 # a tokenizer.
 _NO_FORCING = '%llguidance {"no_forcing": true}\n'

@@ -9,9 +9,12 @@ Legend: S rows, W = ceil(V / 32) words of a mask over a vocabulary of V tokens.
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,7 +30,20 @@ if TYPE_CHECKING:
 
 # Compiled grammars that are kept for requests to come; a large one takes some megabytes.
 _MAX_KEPT = 64
+# One that took longer is not compiled again for a request alone: that happens between two steps.
+_MAX_AGAIN_S = 0.05
 _CONTINUATION_BYTES = bytes(range(0x80, 0xC0))
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledGrammar:
+    """A matcher at the start of the text. Its copies share a lexer, whose states they make as they go.
+
+    A lexer that has met a limit stays without any use, so that all its matchers fail.
+    """
+
+    matcher: LLMatcher
+    compile_s: float
 
 
 class GrammarMatchers:
@@ -38,15 +54,12 @@ class GrammarMatchers:
         self._decoder = decoder
         self._vocab_size = vocab_size
         self._compiler: GrammarCompiler | None = None
-        self._kept: OrderedDict[Grammar, Future[LLMatcher]] = OrderedDict()
+        self._kept: OrderedDict[Grammar, Future[CompiledGrammar]] = OrderedDict()
         self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(1, "pelton-grammar")
 
-    def start(self, grammar: Grammar) -> Future[LLMatcher]:
-        """Compile `grammar`, or find it compiled: a matcher at the start of the text, to be copied.
-
-        The future fails with `GrammarError`.
-        """
+    def start(self, grammar: Grammar) -> Future[CompiledGrammar]:
+        """Compile `grammar`, or find it compiled. The future fails with `GrammarError`."""
         with self._lock:
             future = self._kept.pop(grammar, None) or self._thread.submit(self._compile, grammar)
             self._kept[grammar] = future
@@ -58,7 +71,7 @@ class GrammarMatchers:
         """Done when a request with this grammar can run without waiting; fails with `GrammarError`."""
         ready: Future[None] = Future()
 
-        def tell(compiled: Future[LLMatcher]) -> None:
+        def tell(compiled: Future[CompiledGrammar]) -> None:
             error = compiled.exception()
             ready.set_result(None) if error is None else ready.set_exception(error)
 
@@ -71,12 +84,25 @@ class GrammarMatchers:
         if grammar is None:
             return None
         free_text = FreeText(grammar.starts_after, self._decoder) if grammar.starts_after else None
-        return RequestGrammar(self.start(grammar), sampling, output_token_ids, free_text)
+        return RequestGrammar(self.start(grammar), sampling, output_token_ids, free_text, partial(self._again, grammar))
 
-    def _compile(self, grammar: Grammar) -> LLMatcher:
+    def _compile(self, grammar: Grammar) -> CompiledGrammar:
         if self._compiler is None:
             self._compiler = GrammarCompiler(GrammarVocabulary.of(self._decoder, self._vocab_size))
-        return self._compiler.compile(grammar)
+        start_s = time.perf_counter()
+        matcher = self._compiler.compile(grammar)
+        return CompiledGrammar(matcher, time.perf_counter() - start_s)
+
+    def _again(self, grammar: Grammar, failed: CompiledGrammar) -> LLMatcher | None:
+        """A matcher with a lexer of its own, after the one of `failed` has met a limit; None where that takes long.
+
+        Requests to come do not get `failed` any more.
+        """
+        with self._lock:
+            kept = self._kept.get(grammar)
+            if kept is not None and kept.done() and kept.exception() is None and kept.result() is failed:
+                del self._kept[grammar]
+        return self._compile(grammar).matcher if failed.compile_s <= _MAX_AGAIN_S else None
 
 
 class FreeText:
@@ -115,17 +141,20 @@ class RequestGrammar:
 
     def __init__(
         self,
-        compiled: Future[LLMatcher],
+        compiled: Future[CompiledGrammar],
         sampling: SamplingParams,
         output_token_ids: Sequence[int],
         free_text: FreeText | None = None,
+        again: Callable[[CompiledGrammar], LLMatcher | None] | None = None,
     ) -> None:
+        """`again` makes a matcher that shares nothing with those of other requests."""
         self._compiled = compiled
+        self._again = again
         self.free_text = free_text
         if free_text is not None:
             for token_id in output_token_ids:
                 free_text.add(token_id)
-        self._told = list(output_token_ids)  # until the matcher is there
+        self._token_ids = list(output_token_ids)  # that the matcher has been told, or is to be
         self._matcher: LLMatcher | None = None
         self._min_tokens = sampling.min_tokens
         self._num_tokens = len(output_token_ids)
@@ -139,20 +168,35 @@ class RequestGrammar:
             if error is not None:
                 self.problem = f"the grammar cannot be used: {error}"
                 return None
-            self._matcher = self._compiled.result().deep_copy()
-            if self._matcher.try_consume_tokens(self._told) != len(self._told):
-                self.problem = "the tokens generated so far do not follow the grammar"
-            self._told.clear()
+            self._follow(self._compiled.result().matcher.deep_copy())
         if self.problem is None and self._matcher is not None and self._matcher.is_error():
-            self.problem = f"the grammar cannot be followed further: {first_line(self._matcher.get_error())}"
+            self._follow_alone(first_line(self._matcher.get_error()))
         return self._matcher if self.problem is None else None
+
+    def _follow(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+        if matcher.try_consume_tokens(self._token_ids) != len(self._token_ids) and not matcher.is_error():
+            self.problem = "the tokens generated so far do not follow the grammar"
+
+    def _follow_alone(self, problem: str) -> None:
+        """After an error: it may be another request that has brought the lexer to its limits."""
+        again, self._again = self._again, None
+        matcher = again(self._compiled.result()) if again is not None else None
+        if matcher is not None:
+            self._follow(matcher)
+            problem = first_line(matcher.get_error()) if matcher.is_error() else ""
+        if problem and self.problem is None:
+            self.problem = f"the grammar cannot be followed further: {problem}"
 
     def add_output(self, token_id: int) -> None:
         self._num_tokens += 1
         if self.free_text is not None and not self.free_text.has_ended:
             self.free_text.add(token_id)
+        if self._matcher is None:
+            return
         # After the end comes what a step in flight computes in vain.
-        if self._matcher is not None and not self._matcher.is_stopped():
+        if not self._matcher.is_stopped():
+            self._token_ids.append(token_id)
             self._matcher.consume_token(token_id)
 
     @property
@@ -173,15 +217,20 @@ class GrammarMasks:
     def __init__(self, vocab_size: int, eos_token_ids: Iterable[int]) -> None:
         self._words = np.zeros((0, -(-vocab_size // 32)), dtype=np.uint32)
         self._eos_token_ids = np.array(sorted(eos_token_ids), dtype=np.int64)
+        self._thread = ThreadPoolExecutor(1, "pelton-masks")
 
-    def fill(self, grammars: Sequence[RequestGrammar | None]) -> list[TokenMask | None] | None:
-        """One mask per row [W], or None for a row that is free; None where all are.
+    def start(self, grammars: Sequence[RequestGrammar | None]) -> Future[list[TokenMask | None]] | None:
+        """`fill` on a thread of its own, beside the forward pass; None where all rows are free.
 
-        A row whose grammar has a `problem` is masked whole.
+        Until it is done, nothing else may be done with `grammars`.
         """
-        constrained = [(row, grammar) for row, grammar in enumerate(grammars) if grammar is not None]
-        if not constrained:
+        if all(grammar is None for grammar in grammars):
             return None
+        return self._thread.submit(self.fill, grammars)
+
+    def fill(self, grammars: Sequence[RequestGrammar | None]) -> list[TokenMask | None]:
+        """One mask per row [W], or None for a row that is free. A row whose grammar has a `problem` is masked whole."""
+        constrained = [(row, grammar) for row, grammar in enumerate(grammars) if grammar is not None]
         if len(self._words) < len(constrained):
             self._words = np.zeros((len(constrained), self._words.shape[1]), dtype=np.uint32)
         masks: list[TokenMask | None] = [None] * len(grammars)
@@ -195,10 +244,11 @@ class GrammarMasks:
         if free_text is not None and free_text.mask is not None:
             words[:] = free_text.mask
             return
-        matcher = grammar.matcher()
-        if matcher is not None:
+        matcher, before = grammar.matcher(), None
+        while matcher is not None and matcher is not before:
             matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
-            matcher = grammar.matcher()  # an error of the mask is noted here
+            # An error of the mask is noted here, or another matcher found.
+            before, matcher = matcher, grammar.matcher()
         if matcher is None:
             words.fill(0)
         elif free_text is not None:
