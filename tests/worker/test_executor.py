@@ -22,7 +22,7 @@ from pelton.worker.executors import build_worker
 from pelton.worker.executors.build_worker import build_executor, num_blocks_of_request, plan_kv_cache
 from pelton.worker.executors.host_resources import num_available_cores, num_available_memory_bytes
 from pelton.worker.executors.in_process import InProcessExecutor
-from pelton.worker.kernels.ops import BACKENDS
+from tests.worker.native import CPU_BACKENDS
 
 pytestmark = pytest.mark.torch
 
@@ -70,7 +70,7 @@ def keep_thread_count() -> Iterator[None]:
     torch.set_num_threads(num_threads)
 
 
-@pytest.fixture(params=list(BACKENDS))
+@pytest.fixture(params=CPU_BACKENDS)
 def executor(request: pytest.FixtureRequest) -> Iterator[InProcessExecutor]:
     config = WorkerConfig(threads=1, kernel_backend=request.param)
     built, _ = build_executor(SpecOnly(), DUMMY, config, ENGINE, eos_token_ids={0})
@@ -166,7 +166,7 @@ def test_weights_beyond_the_free_memory_are_refused() -> None:
         build_executor(files, ModelConfig(), WorkerConfig(), ENGINE, eos_token_ids=())
 
 
-@pytest.mark.parametrize("backend", list(BACKENDS))
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_a_failed_allocation_is_a_typed_error(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine claims more memory than an address space holds, so that the backend itself refuses."""
     monkeypatch.setattr(build_worker, "num_available_memory_bytes", lambda: 2**80)

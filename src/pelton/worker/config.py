@@ -22,7 +22,7 @@ class WorkerConfig:
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     kernel_backend: str = setting(
-        "auto", "kernels to run; auto: the fastest for the dtype", choices=("auto", "native", "reference")
+        "auto", "kernels to run; auto: the fastest for the dtype", choices=("auto", "native", "reference", "triton")
     )
     enable_weight_cache: bool = setting(True, "keep repacked weights on disk, for later starts to map")
     weight_cache_dir: str | None = setting(None, "where they are kept; default: .packed beside the pulled models")
@@ -39,7 +39,9 @@ class WorkerConfig:
 
     def require_packages(self) -> None:
         """Raises `ConfigError` where these settings need a package that is not installed."""
-        if self.kernel_backend == "reference" or self.dtype in ("bfloat16", "float16"):
+        if self.kernel_backend == "triton":
+            require_triton()
+        elif self.kernel_backend == "reference" or self.dtype in ("bfloat16", "float16"):
             require_torch()
 
 
@@ -48,4 +50,12 @@ def require_torch() -> None:
         raise ConfigError(
             "the reference kernels (--kernel-backend reference, --dtype bfloat16 or float16) need torch: "
             "pip install 'pelton[reference]'"
+        )
+
+
+def require_triton() -> None:
+    missing = [name for name in ("torch", "triton") if find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"the Triton kernels (--kernel-backend triton) need {' and '.join(missing)}: pip install 'pelton[gpu]'"
         )

@@ -25,7 +25,7 @@ import numpy.typing as npt
 from pelton.core.errors import ConfigError
 from pelton.weights.lora.adapter import LoraWeights
 from pelton.weights.tensors import ModelFiles, WeightTensor
-from pelton.worker.config import require_torch
+from pelton.worker.config import require_torch, require_triton
 from pelton.worker.forward_batch import Adapters, ForwardBatch
 from pelton.worker.sampling.sampler import Sampler
 
@@ -284,8 +284,25 @@ def _native(dtype: str, num_threads: int | None, activation_dtype: str) -> Kerne
         raise ConfigError(f"activation_dtype is {activation_dtype}: {error}") from error
 
 
+def _triton(dtype: str, num_threads: int | None, activation_dtype: str) -> Kernels:
+    del num_threads
+    if activation_dtype != "auto":
+        raise ConfigError(
+            f"activation_dtype is {activation_dtype}, but only native kernels round activations; Triton kernels keep "
+            "them as dtype says"
+        )
+    require_triton()
+    from pelton.worker.kernels.triton.backend import TritonKernels
+
+    return TritonKernels(dtype)
+
+
 # Name -> maker, imported on demand: a backend may need a compiled module, a large package or a GPU.
-BACKENDS: dict[str, Callable[[str, int | None, str], Kernels]] = {"native": _native, "reference": _reference}
+BACKENDS: dict[str, Callable[[str, int | None, str], Kernels]] = {
+    "native": _native,
+    "reference": _reference,
+    "triton": _triton,
+}
 
 
 def make_kernels(

@@ -1,0 +1,103 @@
+"""`TritonKernels`: tensors on one device. Attention is `attention.py`, products are `linear.py`.
+
+A step runs as a `TritonProgram`; the ops here, one call each, are what it is made of.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pelton.weights.lora.adapter import LoraWeights
+from pelton.weights.tensors import ModelFiles, WeightTensor
+from pelton.worker.kernels.eager import EagerProgram
+from pelton.worker.kernels.ops import DTYPE_BYTES, AttentionShape, Forward, LayerCache, LoraSite
+from pelton.worker.kernels.reference.activation import gelu_tanh_mul, silu_mul, softcap
+from pelton.worker.kernels.reference.attention import paged_attention
+from pelton.worker.kernels.reference.attention_plan import plan_attention
+from pelton.worker.kernels.reference.embedding import embedding
+from pelton.worker.kernels.reference.linear import DenseLoader, linear
+from pelton.worker.kernels.reference.lora import ReferenceAdapter, add_lora
+from pelton.worker.kernels.reference.norm import add_rms_norm, rms_norm
+from pelton.worker.kernels.reference.rotary import rotate_and_store, split_heads
+from pelton.worker.kernels.triton.device import find_device, is_interpreted
+from pelton.worker.sampling.reference import ReferenceSampler
+from pelton.worker.sampling.sampler import Sampler
+
+
+class TritonKernels:
+    """Implements `ops.Kernels` for tensors on `device`."""
+
+    def __init__(self, dtype: str = "bfloat16", device: torch.device | None = None) -> None:
+        """Raises `ConfigError` where kernels can run on no device here."""
+        self.device = device or find_device()
+        self.name = "triton (interpreted)" if is_interpreted() else "triton"
+        self.dtype = dtype
+        self.kv_dtypes = (dtype, *(other for other in DTYPE_BYTES if other != dtype))
+
+    def num_weight_bytes(self, tensor: WeightTensor) -> int:
+        return math.prod(tensor.shape) * DTYPE_BYTES[self.dtype]
+
+    def make_linear_loader(self) -> DenseLoader:
+        return DenseLoader(getattr(torch, self.dtype))
+
+    def make_adapter(self, weights: LoraWeights, sites: Sequence[LoraSite]) -> ReferenceAdapter:
+        return ReferenceAdapter(weights, sites, getattr(torch, self.dtype))
+
+    def adapt(self, y: torch.Tensor, x: torch.Tensor, site: int) -> torch.Tensor:
+        del x, site  # no row has an adapter
+        return y
+
+    def embedding(self, token_ids: torch.Tensor, table: WeightTensor, scale: float = 1.0) -> torch.Tensor:
+        return embedding(token_ids, table, scale, getattr(torch, self.dtype))
+
+    def from_numpy(self, values: npt.NDArray[Any]) -> torch.Tensor:
+        return torch.from_numpy(values).to(self.device)
+
+    def to_numpy(self, x: torch.Tensor) -> npt.NDArray[np.float32]:
+        return x.float().cpu().numpy()
+
+    def empty_cache(self, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+        try:
+            return torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            raise MemoryError(str(error)) from error
+
+    def select_rows(self, x: torch.Tensor, rows: npt.NDArray[np.int64]) -> torch.Tensor:
+        return x[torch.from_numpy(rows).to(self.device)]
+
+    def compile(self, model: Forward, shapes: Sequence[AttentionShape], caches: Sequence[LayerCache]) -> TritonProgram:
+        return TritonProgram(self, model, shapes, caches)
+
+    def weight_cache(self, files: ModelFiles, path: Path | None) -> AbstractContextManager[None]:
+        """Nothing is kept."""
+        del files, path
+        return nullcontext()
+
+    linear = staticmethod(linear)
+    add_lora = staticmethod(add_lora)
+    rms_norm = staticmethod(rms_norm)
+    add_rms_norm = staticmethod(add_rms_norm)
+    split_heads = staticmethod(split_heads)
+    rotate_and_store = staticmethod(rotate_and_store)
+    plan_attention = staticmethod(plan_attention)
+    paged_attention = staticmethod(paged_attention)
+    silu_mul = staticmethod(silu_mul)
+    gelu_tanh_mul = staticmethod(gelu_tanh_mul)
+    softcap = staticmethod(softcap)
+
+    def make_sampler(self, vocab_size: int, eos_token_ids: Iterable[int]) -> Sampler:
+        return ReferenceSampler(vocab_size, eos_token_ids)
+
+
+class TritonProgram(EagerProgram):
+    forward = torch.inference_mode()(EagerProgram.forward)
+    logits = torch.inference_mode()(EagerProgram.logits)
+    hidden = torch.inference_mode()(EagerProgram.hidden)
