@@ -1,6 +1,12 @@
 """`TritonKernels`: tensors on one device. Attention is `attention.py`, products are `linear.py`.
 
-A step runs as a `TritonProgram`; the ops here, one call each, are what it is made of.
+A step runs as a `TritonProgram`; the ops here, one call each, are what it is made of. `attention.py` offers
+
+    plan_attention(shape, query_start_loc, seq_lens, block_tables) -> plan   (numpy, numpy, tensor)
+    plan_step(shape, facts: StepFacts, block_tables) -> plan                 (block_tables int32 [R, B])
+    paged_attention(query, key_cache, value_cache, plan, scale, softcap) -> [T, N * D]
+
+the first of them by way of the second. A plan of `plan_step` may be used while a CUDA graph is captured.
 """
 
 from __future__ import annotations
