@@ -12,8 +12,6 @@ import torch
 from pelton.worker.kernels.ops import AttentionShape
 from pelton.worker.kernels.triton.attention import AttentionPlan, paged_attention, plan_attention
 from pelton.worker.kernels.triton.attention_config import AttentionConfig
-from pelton.worker.kernels.triton.attention_step import plan_step
-from pelton.worker.kernels.triton.step_facts import StepFacts
 
 # Several chunks of several tiles in contexts that the interpreter can bear.
 SMALL = AttentionConfig(
@@ -57,27 +55,21 @@ class Requests:
             own = self.slots[row][max(first, num_shared if row else 0) :]
             self.caches.flatten(1, 2)[:, own] = torch.randn(2, len(own), num_kv_heads, head_dim).to(dtype)
 
-    def plan(
-        self, parts: Sequence[tuple[int, int, int]], config: AttentionConfig | None = None, on_device: bool = False
-    ) -> AttentionPlan:
+    def plan(self, parts: Sequence[tuple[int, int, int]], config: AttentionConfig | None = None) -> AttentionPlan:
         starts = np.cumsum([0, *(end - first for _, first, end in parts)])
         seq_lens = np.array([self.work[row][1] - self.work[row][0] + end for row, _, end in parts])
         tables = self.tables[[row for row, _, _ in parts]]
-        if on_device:
-            facts = StepFacts.of(starts, seq_lens, tables.device)
-            return plan_step(self.shape, facts, tables.int(), config or self.config)
         return plan_attention(self.shape, starts, seq_lens, tables, config or self.config)
 
     def run(
         self,
         parts: Sequence[tuple[int, int, int]],
         config: AttentionConfig | None = None,
-        on_device: bool = False,
         **options: Any,
     ) -> list[torch.Tensor]:
         """One call for parts (request, first token, end); one result each."""
         query = torch.cat([self.queries[row][first:end] for row, first, end in parts])
-        plan = self.plan(parts, config, on_device)
+        plan = self.plan(parts, config)
         result = paged_attention(query, *self.caches, plan, **{"scale": 0.3, **options})
         return list(result.split([end - first for _, first, end in parts]))
 

@@ -71,12 +71,11 @@ def test_weights_may_vanish() -> None:
     requests.check(requests.run_all(scale=1.0), scale=1.0)
 
 
-@pytest.mark.parametrize("batch_invariant", [True, False])
-@pytest.mark.parametrize("heads", [(8, 2, 128), (4, 1, 256)])
+@pytest.mark.parametrize(("heads", "batch_invariant"), [((4, 1, 128), True), ((4, 1, 128), False), ((4, 1, 256), True)])
 def test_shapes_for_the_device(heads: tuple[int, int, int], batch_invariant: bool) -> None:
     """The tiles that an H100 gets."""
     config = choose_config(AttentionShape(*heads, 16, None), batch_invariant=batch_invariant)
-    requests = Requests([(1, 300), (40, 290), (2, 256)], heads, config=config)
+    requests = Requests([(1, 300), (20, 260), (2, 256)], heads, config=config)
     requests.check(requests.run_all(scale=0.1), scale=0.1)
 
 
@@ -87,15 +86,14 @@ def test_shapes_for_the_device(heads: tuple[int, int, int], batch_invariant: boo
 def test_a_tokens_result_depends_on_nothing_else(
     heads: tuple[int, int, int], window: int | None, softcap: float | None, block_size: int
 ) -> None:
-    """Law 3: chunks of any size, decodes, any company, items cut in any way, on either side's plan, bit for bit."""
+    """Law 3: chunks of any size, decodes, any company, items cut in any way, bit for bit."""
     work = [(40, 40), (20, 130), (1, 97)]
     requests = Requests(work, heads, window=window, block_size=block_size)
     expected = requests.run_all(softcap=softcap)
     requests.check(expected, 1e-5, softcap=softcap)
-    for num_programs, on_device in ((1, False), (1000, False), (1, True), (20, True)):
-        config = replace(SMALL, num_programs=num_programs)
-        for row, result in enumerate(requests.run_all(config, on_device, softcap=softcap)):
-            assert torch.equal(result, expected[row]), (num_programs, on_device, row)
+    for num_programs in (1, 1000):
+        for row, result in enumerate(requests.run_all(replace(SMALL, num_programs=num_programs), softcap=softcap)):
+            assert torch.equal(result, expected[row]), (num_programs, row)
     for chunk in (1, 3, 17):
         parts = []
         for row, (num_tokens, _) in enumerate(work):
@@ -103,17 +101,16 @@ def test_a_tokens_result_depends_on_nothing_else(
             parts += [(row, *pair) for pair in pairwise(bounds)]
         for (row, first, end), result in zip(parts, requests.run(parts[::-1], softcap=softcap)[::-1], strict=True):
             assert torch.equal(result, expected[row][first:end]), (row, first, end)
-    for on_device in (False, True):
-        for row, first, end in ((0, 39, 40), (1, 19, 20), (2, 0, 1)):
-            alone = requests.run([(row, first, end)], replace(SMALL, num_programs=9), on_device, softcap=softcap)
-            assert torch.equal(alone[0], expected[row][first:end]), (row, on_device)
+    for row, first, end in ((0, 39, 40), (1, 19, 20), (2, 0, 1)):
+        alone = requests.run([(row, first, end)], replace(SMALL, num_programs=9), softcap=softcap)
+        assert torch.equal(alone[0], expected[row][first:end]), row
 
 
 @pytest.mark.parametrize("block_size", [16, 48, 5])
 def test_a_shared_prefix_changes_nothing(block_size: int) -> None:
     """Decodes and short chunks over blocks in common, a prefill that has them too, and one that has others."""
     num_shared = 96 // block_size * block_size
-    work = [(1, 100), (1, 97), (2, 130), (1, 150), (10, 140), (1, 99)]
+    work = [(1, 100), (1, 97), (2, 130), (10, 140), (1, 99)]
     requests = Requests(work, (7, 1, 16), block_size=block_size, num_shared=num_shared)
     expected = requests.run_all()
     requests.check(expected)

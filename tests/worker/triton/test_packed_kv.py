@@ -100,11 +100,13 @@ def test_what_is_written(name: str, head_dim: int, rotary_dim: int) -> None:
         assert scales.isfinite().sum() == 4 * 2 * (2 if name == "int4" else 1)
 
 
-@pytest.mark.parametrize("name", PACKED)
-@pytest.mark.parametrize(("heads", "window", "softcap"), [((4, 2, 64), None, None), ((2, 1, 80), 20, 5.0)])
+@pytest.mark.parametrize(
+    ("name", "heads", "window", "softcap"),
+    [*((name, (2, 2, 64), None, None) for name in PACKED), ("int4", (2, 1, 80), 20, 5.0)],
+)
 def test_attention(name: str, heads: tuple[int, int, int], window: int | None, softcap: float | None) -> None:
     """Against float64 attention over what the caches say, and bit for bit in another company."""
-    requests = Requests([(1, 70), (20, 40), (2, 33)], heads, window=window)
+    requests = Requests([(1, 70), (6, 40), (2, 33)], heads, window=window)
     # What may be read is written; packed zeros stand where nothing is.
     requests.caches.nan_to_num_(0.0)
     caches = write(requests, name)
@@ -116,11 +118,11 @@ def test_attention(name: str, heads: tuple[int, int, int], window: int | None, s
         plan = requests.plan(plan_parts, replace(SMALL, num_programs=num_programs))
         return paged_attention(rows, *caches, plan, 0.3, softcap)
 
-    result = attend([(0, 0, 1), (1, 0, 20), (2, 0, 2)], query, 6)
+    result = attend([(0, 0, 1), (1, 0, 6), (2, 0, 2)], query, 6)
     expected = torch.cat([requests.expected(row, 0.3, softcap, caches=decoded) for row in range(3)])
     assert (result.double() - expected).abs().max() <= 2e-5 * expected.abs().max()
     assert torch.equal(attend([(0, 0, 1)], query[:1], 1), result[:1])
-    assert torch.equal(attend([(1, 19, 20)], query[20:21], 100), result[20:21])
+    assert torch.equal(attend([(1, 5, 6)], query[6:7], 100), result[6:7])
 
 
 @pytest.mark.parametrize("name", PACKED)
@@ -132,7 +134,7 @@ def test_packing_changes_attention_little(name: str) -> None:
     caches = write(requests, name)
     result = paged_attention(requests.queries[0], *caches, requests.plan([(0, 0, 4)]), 0.03)
     error = (result.double() - exact).norm() / exact.norm()
-    assert error < {"fp8": 0.08, "int8": 0.01, "int4": 0.12}[name]
+    assert error < {"fp8": 0.08, "int8": 0.02, "int4": 0.12}[name]
 
 
 def test_blocks_have_their_size_and_nothing_else() -> None:

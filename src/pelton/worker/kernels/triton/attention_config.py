@@ -31,7 +31,7 @@ class AttentionConfig:
 
     def num_stages(self, head_dim: int, element_bytes: int) -> int:
         stage_bytes = 2 * self.tile_positions * padded_head_dim(head_dim) * element_bytes
-        return max(1, min(4, _STAGE_BYTES // stage_bytes))
+        return min(4, max(2 if element_bytes <= 2 else 1, _STAGE_BYTES // stage_bytes))
 
 
 def padded_head_dim(head_dim: int) -> int:

@@ -147,11 +147,15 @@ def make_plan(
         raise IndexError("a block table has a negative block")
     positions = np.arange(starts[-1]) + np.repeat(lens - num_new - starts[:-1], num_new)
 
-    tiles = _own_tiles(shape, config, starts, positions)
-    tile_tokens = np.arange(starts[-1])
+    own_tiles, own_tokens = _own_tiles(shape, config, starts, positions), np.arange(starts[-1])
+    tiles, tile_tokens = own_tiles, own_tokens
     if config.share_prefixes and shape.sliding_window is None:
         tiles, tile_tokens = _share(shape, config, tiles, tile_tokens, (starts, lens, block_tables))
     split, num_slots = _choose_split(shape, config, tiles)
+    if num_slots > config.max_slots:
+        # What follows a shared prefix is in one part for each chunk; only rows that share nothing need none.
+        tiles, tile_tokens = own_tiles, own_tokens
+        split, num_slots = _choose_split(shape, config, tiles)
     items = _items(tiles, split, np.concatenate([[0], np.cumsum(num_used)]))
     merges, slots = _merges(tiles, split, len(positions))
     is_wide, items = items[:, -1] != 0, items[:, :-1]
