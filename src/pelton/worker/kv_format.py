@@ -1,7 +1,7 @@
 """How a block of a layer's keys, or values, lies in memory: as an array of numbers, or as codes and their scales.
 
-    codes   [block_size, K, bytes of a head]   one byte a number (fp8, int8), or two numbers a byte, the first low (int4)
-    scales  [block_size, K] of 4 bytes         a float32 (fp8, int8), or a float16 scale and a float16 minimum (int4)
+    codes   [block_size, K, bytes of a head]   a number a byte (fp8, int8), or two, the first one low (int4)
+    scales  [block_size, K] of 4 bytes         a float32 (fp8, int8), or scale and minimum in float16 (int4)
 
 Each token and head has a scale of its own, so that it can be written as soon as the token is known and never changes.
 The scales lie within the block: whoever copies, swaps or stores a block's bytes takes them along, and knows

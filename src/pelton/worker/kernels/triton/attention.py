@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -190,4 +189,3 @@ class _Launch:
         if not self.kv_format.is_packed and self.query.dtype is torch.float32:
             return _TYPES[self.key_cache.dtype]
         return _TYPES[self.query.dtype]
-

@@ -1,9 +1,9 @@
 """Rotary embedding and the write of keys and values into a packed cache (worker/kv_format.py), in one kernel.
 
-fp8 and int8: a head's values over its largest magnitude. int4: between a head's least and greatest value, keys turned
-by a Hadamard matrix before, and queries with them, which leaves products what they are: a few dimensions of keys are far
-larger than the rest in all tokens (Liu et al., KIVI, arXiv:2402.02750), and the turn shares them out among all
-(Ashkboos et al., QuaRot, arXiv:2404.00456). Head sizes that are no power of two go without it.
+fp8 and int8: a head's values over its largest magnitude. int4: between a head's least and greatest value, keys
+turned by a Hadamard matrix before, and queries with them, which leaves products what they are: a few dimensions of
+keys are far larger than the rest in all tokens (Liu et al., KIVI, arXiv:2402.02750), and the turn shares them out
+among all (Ashkboos et al., QuaRot, arXiv:2404.00456). Head sizes that are no power of two go without it.
 
 Legend: T tokens, N query heads, K key-value heads, D head size rounded up to a power of two.
 """
