@@ -26,6 +26,9 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     for kv_format in ("fp8", "int8", "int4"):
         yield f"8B, decode, {kv_format}", partial(_attend, _LLAMA, _DECODE, kv_format=kv_format)
     yield "8B, prefill, fp8", partial(_attend, _LLAMA, _PREFILL, kv_format="fp8")
+    for kv_format in ("float16", "float32"):
+        yield f"8B, decode, {kv_format}", partial(_attend, _LLAMA, _DECODE, kv_format=kv_format)
+        yield f"8B, prefill, {kv_format}", partial(_attend, _LLAMA, _PREFILL, kv_format=kv_format)
     yield "0.5B, decode", partial(_attend, _QWEN, _DECODE)
     yield "0.5B, prefill", partial(_attend, _QWEN, _PREFILL)
     yield "heads of 256, decode, window, cap", partial(_attend, _GEMMA, _DECODE, window=4096, softcap=50.0)
@@ -49,7 +52,8 @@ def _attend(
     starts = np.cumsum([0, *(num_tokens for num_tokens, _ in work)])
     lens = np.array([seq_len for _, seq_len in work])
     tables = torch.zeros(len(work), -(-int(lens.max()) // _BLOCK_SIZE), dtype=torch.int64)
-    projected = torch.empty(int(starts[-1]), num_heads + 2 * num_kv_heads, head_dim, dtype=torch.bfloat16)
+    dtype = torch.bfloat16 if layout.is_packed else caches[0].dtype
+    projected = torch.empty(int(starts[-1]), num_heads + 2 * num_kv_heads, head_dim, dtype=dtype)
     query, key, value = projected.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
     if layout.is_packed:
         angles = torch.empty(len(query), head_dim // 2)

@@ -210,7 +210,7 @@ BLOCK_BYTES = SPEC.kv_bytes_per_block(16, 4)  # 2 layers x (K, V) x 16 x 2 heads
     ids=str,
 )
 def test_kv_cache_size(settings: dict[str, float], num_free_bytes: int, num_blocks: int, max_model_len: int) -> None:
-    plan = plan_kv_cache(SPEC, replace(ENGINE, **settings), 4, num_free_bytes)
+    plan = plan_kv_cache(SPEC, replace(ENGINE, **settings), "float32", num_free_bytes)
     assert (plan.num_blocks, plan.max_model_len) == (num_blocks, max_model_len)
 
 
@@ -227,7 +227,7 @@ def test_kv_cache_size(settings: dict[str, float], num_free_bytes: int, num_bloc
 )
 def test_a_kv_cache_that_cannot_work_is_refused(settings: dict[str, float], num_free_bytes: int, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        plan_kv_cache(SPEC, replace(ENGINE, **settings), 4, num_free_bytes)
+        plan_kv_cache(SPEC, replace(ENGINE, **settings), "float32", num_free_bytes)
 
 
 def test_a_sliding_window_group_needs_no_more_than_its_window() -> None:
@@ -236,7 +236,7 @@ def test_a_sliding_window_group_needs_no_more_than_its_window() -> None:
     assert num_blocks_of_request(SLIDING, ENGINE, 64) == 3 * 4
     # Beyond window + step + a block at either end = 64 + 32 + 32 tokens, only the full group grows.
     assert num_blocks_of_request(SLIDING, ENGINE, 512) == 32 + 2 * 8
-    plan = plan_kv_cache(SLIDING, replace(ENGINE, num_kv_blocks=1 + 20 + 2 * 8), 4, GIB)
+    plan = plan_kv_cache(SLIDING, replace(ENGINE, num_kv_blocks=1 + 20 + 2 * 8), "float32", GIB)
     assert plan.max_model_len == 20 * 16
 
 

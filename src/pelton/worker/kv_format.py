@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pelton.core.errors import ConfigError
 from pelton.core.model_spec import ModelSpec
 
 SCALE_BYTES = 4
@@ -33,9 +34,11 @@ class KVFormat:
         return _aligned(block_size * num_kv_heads * head_bytes)
 
     def block_shape(self, block_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
-        """Of one layer's keys or values in one block."""
+        """Of one layer's keys or values in one block. Raises `ConfigError` for heads that cannot be packed."""
         if not self.is_packed:
             return (block_size, num_kv_heads, head_dim)
+        if head_dim % 2:
+            raise ConfigError(f"kv_cache_dtype is {self.name}, which packs heads of even size, not of {head_dim}")
         scales_bytes = _aligned(block_size * num_kv_heads * SCALE_BYTES)
         return (self.codes_bytes(block_size, num_kv_heads, head_dim) + scales_bytes,)
 

@@ -14,7 +14,7 @@ import torch
 from pelton.weights.lora.adapter import LoraWeights
 from pelton.weights.tensors import ModelFiles, WeightTensor
 from pelton.worker.kernels.block_copies import BlockCopies
-from pelton.worker.kernels.ops import DTYPE_BYTES, AttentionShape, Forward, LayerCache, LoraSite
+from pelton.worker.kernels.ops import AttentionShape, Forward, LayerCache, LoraSite
 from pelton.worker.kernels.reference.block_copies import TensorCopies
 from pelton.worker.kernels.reference.lora import ReferenceAdapter, add_lora
 from pelton.worker.kernels.triton.activation import gelu_tanh_mul, silu_mul, softcap
@@ -29,6 +29,7 @@ from pelton.worker.kernels.triton.program import TritonProgram
 from pelton.worker.kernels.triton.rotary import rotate_and_store, split_heads
 from pelton.worker.kernels.triton.sampler import TritonSampler
 from pelton.worker.kernels.triton.weights import num_weight_bytes
+from pelton.worker.kv_format import KV_FORMATS
 
 
 class TritonKernels:
@@ -53,7 +54,7 @@ class TritonKernels:
         self.device_name = device_name(self.device)
         self.name = "triton (interpreted)" if is_interpreted() else "triton"
         self.dtype = dtype
-        self.kv_dtypes = (dtype, *(other for other in DTYPE_BYTES if other != dtype))
+        self.kv_dtypes = (dtype, *(other for other in KV_FORMATS if other != dtype))
         self.batch_invariant = batch_invariant
         self._quantization = quantization
         self._scratch = Scratch(self.device)

@@ -29,7 +29,7 @@ def rotate_and_store_packed(
     value_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
 ) -> torch.Tensor:
-    """As `ops.Ops.rotate_and_store` for packed caches; heads of even size. A token of slot -1 is written nowhere.
+    """As `ops.Ops.rotate_and_store` for packed caches. A token of slot -1 is written nowhere.
 
     The query that is returned is for attention over these caches alone: it may be turned as their keys are.
     """
@@ -38,8 +38,6 @@ def rotate_and_store_packed(
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if not num_tokens:
         return out
-    if head_dim % 2:
-        raise ValueError(f"heads of {head_dim} dimensions cannot be packed: their number must be even")
     block_size = packed_block_size(kv_format, key_cache.shape[1], num_kv_heads, head_dim)
     codes_bytes = kv_format.codes_bytes(block_size, num_kv_heads, head_dim)
     turns = kv_format.name == "int4" and head_dim == padded_head_dim(head_dim)
