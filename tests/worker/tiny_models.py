@@ -42,6 +42,8 @@ _GEMMA3 = {
     "head_dim": 16,
 }
 
+_EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
+
 # Row name -> model type and what differs from `_SIZES`. Between them: query heads per key-value head
 # 1, 2, 4, 7; head sizes that are no power of two; biases; tied and untied; every rope scaling; windows.
 TINY_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -60,6 +62,8 @@ TINY_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", {"head_dim": 40}),
     "qwen3-tied": ("qwen3", {"head_dim": 32, "tie_word_embeddings": True, "num_key_value_heads": 1}),
+    "qwen3-moe": ("qwen3_moe", {**_EXPERTS, "head_dim": 24, "norm_topk_prob": True}),
+    "qwen3-moe-shares": ("qwen3_moe", {**_EXPERTS, "num_experts_per_tok": 1, "norm_topk_prob": False}),
     "gemma2": ("gemma2", _GEMMA2),
     "gemma2-strong-caps": (
         "gemma2",

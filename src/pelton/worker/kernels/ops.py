@@ -158,6 +158,14 @@ class Ops(Protocol):
         """gelu(gate) * up with the tanh approximation. Returns [T, F]."""
         ...
 
+    def moe(self, x: Array, logits: Array, experts: Any, num_chosen: int, normalizes: bool) -> Array:
+        """The results of the `num_chosen` experts whose `logits` [T, E] are greatest for a row of x [T, H], added up
+        in their order, each times its softmax: over all E, or over those chosen alone if `normalizes`. [T, H].
+
+        An expert is down(silu_mul(gate_up(x))). `experts` are of `Kernels.make_experts`.
+        """
+        ...
+
     def softcap(self, x: Array, cap: float) -> Array:
         """cap * tanh(x / cap) in float32. May reuse the memory of x."""
         ...
@@ -229,6 +237,11 @@ class Kernels(Ops, Protocol):
 
     def load_embedding(self, table: WeightTensor) -> Any:
         """`table` [V, H] as `embedding` wants it."""
+        ...
+
+    def make_experts(self, gate_up: Sequence[Sequence[WeightTensor]], down: Sequence[WeightTensor]) -> Any:
+        """The experts of a layer for `Ops.moe`: of each its gate and up projection [F, H], and its down projection
+        [H, F]. Raises `UnsupportedModelError` where the backend has no mixtures of experts."""
         ...
 
     def weight_cache(self, files: ModelFiles, path: Path | None) -> AbstractContextManager[None]:

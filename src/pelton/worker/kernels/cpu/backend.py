@@ -12,11 +12,12 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
+from pelton.core.errors import UnsupportedModelError
 from pelton.weights.channel_quantization import in_groups
 from pelton.weights.lora.adapter import LoraWeights
 from pelton.weights.tensors import ModelFiles, WeightTensor
@@ -109,6 +110,16 @@ class NativeKernels:
     def adapt(self, y: Floats, x: Floats, site: int) -> Floats:
         del x, site  # no row has an adapter
         return y
+
+    def make_experts(self, gate_up: Sequence[Sequence[WeightTensor]], down: Sequence[WeightTensor]) -> NoReturn:
+        del gate_up, down
+        raise UnsupportedModelError(
+            "native kernels have no mixtures of experts: use --kernel-backend reference, or triton on a GPU"
+        )
+
+    def moe(self, x: Floats, logits: Floats, experts: Any, num_chosen: int, normalizes: bool) -> NoReturn:
+        del x, logits, num_chosen, normalizes
+        self.make_experts(experts, experts)
 
     def make_adapter(self, weights: LoraWeights, sites: Sequence[LoraSite]) -> NativeAdapter:
         return NativeAdapter(weights, sites)

@@ -24,6 +24,7 @@ from pelton.worker.kernels.reference.block_copies import TensorCopies
 from pelton.worker.kernels.reference.embedding import embedding
 from pelton.worker.kernels.reference.linear import DenseLoader, linear
 from pelton.worker.kernels.reference.lora import ReferenceAdapter, add_lora
+from pelton.worker.kernels.reference.moe import ReferenceExperts, make_experts, moe
 from pelton.worker.kernels.reference.norm import add_rms_norm, rms_norm
 from pelton.worker.kernels.reference.rotary import rotate_and_store, split_heads
 from pelton.worker.sampling.reference import ReferenceSampler
@@ -54,6 +55,9 @@ class ReferenceKernels:
 
     def make_linear_loader(self) -> DenseLoader:
         return DenseLoader(getattr(torch, self.dtype))
+
+    def make_experts(self, gate_up: Sequence[Sequence[WeightTensor]], down: Sequence[WeightTensor]) -> ReferenceExperts:
+        return make_experts(getattr(torch, self.dtype), gate_up, down)
 
     def make_adapter(self, weights: LoraWeights, sites: Sequence[LoraSite]) -> ReferenceAdapter:
         return ReferenceAdapter(weights, sites, getattr(torch, self.dtype))
@@ -111,6 +115,7 @@ class ReferenceKernels:
     silu_mul = staticmethod(silu_mul)
     gelu_tanh_mul = staticmethod(gelu_tanh_mul)
     softcap = staticmethod(softcap)
+    moe = staticmethod(moe)
 
     def make_sampler(self, vocab_size: int, eos_token_ids: Iterable[int]) -> Sampler:
         return ReferenceSampler(vocab_size, eos_token_ids)

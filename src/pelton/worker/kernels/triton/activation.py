@@ -43,9 +43,7 @@ def _gated(gate_up: torch.Tensor, gelu: bool) -> torch.Tensor:
 def tanh(x):
     """To float32's rounding at any size: of small values the series, which does not cancel."""
     square = x * x
-    series = x * (
-        1.0 + square * (-0.33333333 + square * (0.13333333 + square * (-0.053968254 + square * 0.021869488)))
-    )
+    series = x * (1.0 + square * (-0.33333333 + square * (0.13333333 + square * (-0.053968254 + square * 0.021869488))))
     small = tl.exp(-2.0 * tl.abs(x))
     large = (1.0 - small) / (1.0 + small)
     return tl.where(square < 0.04, series, tl.where(x < 0.0, -large, large))
