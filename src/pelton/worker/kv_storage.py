@@ -28,8 +28,8 @@ class KVStorage:
         *,
         num_host_blocks: int = 0,
     ) -> None:
-        """`dtype` is one of `KV_FORMATS`. `num_host_blocks` more lie in host memory, for blocks that leave the cache.
-        Raises MemoryError where there is not that much."""
+        """`num_host_blocks` more lie in host memory, for blocks that leave the cache. Raises MemoryError where
+        there is not that much."""
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._places = {
@@ -37,9 +37,9 @@ class KVStorage:
             for group_id, group in enumerate(spec.kv_groups)
             for slot, layer_id in enumerate(group.layer_ids)
         }
+        # [layer slots, keys and values, num_blocks, *block]: block_size, K, D, or bytes of a packed format
         kv_format = KV_FORMATS[dtype]
         block_shape = kv_format.block_shape(block_size, spec.num_kv_heads, spec.head_dim)
-        # [layer slots, keys and values, num_blocks, block_size, K, D], or [., ., ., bytes] where a format packs them
         self._data = kernels.empty_cache(
             (spec.num_layers_per_kv_group, 2, num_blocks, *block_shape), kv_format.array_dtype
         )

@@ -53,7 +53,7 @@ class LayerCache:
     """Where a layer's keys and values live."""
 
     group_id: int
-    keys: Array  # [num_blocks, block_size, K, D], or [num_blocks, bytes] where they are packed (worker/kv_format.py)
+    keys: Array  # [num_blocks, block_size, K, D]
     values: Array
 
 
@@ -221,7 +221,7 @@ class Program(Protocol):
 class Kernels(Ops, Protocol):
     name: str
     dtype: str  # of activations
-    kv_dtypes: tuple[str, ...]  # formats that a cache may have; the first where the user leaves it open
+    kv_dtypes: tuple[str, ...]  # that a cache may have; the first where the user leaves it open
     device_name: str  # "cpu", or the GPU's own
     max_logits_rows: int  # that are asked of a program, and given to the sampler, at a time
 
@@ -235,13 +235,13 @@ class Kernels(Ops, Protocol):
 
     def make_linear_loader(self) -> LinearLoader: ...
 
+    def load_embedding(self, table: WeightTensor) -> Any:
+        """`table` [V, H] as `embedding` wants it."""
+        ...
+
     def make_experts(self, gate_up: Sequence[Sequence[WeightTensor]], down: Sequence[WeightTensor]) -> Any:
         """The experts of a layer for `Ops.moe`: of each its gate and up projection [F, H], and its down projection
         [H, F]. Raises `UnsupportedModelError` where the backend has no mixtures of experts."""
-        ...
-
-    def load_embedding(self, table: WeightTensor) -> Any:
-        """`table` [V, H] as `embedding` wants it."""
         ...
 
     def weight_cache(self, files: ModelFiles, path: Path | None) -> AbstractContextManager[None]:

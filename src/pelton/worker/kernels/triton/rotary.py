@@ -9,9 +9,6 @@ import torch
 import triton
 import triton.language as tl
 
-from pelton.worker.kernels.triton.kv_tiles import format_of
-from pelton.worker.kernels.triton.packed_kv import rotate_and_store_packed
-
 _TILE_VALUES = 2048
 
 
@@ -31,8 +28,6 @@ def rotate_and_store(
     slot_mapping: torch.Tensor,
 ) -> torch.Tensor:
     """As `ops.Ops.rotate_and_store`; the rows of all may lie apart. A token of slot -1 is written nowhere."""
-    if format_of(key_cache).is_packed:
-        return rotate_and_store_packed(query, key, value, cos, sin, key_cache, value_cache, slot_mapping)
     num_tokens, num_heads, head_dim = query.shape
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if not num_tokens:
