@@ -402,8 +402,8 @@ def test_nan_in_the_prompts_logits_fails_that_request(model: Model) -> None:
 
 
 def test_more_requests_than_logits_are_held_at_once(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_runner, "_MAX_LOGITS_ROWS", 3)
     driver = Driver(model)
+    monkeypatch.setattr(driver.runner, "_max_logits_rows", 3)
     for seed in range(8):
         driver.add(str(seed), make_prompt(3 + seed, seed))
     driver.run(3)

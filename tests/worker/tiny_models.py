@@ -17,7 +17,7 @@ from pelton.core.model_spec import ModelSpec
 from pelton.worker.forward_batch import ForwardBatch, GroupBatch
 from pelton.worker.kernels.ops import Program, make_kernels
 from pelton.worker.kv_storage import KVStorage
-from pelton.worker.layers.rotary import rotary_tables
+from pelton.worker.layers.rotary import Rotation, rotary_tables
 from pelton.worker.models.registry import Model, compile_model
 
 VOCAB_SIZE = 211
@@ -163,7 +163,7 @@ class PagedModel:
             return
         batch = self.make_batch(pairs)
         self.program.forward(batch)
-        logits = torch.from_numpy(self.program.logits(batch.logits_indices, batch.adapters))
+        logits = torch.as_tensor(self.program.logits(batch.logits_indices, batch.adapters))
         for (request, num_tokens), rows in zip(pairs, logits.split([n for _, n in pairs]), strict=True):
             request.num_computed_tokens += num_tokens
             request.logits.append(rows.clone())  # the next step's are written over them
@@ -211,8 +211,8 @@ class PagedModel:
                 table[position // self.block_size] * self.block_size + position % self.block_size
                 for position in range(start, start + num_tokens)
             ]
-        cos_sin = self._rotary_tables[index].lookup(np.array(positions), max(positions) + 1)
-        return GroupBatch(np.array(slots), np.array(tables), *cos_sin)
+        rotation = Rotation(self._rotary_tables[index], np.array(positions), max(positions) + 1)
+        return GroupBatch(np.array(slots), np.array(tables), rotation)
 
 
 def fill_with_nan(cache: Any) -> None:

@@ -90,7 +90,7 @@ class ModelParts:
     def embedding(self) -> TokenEmbedding:
         spec = self.spec
         table = self._source.tensor("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
-        return TokenEmbedding(table, spec.embedding_scale)
+        return TokenEmbedding(self.kernels.load_embedding(table), spec.embedding_scale)
 
     def lm_head(self) -> LMHead:
         spec = self.spec

@@ -22,6 +22,7 @@ from pelton.weights.channel_quantization import in_groups
 from pelton.weights.lora.adapter import LoraWeights
 from pelton.weights.tensors import ModelFiles, WeightTensor
 from pelton.worker.forward_batch import Adapters
+from pelton.worker.kernels.block_copies import ArrayCopies
 from pelton.worker.kernels.cpu import pelton_cpu
 from pelton.worker.kernels.cpu.adapter import NativeAdapter, native_rows
 from pelton.worker.kernels.cpu.arrays import (
@@ -62,6 +63,8 @@ class NativeKernels:
 
     dtype = "float32"
     kv_dtypes = tuple(KV_TYPES)
+    device_name = "cpu"
+    max_logits_rows = 64  # of 152k float32 are 39 MB
 
     def __init__(
         self, num_threads: int, isa: str | None = None, cpus: Sequence[int] = (), activation_dtype: str = "auto"
@@ -123,6 +126,16 @@ class NativeKernels:
     def add_lora(self, y: Floats, x: Floats, site: int, adapters: Adapters) -> Floats:
         pelton_cpu.add_lora(self.runtime, native_rows(adapters), site, np.ascontiguousarray(x), y)
         return y
+
+    def make_block_copies(self) -> ArrayCopies:
+        return ArrayCopies()
+
+    def num_free_bytes(self) -> None:
+        return None
+
+    def load_embedding(self, table: WeightTensor) -> WeightTensor:
+        """As it is: rows are decoded from the file's own bytes."""
+        return table
 
     def embedding(self, token_ids: Ints, table: WeightTensor, scale: float = 1.0) -> Floats:
         out = np.empty((len(token_ids), table.shape[1]), dtype=np.float32)

@@ -20,6 +20,7 @@ from pelton.worker.kernels.ops import DTYPE_BYTES, AttentionShape, Forward, Laye
 from pelton.worker.kernels.reference.activation import gelu_tanh_mul, silu_mul, softcap
 from pelton.worker.kernels.reference.attention import paged_attention
 from pelton.worker.kernels.reference.attention_plan import plan_attention
+from pelton.worker.kernels.reference.block_copies import TensorCopies
 from pelton.worker.kernels.reference.embedding import embedding
 from pelton.worker.kernels.reference.linear import DenseLoader, linear
 from pelton.worker.kernels.reference.lora import ReferenceAdapter, add_lora
@@ -34,6 +35,8 @@ class ReferenceKernels:
     """Implements `ops.Kernels` for tensors."""
 
     name = "reference"
+    device_name = "cpu"
+    max_logits_rows = 64  # of 152k float32 are 39 MB
 
     def __init__(self, dtype: str = "float32", num_threads: int | None = None) -> None:
         """`num_threads` is torch's own setting, one for the process; None leaves it as it is."""
@@ -62,6 +65,16 @@ class ReferenceKernels:
     def adapt(self, y: torch.Tensor, x: torch.Tensor, site: int) -> torch.Tensor:
         del x, site  # no row has an adapter
         return y
+
+    def make_block_copies(self) -> TensorCopies:
+        return TensorCopies()
+
+    def num_free_bytes(self) -> None:
+        return None
+
+    def load_embedding(self, table: WeightTensor) -> WeightTensor:
+        """As it is: rows are decoded from the file's own bytes."""
+        return table
 
     def embedding(self, token_ids: torch.Tensor, table: WeightTensor, scale: float = 1.0) -> torch.Tensor:
         return embedding(token_ids, table, scale, getattr(torch, self.dtype))

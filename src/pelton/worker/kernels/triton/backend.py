@@ -1,17 +1,7 @@
-"""`TritonKernels`: tensors on one device. Attention is `attention.py`, products are `linear.py`.
-
-A step runs as a `TritonProgram`; the ops here, one call each, are what it is made of. `attention.py` offers
-
-    plan_attention(shape, query_start_loc, seq_lens, block_tables) -> plan   (numpy, numpy, tensor)
-    plan_step(shape, facts: StepFacts, block_tables) -> plan                 (block_tables int32 [R, B])
-    paged_attention(query, key_cache, value_cache, plan, scale, softcap) -> [T, N * D]
-
-the first of them by way of the second. A plan of `plan_step` may be used while a CUDA graph is captured.
-"""
+"""`TritonKernels`: tensors on one device. A step runs as a `TritonProgram`, over the ops here."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -23,46 +13,78 @@ import torch
 
 from pelton.weights.lora.adapter import LoraWeights
 from pelton.weights.tensors import ModelFiles, WeightTensor
-from pelton.worker.kernels.eager import EagerProgram
+from pelton.worker.kernels.block_copies import BlockCopies
 from pelton.worker.kernels.ops import DTYPE_BYTES, AttentionShape, Forward, LayerCache, LoraSite
-from pelton.worker.kernels.reference.activation import gelu_tanh_mul, silu_mul, softcap
-from pelton.worker.kernels.reference.attention import paged_attention
-from pelton.worker.kernels.reference.attention_plan import plan_attention
-from pelton.worker.kernels.reference.embedding import embedding
-from pelton.worker.kernels.reference.linear import DenseLoader, linear
+from pelton.worker.kernels.reference.block_copies import TensorCopies
 from pelton.worker.kernels.reference.lora import ReferenceAdapter, add_lora
-from pelton.worker.kernels.reference.norm import add_rms_norm, rms_norm
-from pelton.worker.kernels.reference.rotary import rotate_and_store, split_heads
-from pelton.worker.kernels.triton.device import find_device, is_interpreted
-from pelton.worker.sampling.reference import ReferenceSampler
-from pelton.worker.sampling.sampler import Sampler
+from pelton.worker.kernels.triton.activation import gelu_tanh_mul, silu_mul, softcap
+from pelton.worker.kernels.triton.attention import paged_attention, plan_attention
+from pelton.worker.kernels.triton.block_copies import CudaCopies
+from pelton.worker.kernels.triton.dense import load_dense
+from pelton.worker.kernels.triton.device import device_name, find_device, is_interpreted, num_free_bytes
+from pelton.worker.kernels.triton.embedding import embedding
+from pelton.worker.kernels.triton.linear import Scratch, TritonLinearLoader, linear
+from pelton.worker.kernels.triton.norm import add_rms_norm, rms_norm
+from pelton.worker.kernels.triton.program import TritonProgram
+from pelton.worker.kernels.triton.rotary import rotate_and_store, split_heads
+from pelton.worker.kernels.triton.sampler import TritonSampler
+from pelton.worker.kernels.triton.weights import num_weight_bytes
 
 
 class TritonKernels:
     """Implements `ops.Kernels` for tensors on `device`."""
 
-    def __init__(self, dtype: str = "bfloat16", device: torch.device | None = None) -> None:
-        """Raises `ConfigError` where kernels can run on no device here."""
+    max_logits_rows = 1024  # of 128k float32 are 0.5 GB
+
+    def __init__(
+        self,
+        dtype: str = "bfloat16",
+        device: torch.device | None = None,
+        *,
+        batch_invariant: bool = True,
+        quantization: str | None = None,
+    ) -> None:
+        """`batch_invariant` keeps law 3; without it products and attention may go where more rows are faster.
+        `quantization` (int8, fp8, fp8_block) rounds weights that files hold in floats.
+
+        Raises `ConfigError` where kernels can run on no device here.
+        """
         self.device = device or find_device()
+        self.device_name = device_name(self.device)
         self.name = "triton (interpreted)" if is_interpreted() else "triton"
         self.dtype = dtype
         self.kv_dtypes = (dtype, *(other for other in DTYPE_BYTES if other != dtype))
+        self.batch_invariant = batch_invariant
+        self._quantization = quantization
+        self._scratch = Scratch(self.device)
+
+    def num_free_bytes(self) -> int | None:
+        return num_free_bytes(self.device)
 
     def num_weight_bytes(self, tensor: WeightTensor) -> int:
-        return math.prod(tensor.shape) * DTYPE_BYTES[self.dtype]
+        return num_weight_bytes(tensor, self._dtype)
 
-    def make_linear_loader(self) -> DenseLoader:
-        return DenseLoader(getattr(torch, self.dtype))
+    def make_linear_loader(self) -> TritonLinearLoader:
+        return TritonLinearLoader(
+            self._dtype,
+            self.device,
+            self._scratch,
+            batch_invariant=self.batch_invariant,
+            quantization=self._quantization,
+        )
+
+    def load_embedding(self, table: WeightTensor) -> torch.Tensor:
+        return load_dense(table, self._dtype, self.device)
+
+    def make_block_copies(self) -> BlockCopies:
+        return CudaCopies() if self.device.type == "cuda" else TensorCopies()
 
     def make_adapter(self, weights: LoraWeights, sites: Sequence[LoraSite]) -> ReferenceAdapter:
-        return ReferenceAdapter(weights, sites, getattr(torch, self.dtype))
+        return ReferenceAdapter(weights, sites, self._dtype)
 
     def adapt(self, y: torch.Tensor, x: torch.Tensor, site: int) -> torch.Tensor:
         del x, site  # no row has an adapter
         return y
-
-    def embedding(self, token_ids: torch.Tensor, table: WeightTensor, scale: float = 1.0) -> torch.Tensor:
-        return embedding(token_ids, table, scale, getattr(torch, self.dtype))
 
     def from_numpy(self, values: npt.NDArray[Any]) -> torch.Tensor:
         return torch.from_numpy(values).to(self.device)
@@ -87,7 +109,16 @@ class TritonKernels:
         del files, path
         return nullcontext()
 
+    def make_sampler(self, vocab_size: int, eos_token_ids: Iterable[int]) -> TritonSampler:
+        return TritonSampler(vocab_size, eos_token_ids)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
     linear = staticmethod(linear)
+    embedding = staticmethod(embedding)
     add_lora = staticmethod(add_lora)
     rms_norm = staticmethod(rms_norm)
     add_rms_norm = staticmethod(add_rms_norm)
@@ -98,12 +129,3 @@ class TritonKernels:
     silu_mul = staticmethod(silu_mul)
     gelu_tanh_mul = staticmethod(gelu_tanh_mul)
     softcap = staticmethod(softcap)
-
-    def make_sampler(self, vocab_size: int, eos_token_ids: Iterable[int]) -> Sampler:
-        return ReferenceSampler(vocab_size, eos_token_ids)
-
-
-class TritonProgram(EagerProgram):
-    forward = torch.inference_mode()(EagerProgram.forward)
-    logits = torch.inference_mode()(EagerProgram.logits)
-    hidden = torch.inference_mode()(EagerProgram.hidden)

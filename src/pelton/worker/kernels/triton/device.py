@@ -33,3 +33,11 @@ def find_device() -> torch.device:
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def num_free_bytes(device: torch.device) -> int | None:
+    """Of the device's memory, what other tensors gave back included; None where it is the host's."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]

@@ -33,3 +33,19 @@ def _embedding_kernel(token_ids, table, out, width, scale, BLOCK: tl.constexpr):
     token_id = tl.load(token_ids + row).to(tl.int64)
     values = tl.load(table + token_id * width + columns, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + row * width + columns, (values * scale).to(out.dtype.element_ty), mask=mask)
+
+
+def put_late_tokens(token_ids: torch.Tensor, late_rows: torch.Tensor, late_tokens: torch.Tensor) -> None:
+    """Where `late_rows` [T] is not negative, the token is that row of `late_tokens` [S]; 0 where none was sampled."""
+    num_tokens = len(token_ids)
+    _late_tokens_kernel[(triton.cdiv(num_tokens, _BLOCK),)](
+        token_ids, late_rows, late_tokens, num_tokens, BLOCK=_BLOCK, num_warps=4
+    )
+
+
+@triton.jit
+def _late_tokens_kernel(token_ids, late_rows, late_tokens, num_tokens, BLOCK: tl.constexpr):
+    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    rows = tl.load(late_rows + places, mask=places < num_tokens, other=-1)
+    tokens = tl.load(late_tokens + rows, mask=rows >= 0, other=0).to(tl.int32)
+    tl.store(token_ids + places, tl.maximum(tokens, 0), mask=rows >= 0)

@@ -8,9 +8,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pelton.worker.kernels.triton.interpreter import read_loop_bounds
+from pelton.worker.kernels.triton.interpreter import mend_interpreter
 
-read_loop_bounds()
+mend_interpreter()
 # What a weight [O, I] is; constants of the kernels.
 FLOAT = tl.constexpr(0)
 INT8 = tl.constexpr(1)  # scales [O] of the weight and [R] of the rows

@@ -14,9 +14,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pelton.worker.kernels.triton.interpreter import read_loop_bounds
+from pelton.worker.kernels.triton.interpreter import mend_interpreter
 
-read_loop_bounds()
+mend_interpreter()
 
 # What stands for a token where there is none.
 NOT_FINITE = tl.constexpr(-1)
