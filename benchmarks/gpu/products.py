@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu.products          needs a GPU; run(device) is what `make gpu-check` calls
 
-Bytes are those of the weight, its scales, and the rows; operations 2 S O I. Inputs rotate through sets that together are
-larger than the L2 cache. Weights are random; times are the median of device events.
+Bytes are those of the weight, its scales, and the rows; operations 2 S O I. Weights rotate through sets that together
+are larger than the L2 cache. Their values are random; times are the median of device events.
 """
 
 from __future__ import annotations
@@ -165,14 +165,11 @@ def _median_ms(*calls: Callable[[], object]) -> float:
 
 
 def show(rows: Sequence[dict[str, object]]) -> str:
-    lines = [
-        f"{'kind':<10} {'shape':<8} {'rows':>5} {'invariant':>9} {'us':>9} {'GB/s':>7} {'TFLOP/s':>8} {'share':>6} {'error':>8}"
-    ]
-    lines += [
-        f"{row['kind']:<10} {row['shape']:<8} {row['num_rows']:>5} {row['batch_invariant']!s:>9} {row['time_us']:>9.1f} "
-        f"{row['gb_s']:>7.0f} {row['tflop_s']:>8.1f} {row['share']:>6.2f} {row['error']:>8.1e}"
-        for row in rows
-    ]
+    names = ("kind", "shape", "num_rows", "batch_invariant", "time_us", "gb_s", "tflop_s", "share", "error")
+    lines = ["  ".join(f"{name:>15}" for name in names)]
+    for row in rows:
+        values = (row[name] for name in names)
+        lines.append("  ".join(f"{value:>15.4g}" if isinstance(value, float) else f"{value!s:>15}" for value in values))
     return "\n".join(lines)
 
 

@@ -62,19 +62,19 @@ def test_rows_lie_by_expert(num_tokens: int, num_experts: int, num_chosen: int) 
     assert sorted(seen) == list(range(num_pairs))
 
 
-@pytest.mark.parametrize("name", ["F32", "Q4_0", "Q6_K", "INT8_CHANNEL", "fp8", "fp8_block"])
+@pytest.mark.parametrize("name", ["F32", "Q4_0", "Q8_0", "INT8_CHANNEL", "fp8_block"])
 def test_experts_are_those_of_the_reference(name: str) -> None:
-    num_experts, size, inner = 5, 64 if name != "Q6_K" else 256, 96 if name != "Q6_K" else 256
+    num_experts, size, inner = 3, 64, 96
     stored, quantization = ("F32", name) if name.startswith("fp8") else (name, None)
     gate_up = [[random_tensor(stored, inner, size, 10 * e + side) for side in (0, 1)] for e in range(num_experts)]
     down = [random_tensor(stored, size, inner, 10 * e + 2) for e in range(num_experts)]
     scratch = Scratch(CPU)
     loader = TritonLinearLoader(torch.float32, CPU, scratch, quantization=quantization)
     experts = load_experts(loader, gate_up, down, scratch)
-    x, logits = rows(23, size) * 0.3, rows(23, num_experts, seed=2)
+    x, logits = rows(13, size) * 0.3, rows(13, num_experts, seed=2)
     y = moe(x, logits, experts, 2, True, silu_mul)
     expected = reference_moe(x, logits, reference_experts(torch.float32, gate_up, down), 2, True)
-    assert float((y - expected).norm() / expected.norm()) < (2e-3 if name in ("F32", "Q4_0", "Q6_K") else 0.2)
+    assert float((y - expected).norm() / expected.norm()) < (2e-3 if name in ("F32", "Q4_0", "Q8_0") else 0.2)
     for part in (x[:1], x[5:9]):
         found = moe(part, logits[:1] if len(part) == 1 else logits[5:9], experts, 2, True, silu_mul)
         start = 0 if len(part) == 1 else 5

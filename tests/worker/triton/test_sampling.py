@@ -33,7 +33,7 @@ def both(logits: np.ndarray, cases: Sequence[Case]) -> tuple[Samples, Samples]:
     return sample(DeviceSampler(size, {EOS}, CPU), logits, cases), sample(ReferenceSampler(size, {EOS}), logits, cases)
 
 
-@pytest.mark.parametrize(("vocab_size", "num_batches"), [(1, 3), (63, 6), (65, 6), (1000, 6), (10_007, 2)])
+@pytest.mark.parametrize(("vocab_size", "num_batches"), [(1, 1), (63, 2), (65, 2), (1000, 2), (9001, 1)])
 def test_choices_are_those_of_the_reference(vocab_size: int, num_batches: int) -> None:
     """Tokens, problems and logprobs to the bit, over settings and logits of every kind."""
     rng = np.random.default_rng(vocab_size)
@@ -48,11 +48,11 @@ def test_choices_are_those_of_the_reference(vocab_size: int, num_batches: int) -
 
 
 def test_wide_heads_are_those_of_the_reference() -> None:
-    logits = np.random.default_rng(5).standard_normal((1, 20_000), np.float32)
+    logits = np.random.default_rng(5).standard_normal((1, 9_000), np.float32)
     settings = (
         SamplingParams(top_p=0.95, temperature=2.0),
-        SamplingParams(top_k=7000),
-        SamplingParams(top_k=9000, top_p=0.99, min_p=1e-4),
+        SamplingParams(top_k=3000),
+        SamplingParams(top_k=4000, top_p=0.99, min_p=1e-4),
         SamplingParams(),
     )
     cases = [Case(params, seed=seed) for seed, params in enumerate(settings)]
@@ -79,7 +79,7 @@ def test_penalties_follow_outputs_as_they_come() -> None:
     rows = [sampler.make_row(params, 0) for sampler in samplers]
     for row in rows:
         row.add_prompt((1, 2, 2))
-    for position in range(12):
+    for position in range(5):
         tokens = [
             s.sample(logits.copy(), [row], [position]).token_ids[0] for s, row in zip(samplers, rows, strict=True)
         ]

@@ -57,6 +57,18 @@ FIELDS = {
 _IQ4_LEVELS = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=np.int8)
 
 
+def _e4m3_values() -> F32:
+    """The 256 values of float8 e4m3: no infinities, and NaN where all bits but the sign's are set."""
+    codes = np.arange(256)
+    exponents, mantissas = (codes >> 3) & 15, (codes & 7).astype(np.float64)
+    values = np.where(exponents == 0, mantissas * 2.0**-9, (8.0 + mantissas) * 2.0 ** (exponents - 10))
+    values[codes & 127 == 127] = np.nan
+    return np.where(codes < 128, values, -values).astype(np.float32)
+
+
+_E4M3 = _e4m3_values()
+
+
 def _decode_f32(blocks: U8, out: F32) -> None:
     out.reshape(-1)[...] = blocks.reshape(-1).view("<f4")
 
@@ -227,6 +239,11 @@ def _decode_int8(blocks: U8, out: F32) -> None:
     np.multiply(block["qs"], block["d"][:, None], out=out, dtype=np.float32)
 
 
+def _decode_fp8(blocks: U8, out: F32) -> None:
+    np.take(_E4M3, blocks[:, 4:], out=out)
+    out *= _INT8(blocks)["d"][:, None]
+
+
 DECODERS: dict[str, Callable[[U8, F32], None]] = {
     "F32": _decode_f32,
     "F16": _decode_f16,
@@ -246,6 +263,7 @@ DECODERS: dict[str, Callable[[U8, F32], None]] = {
     "INT4": _decode_int4,
     "INT8": _decode_int8,
     "INT8_CHANNEL": _decode_int8,
+    "FP8": _decode_fp8,
 }
 
 

@@ -30,7 +30,7 @@ class GroupedCodes:
 
     @property
     def group(self) -> int:
-        return self.codes.shape[1] // self.scales.shape[1]
+        return int(self.codes.shape[1] // self.scales.shape[1])
 
 
 # Format -> bits of a code, inputs to a scale.

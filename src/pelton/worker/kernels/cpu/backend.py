@@ -37,6 +37,7 @@ from pelton.worker.kernels.cpu.arrays import (
 )
 from pelton.worker.kernels.cpu.packed_weights import PackedWeights, PlacedMatrix
 from pelton.worker.kernels.cpu.program import NativeProgram
+from pelton.worker.kernels.cpu.recorder import NO_MIXTURES
 from pelton.worker.kernels.cpu.sampler import NativeSampler
 from pelton.worker.kernels.cpu.weight_cache import open_weight_cache
 from pelton.worker.kernels.ops import AttentionShape, Forward, LayerCache, LoraSite
@@ -113,13 +114,11 @@ class NativeKernels:
 
     def make_experts(self, gate_up: Sequence[Sequence[WeightTensor]], down: Sequence[WeightTensor]) -> NoReturn:
         del gate_up, down
-        raise UnsupportedModelError(
-            "native kernels have no mixtures of experts: use --kernel-backend reference, or triton on a GPU"
-        )
+        raise UnsupportedModelError(NO_MIXTURES)
 
     def moe(self, x: Floats, logits: Floats, experts: Any, num_chosen: int, normalizes: bool) -> NoReturn:
-        del x, logits, num_chosen, normalizes
-        self.make_experts(experts, experts)
+        del x, logits, experts, num_chosen, normalizes
+        raise UnsupportedModelError(NO_MIXTURES)
 
     def make_adapter(self, weights: LoraWeights, sites: Sequence[LoraSite]) -> NativeAdapter:
         return NativeAdapter(weights, sites)

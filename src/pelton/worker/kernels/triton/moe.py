@@ -41,8 +41,8 @@ def route_kernel(
     experts = tl.arange(0, BLOCK_E)
     lowest: tl.constexpr = float("-inf")
     logits = tl.load(logits_ptr + token * stride + experts, mask=experts < num_experts, other=lowest).to(tl.float32)
-    # Not to take a place past the end for a NaN.
     left = tl.where(logits == logits, logits, lowest)
+    is_free = experts < num_experts
     greatest = tl.max(logits, axis=0)
     shares = tl.exp(logits - greatest)
     total = tl.sum(shares, axis=0)
@@ -50,12 +50,12 @@ def route_kernel(
     weights = tl.zeros((BLOCK_K,), dtype=tl.float32)
     chosen = tl.zeros((BLOCK_K,), dtype=tl.int32)
     for slot in tl.static_range(NUM_CHOSEN):
-        best = tl.max(left, axis=0)
-        expert = tl.min(tl.where(left == best, experts, BLOCK_E), axis=0)
+        best = tl.max(tl.where(is_free, left, lowest), axis=0)
+        expert = tl.min(tl.where(is_free & (left == best), experts, BLOCK_E), axis=0)
         share = tl.sum(tl.where(experts == expert, shares, 0.0), axis=0)
         weights = tl.where(slots == slot, share, weights)
         chosen = tl.where(slots == slot, expert, chosen)
-        left = tl.where(experts == expert, lowest, left)
+        is_free = is_free & (experts != expert)
     if NORMALIZES:
         total = tl.sum(weights, axis=0)
     mask = slots < NUM_CHOSEN

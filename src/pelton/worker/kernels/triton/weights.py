@@ -22,6 +22,7 @@ from pelton.weights.tensors import WeightTensor
 from pelton.worker.kernels.triton.dense import fill_dense
 
 WORDS = 16
+SCALE_BLOCK = 128  # weights each way that share a scale (fp8_block)
 QUANTIZATIONS = ("int8", "fp8", "fp8_block")
 
 
@@ -85,7 +86,9 @@ def num_weight_bytes(tensor: WeightTensor, dtype: torch.dtype) -> int:
     num_values = math.prod(tensor.shape)
     found = bits_of(tensor)
     if found is None:
-        return num_values + 4 * tensor.shape[0] if tensor.format == "INT8_CHANNEL" else num_values * dtype.itemsize
+        if tensor.format in ("INT8_CHANNEL", "FP8"):
+            return num_values + 4 * tensor.shape[0] * (-(-tensor.shape[1] // 128))
+        return num_values * dtype.itemsize
     bits, group = found
     num_outputs, num_inputs = tensor.shape
     block = WORDS * 32 // bits
@@ -94,6 +97,9 @@ def num_weight_bytes(tensor: WeightTensor, dtype: torch.dtype) -> int:
 
 def layout_of(tensor: WeightTensor) -> Any:
     """Neighbours of equal layout become one matrix."""
+    if tensor.format == "FP8":
+        # Blocks of scales start with their matrix.
+        return "fp8" if tensor.shape[0] % SCALE_BLOCK == 0 else ("fp8", tensor.name)
     return bits_of(tensor) or ("int8" if tensor.format == "INT8_CHANNEL" else "float")
 
 
@@ -104,6 +110,8 @@ def make_weight(
     layout = layout_of(tensors[0])
     if layout == "int8":
         return _channel_weight(tensors, device)
+    if tensors[0].format == "FP8":
+        return _fp8_weight(tensors, device)
     if layout == "float":
         matrix = torch.empty(
             (sum(tensor.shape[0] for tensor in tensors), tensors[0].shape[1]), dtype=dtype, device=device
@@ -124,6 +132,17 @@ def _channel_weight(tensors: Sequence[WeightTensor], device: torch.device) -> De
         codes.append(blocks[:, :, 4:].reshape(tensor.shape).view(np.int8))
     matrix = torch.from_numpy(np.concatenate(codes)).to(device)
     return DenseWeight("int8", matrix, torch.from_numpy(np.concatenate(scales)).to(device))
+
+
+def _fp8_weight(tensors: Sequence[WeightTensor], device: torch.device) -> DenseWeight:
+    blocks = np.concatenate([np.ascontiguousarray(tensor.data).reshape(tensor.shape[0], -1, 36) for tensor in tensors])
+    codes = torch.from_numpy(np.ascontiguousarray(blocks[:, :, 4:]).reshape(len(blocks), -1))
+    matrix = codes.to(device).view(torch.float8_e4m3fn)
+    scales = np.ascontiguousarray(blocks[:, :, :4]).view(np.float32)[..., 0]
+    if (scales == scales[:, :1]).all():
+        return DenseWeight("fp8", matrix, torch.from_numpy(scales[:, 0].copy()).to(device))
+    by_block = scales[::SCALE_BLOCK, :: SCALE_BLOCK // 32].copy()
+    return DenseWeight("fp8_block", matrix, torch.from_numpy(by_block).to(device))
 
 
 def pack_codes(parts: Sequence[GroupedCodes], device: torch.device) -> PackedWeight:
