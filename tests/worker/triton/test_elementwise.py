@@ -159,7 +159,10 @@ def test_the_sampler_chooses_what_the_reference_does() -> None:
         SamplingParams(temperature=0.0, banned_token_ids=(int(logits[8].argmax()),)),
     ]
     answers = []
-    for sampler, values in ((ReferenceSampler(vocab_size, ()), logits.numpy()), (TritonSampler(vocab_size, ()), logits)):
+    for sampler, values in (
+        (ReferenceSampler(vocab_size, ()), logits.numpy()),
+        (TritonSampler(vocab_size, ()), logits),
+    ):
         rows = [sampler.make_row(each, 7) for each in settings]
         answers.append(sampler.sample(values, rows, list(range(9))))  # type: ignore[arg-type]
         late = sampler.try_sample_late(values[:6], rows[:6], list(range(6)))  # type: ignore[arg-type]

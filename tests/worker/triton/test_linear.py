@@ -194,9 +194,10 @@ def whole_numbers(num_outputs: int, num_inputs: int) -> WeightTensor:
 def test_a_row_has_the_same_bits_in_any_company(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slices summed by programs of their own (few rows) and by one (many), at any place among others."""
     monkeypatch.setattr(tiles, "_MIN_SLICE", 256)
+    monkeypatch.setattr(tiles, "_MIN_PACKED_SLICE", 256)
     tensor = whole_numbers(70, 512) if name.startswith("fp8") or name == "F32" else random_tensor(name, 70, 512)
     weight = load([tensor], quantization=name if name.startswith("fp8") else None)
-    assert tiles.num_slices(70, 512) == 2
+    assert tiles.num_slices("float", 70, 512) == tiles.num_slices("packed", 70, 512) == 2
     x = rows(70, 512).mul_(4).round_()
     whole = linear(x, weight)
     for first, last in ((0, 1), (3, 20), (7, 40)):
@@ -265,7 +266,8 @@ def test_sizes_in_memory_are_not_less_than_taken() -> None:
 
 def test_slices_are_a_function_of_the_weight() -> None:
     for outputs, inputs in ((4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336), (128256, 4096), (70, 100)):
-        length = tiles.slice_length(outputs, inputs)
-        assert length % 256 == 0
-        assert (tiles.num_slices(outputs, inputs) - 1) * length < inputs <= tiles.num_slices(outputs, inputs) * length
+        for kind in tiles.TABLES:
+            length, count = tiles.slice_length(kind, outputs, inputs), tiles.num_slices(kind, outputs, inputs)
+            assert length % 256 == 0
+            assert (count - 1) * length < inputs <= count * length
     assert linear_module.choose_tile("float", 1).outputs >= 64

@@ -79,7 +79,9 @@ def test_a_request_is_the_same_alone_and_in_any_company(tmp_path: Path) -> None:
 def test_padded_sizes_hold_and_do_not_waste() -> None:
     sizes = [padded_size(size) for size in range(1, 513)]
     assert all(padded >= size for size, padded in enumerate(sizes, 1))
-    assert all(padded - size < max(size, 8) and padded <= size * 1.5 for size, padded in enumerate(sizes, 1) if size > 8)
+    assert all(
+        padded - size < max(size, 8) and padded <= size * 1.5 for size, padded in enumerate(sizes, 1) if size > 8
+    )
     assert len(set(sizes)) < 35
     assert [padded_size(size) for size in sizes] == sizes
 

@@ -190,4 +190,3 @@ class _Launch:
         if not self.kv_format.is_packed and self.query.dtype is torch.float32:
             return _TYPES[self.key_cache.dtype]
         return _TYPES[self.query.dtype]
-

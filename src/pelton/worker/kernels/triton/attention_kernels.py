@@ -59,9 +59,7 @@ def _visible(position, places, WINDOW: tl.constexpr):
 def _store_part(sums, stats, row, is_row, part, part_max, part_weight, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Partial results [M, D] to `row` [M] of sums [., HEAD_DIM] and stats [., 2]."""
     dim = tl.arange(0, BLOCK_D)
-    tl.store(
-        sums + row[:, None] * HEAD_DIM + dim[None, :], part, mask=is_row[:, None] & (dim[None, :] < HEAD_DIM)
-    )
+    tl.store(sums + row[:, None] * HEAD_DIM + dim[None, :], part, mask=is_row[:, None] & (dim[None, :] < HEAD_DIM))
     tl.store(stats + row * 2, part_max, mask=is_row)
     tl.store(stats + row * 2 + 1, part_weight, mask=is_row)
 

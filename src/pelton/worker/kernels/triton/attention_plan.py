@@ -50,7 +50,9 @@ class PlanSizes:
         return all(own >= size for own, size in zip(self._all(), other._all(), strict=True))
 
     @staticmethod
-    def for_decodes(num_requests: int, tokens_per_request: int, num_kv_heads: int, config: AttentionConfig) -> PlanSizes:
+    def for_decodes(
+        num_requests: int, tokens_per_request: int, num_kv_heads: int, config: AttentionConfig
+    ) -> PlanSizes:
         """Room for any step of `num_requests` at most with so many tokens each at most, whatever their contexts."""
         num_tokens = num_requests * tokens_per_request
         # A tile for each request, at most as many again for what they share, and what splitting adds.

@@ -71,7 +71,9 @@ class TritonSampler:
         del positions  # nothing is drawn
         return LikeliestTokens(logits) if all(row.is_plain for row in rows) else None
 
-    def token_logprobs(self, logits: torch.Tensor, token_ids: Sequence[int], num_top: int) -> list[TokenLogprobs] | None:
+    def token_logprobs(
+        self, logits: torch.Tensor, token_ids: Sequence[int], num_top: int
+    ) -> list[TokenLogprobs] | None:
         return self._on_host.token_logprobs(logits.cpu().numpy(), token_ids, num_top)
 
 
