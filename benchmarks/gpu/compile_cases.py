@@ -7,6 +7,7 @@ from contextlib import suppress
 
 import numpy as np
 import torch
+from benchmarks.gpu import attention_cases
 
 from pelton.core.sampling_params import SamplingParams
 from pelton.weights.lora.adapter import LoraModule, LoraWeights
@@ -22,6 +23,7 @@ _CPU = torch.device("cpu")
 
 
 def cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    yield from attention_cases.cases()
     yield from _products()
     yield from _experts()
     yield from _lora()

@@ -217,4 +217,7 @@ class PagedModel:
 
 def fill_with_nan(cache: Any) -> None:
     """Of any backend; as the bits of bfloat16 where numpy holds them."""
-    cache[...] = 0x7FC0 if cache.dtype == np.uint16 else math.nan
+    if isinstance(cache, torch.Tensor) and cache.element_size() == 1:
+        cache.view(torch.uint8).fill_(0xFF)  # packed: no code is one, but every scale
+    else:
+        cache[...] = 0x7FC0 if cache.dtype == np.uint16 else math.nan

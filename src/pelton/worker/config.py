@@ -22,13 +22,12 @@ class WorkerConfig:
     )
     kv_cache_dtype: str = setting(
         "auto",
-        "type of keys and values; auto: bfloat16 with native kernels, else that of the activations",
-        choices=("auto", "float32", "bfloat16", "float16"),
+        "type of keys and values; auto: bfloat16 with native kernels, else that of the activations; fp8, int8, int4: "
+        "on a GPU, a scale for each token and head",
+        choices=("auto", "float32", "bfloat16", "float16", "fp8", "int8", "int4"),
     )
     kernel_backend: str = setting(
-        "auto",
-        "kernels to run; auto: the fastest for device and dtype",
-        choices=("auto", "native", "reference", "triton"),
+        "auto", "kernels to run; auto: the fastest for device and dtype", choices=("auto", "native", "reference", "triton")
     )
     enable_weight_cache: bool = setting(True, "keep repacked weights on disk, for later starts to map")
     weight_cache_dir: str | None = setting(None, "where they are kept; default: .packed beside the pulled models")

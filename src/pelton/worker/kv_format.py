@@ -1,7 +1,7 @@
 """How a block of a layer's keys, or values, lies in memory: as an array of numbers, or as codes and their scales.
 
-    codes   [block_size, K, bytes of a head]   one byte a number (fp8, int8), or two numbers a byte, the first low (int4)
-    scales  [block_size, K] of 4 bytes         a float32 (fp8, int8), or a float16 scale and a float16 minimum (int4)
+    codes   [block_size, K, bytes of a head]   a number a byte (fp8, int8), or two, the first one low (int4)
+    scales  [block_size, K] of 4 bytes         a float32 (fp8, int8), or scale and minimum in float16 (int4)
 
 Each token and head has a scale of its own, so that it can be written as soon as the token is known and never changes.
 The scales lie within the block: whoever copies, swaps or stores a block's bytes takes them along, and knows
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pelton.core.errors import ConfigError
 from pelton.core.model_spec import ModelSpec
 
 SCALE_BYTES = 4
@@ -33,9 +34,11 @@ class KVFormat:
         return _aligned(block_size * num_kv_heads * head_bytes)
 
     def block_shape(self, block_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
-        """Of one layer's keys or values in one block."""
+        """Of one layer's keys or values in one block. Raises `ConfigError` for heads that cannot be packed."""
         if not self.is_packed:
             return (block_size, num_kv_heads, head_dim)
+        if head_dim % 2:
+            raise ConfigError(f"kv_cache_dtype is {self.name}, which packs heads of even size, not of {head_dim}")
         scales_bytes = _aligned(block_size * num_kv_heads * SCALE_BYTES)
         return (self.codes_bytes(block_size, num_kv_heads, head_dim) + scales_bytes,)
 

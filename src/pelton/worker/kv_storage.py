@@ -8,6 +8,7 @@ from pelton.core.batch import KVOp, KVOpKind
 from pelton.core.errors import EngineStepError
 from pelton.core.model_spec import ModelSpec
 from pelton.worker.kernels.ops import Kernels, LayerCache
+from pelton.worker.kv_format import KV_FORMATS
 
 
 class KVStorage:
@@ -36,9 +37,11 @@ class KVStorage:
             for group_id, group in enumerate(spec.kv_groups)
             for slot, layer_id in enumerate(group.layer_ids)
         }
-        # [layer slots, keys and values, num_blocks, block_size, K, D]
+        # [layer slots, keys and values, num_blocks, *block]: block_size, K, D, or bytes of a packed format
+        kv_format = KV_FORMATS[dtype]
+        block_shape = kv_format.block_shape(block_size, spec.num_kv_heads, spec.head_dim)
         self._data = kernels.empty_cache(
-            (spec.num_layers_per_kv_group, 2, num_blocks, block_size, spec.num_kv_heads, spec.head_dim), dtype
+            (spec.num_layers_per_kv_group, 2, num_blocks, *block_shape), kv_format.array_dtype
         )
 
         self._copies = kernels.make_block_copies()

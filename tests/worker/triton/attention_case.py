@@ -15,7 +15,13 @@ from pelton.worker.kernels.triton.attention_config import AttentionConfig
 
 # Several chunks of several tiles in contexts that the interpreter can bear.
 SMALL = AttentionConfig(
-    chunk_positions=32, tile_positions=16, narrow_rows=16, wide_rows=32, num_programs=3, share_prefixes=False
+    chunk_positions=32,
+    tile_positions=16,
+    narrow_rows=16,
+    wide_rows=32,
+    wide_from=1,
+    num_programs=3,
+    share_prefixes=False,
 )
 
 

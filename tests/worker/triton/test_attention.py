@@ -81,27 +81,27 @@ def test_shapes_for_the_device(heads: tuple[int, int, int], batch_invariant: boo
 
 @pytest.mark.parametrize(
     ("heads", "window", "softcap", "block_size"),
-    [((4, 2, 40), None, None, 7), ((7, 1, 32), 40, None, 16), ((2, 2, 33), None, 5.0, 16), ((4, 1, 16), 33, None, 16)],
+    [((2, 1, 40), None, None, 7), ((7, 1, 32), 40, 5.0, 16), ((2, 2, 33), 33, None, 16)],
 )
 def test_a_tokens_result_depends_on_nothing_else(
     heads: tuple[int, int, int], window: int | None, softcap: float | None, block_size: int
 ) -> None:
     """Law 3: chunks of any size, decodes, any company, items cut in any way, bit for bit."""
-    work = [(40, 40), (20, 130), (1, 97)]
+    work = [(20, 40), (10, 100), (1, 70)]
     requests = Requests(work, heads, window=window, block_size=block_size)
     expected = requests.run_all(softcap=softcap)
     requests.check(expected, 1e-5, softcap=softcap)
-    for num_programs in (1, 1000):
+    for num_programs in (1, 1000):  # whole, and every chunk by itself
         for row, result in enumerate(requests.run_all(replace(SMALL, num_programs=num_programs), softcap=softcap)):
             assert torch.equal(result, expected[row]), (num_programs, row)
-    for chunk in (1, 3, 17):
+    for chunk in (1, 3, 9):
         parts = []
         for row, (num_tokens, _) in enumerate(work):
             bounds = [*range(num_tokens - min(num_tokens, 2 * chunk), num_tokens, chunk), num_tokens]
             parts += [(row, *pair) for pair in pairwise(bounds)]
         for (row, first, end), result in zip(parts, requests.run(parts[::-1], softcap=softcap)[::-1], strict=True):
             assert torch.equal(result, expected[row][first:end]), (row, first, end)
-    for row, first, end in ((0, 39, 40), (1, 19, 20), (2, 0, 1)):
+    for row, first, end in ((0, 19, 20), (1, 9, 10), (2, 0, 1)):
         alone = requests.run([(row, first, end)], replace(SMALL, num_programs=9), softcap=softcap)
         assert torch.equal(alone[0], expected[row][first:end]), row
 
@@ -110,7 +110,7 @@ def test_a_tokens_result_depends_on_nothing_else(
 def test_a_shared_prefix_changes_nothing(block_size: int) -> None:
     """Decodes and short chunks over blocks in common, a prefill that has them too, and one that has others."""
     num_shared = 96 // block_size * block_size
-    work = [(1, 100), (1, 97), (2, 130), (10, 140), (1, 99)]
+    work = [(1, 100), (2, 130), (10, 110), (1, 99)]
     requests = Requests(work, (7, 1, 16), block_size=block_size, num_shared=num_shared)
     expected = requests.run_all()
     requests.check(expected)

@@ -94,6 +94,7 @@ def test_random_batches(block_size: int, window: int | None) -> None:
             chunk_positions=32,
             narrow_rows=16,
             wide_rows=32,
+            wide_from=int(rng.choice([1, 4])),
             num_programs=int(rng.choice([1, 8, 100])),
             max_slots=int(rng.choice([20, 4096])),
         )

@@ -1,21 +1,17 @@
-"""Norms, rotary embedding with the KV write, activations, embedding and the likeliest token, against float64 formulas;
+"""Norms, rotary embedding with the KV write, activations and embedding against float64 formulas;
 and law 3: a row is the same, bit for bit, alone and among others."""
 
 from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 
-from pelton.core.sampling_params import SamplingParams
 from pelton.worker.kernels.triton.activation import gelu_tanh_mul, silu_mul, softcap
 from pelton.worker.kernels.triton.embedding import embedding, put_late_tokens
 from pelton.worker.kernels.triton.norm import add_rms_norm, rms_norm
 from pelton.worker.kernels.triton.rotary import rotate_and_store, split_heads
-from pelton.worker.kernels.triton.sampler import TritonSampler
-from pelton.worker.sampling.reference import ReferenceSampler
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore:overflow encountered")]
 
@@ -141,41 +137,3 @@ def test_late_tokens_take_their_places() -> None:
         torch.tensor([40, -1, 42], dtype=torch.int32),
     )
     assert token_ids.tolist() == [5, 42, 40, 9, 0]  # nothing was sampled in row 1
-
-
-def test_the_sampler_chooses_what_the_reference_does() -> None:
-    """Rows for the device and rows for the host in one step; ties, minus infinity, and what is not finite."""
-    vocab_size = 5000
-    logits = torch.randn(9, vocab_size)
-    logits[1, [4999, 4096, 17, 2500]] = 9.0
-    logits[2] = -math.inf
-    logits[2, 4321] = -3.0
-    logits[3, 100] = math.nan
-    logits[4, 4998] = math.inf
-    logits[5] = -math.inf
-    settings = [SamplingParams(temperature=0.0)] * 6 + [
-        SamplingParams(temperature=1.0, top_k=20),
-        SamplingParams(temperature=0.0, logprobs=3),
-        SamplingParams(temperature=0.0, banned_token_ids=(int(logits[8].argmax()),)),
-    ]
-    answers = []
-    for sampler, values in (
-        (ReferenceSampler(vocab_size, ()), logits.numpy()),
-        (TritonSampler(vocab_size, ()), logits),
-    ):
-        rows = [sampler.make_row(each, 7) for each in settings]
-        answers.append(sampler.sample(values, rows, list(range(9))))  # type: ignore[arg-type]
-        late = sampler.try_sample_late(values[:6], rows[:6], list(range(6)))  # type: ignore[arg-type]
-        assert sampler.try_sample_late(values, rows, list(range(9))) is None  # type: ignore[arg-type]
-    expected, found = answers
-    assert found == expected
-    assert set(expected.problems) == {3, 4, 5}
-    assert late is not None
-    late.wait()
-    assert late.result().token_ids == late.tokens.tolist() == expected.token_ids[:6]
-    assert late.result().problems == expected.problems
-    mask = np.zeros(-(-vocab_size // 32), np.uint32)
-    mask[1] = 6
-    masked = TritonSampler(vocab_size, ())
-    rows = [masked.make_row(settings[0], 0)] * 2
-    assert masked.sample(logits[:2], rows, [0, 0], [mask, None]).token_ids[0] in (33, 34)

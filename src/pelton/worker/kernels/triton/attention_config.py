@@ -19,6 +19,7 @@ class AttentionConfig:
     tile_positions: int = 64  # keys and values that a product takes in
     narrow_rows: int = 64  # of tiles for requests with few new tokens
     wide_rows: int = 128
+    wide_from: int = 4  # narrow tiles of a request: with more, it gets wide ones, which are never split
     # Long contexts are split until there are about so many programs: four for each of 132 multiprocessors.
     num_programs: int = 512
     # Bounds partial results: 64 MiB for 32 heads of 128.

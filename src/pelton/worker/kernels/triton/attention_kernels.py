@@ -56,9 +56,9 @@ def _visible(position, places, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def _store_part(sums, stats, row, is_row, part, part_max, part_weight, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def _store_part(sums, stats, row, is_row, part, part_max, part_weight, HEAD_DIM: tl.constexpr):
     """Partial results [M, D] to `row` [M] of sums [., HEAD_DIM] and stats [., 2]."""
-    dim = tl.arange(0, BLOCK_D)
+    dim = tl.arange(0, part.shape[1])
     tl.store(sums + row[:, None] * HEAD_DIM + dim[None, :], part, mask=is_row[:, None] & (dim[None, :] < HEAD_DIM))
     tl.store(stats + row * 2, part_max, mask=is_row)
     tl.store(stats + row * 2 + 1, part_weight, mask=is_row)
@@ -183,7 +183,7 @@ def attention_kernel(
         if ((start + TILE) % CHUNK == 0) | (start + TILE >= end):
             if mode == _EACH:
                 row = (slot + start // CHUNK).to(tl.int64) * (NUM_KV_HEADS * GROUP) + head
-                _store_part(part_sums, part_stats, row, is_row, part, part_max, part_weight, HEAD_DIM, BLOCK_D)
+                _store_part(part_sums, part_stats, row, is_row, part, part_max, part_weight, HEAD_DIM)
             else:
                 total, total_max, total_weight = fold(total, total_max, total_weight, part, part_max, part_weight)
             part = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)
@@ -196,7 +196,7 @@ def attention_kernel(
         tl.store(to, result.to(out.dtype.element_ty), mask=row_mask)
     elif mode != _EACH:
         row = (slot + end_chunk - 1).to(tl.int64) * (NUM_KV_HEADS * GROUP) + head
-        _store_part(part_sums, part_stats, row, is_row, total, total_max, total_weight, HEAD_DIM, BLOCK_D)
+        _store_part(part_sums, part_stats, row, is_row, total, total_max, total_weight, HEAD_DIM)
 
 
 @triton.jit

@@ -53,7 +53,8 @@ class PlanSizes:
     def for_decodes(
         num_requests: int, tokens_per_request: int, num_kv_heads: int, config: AttentionConfig
     ) -> PlanSizes:
-        """Room for any step of `num_requests` at most with so many tokens each at most, whatever their contexts."""
+        """Room for any step of `num_requests` at most with so many tokens each at most, whatever their contexts. So
+        many tokens must fit in one narrow tile."""
         num_tokens = num_requests * tokens_per_request
         # A tile for each request, at most as many again for what they share, and what splitting adds.
         num_items = 2 * num_requests + config.num_programs // num_kv_heads
@@ -189,7 +190,7 @@ def _own_tiles(shape: AttentionShape, config: AttentionConfig, starts: Ints, pos
     """Every request's tokens in tiles, over all chunks that they see."""
     group = shape.num_heads // shape.num_kv_heads
     num_new = np.diff(starts)
-    is_wide = num_new > config.narrow_rows // group
+    is_wide = num_new > config.wide_from * (config.narrow_rows // group)
     per_tile = np.where(is_wide, config.wide_rows // group, config.narrow_rows // group)
     num_tiles = -(-num_new // per_tile)
     request = np.repeat(np.arange(len(num_new)), num_tiles)
@@ -251,33 +252,41 @@ def _share(
 
 
 def _choose_split(shape: AttentionShape, config: AttentionConfig, tiles: _Tiles) -> tuple[int, int]:
-    """(chunks of an item at most, partial results): the shortest items that are not too many."""
-    num_chunks = tiles.end_chunk - tiles.first_chunk
-    most_chunks = int(num_chunks.max(initial=1))
-    most_items = len(num_chunks) + config.num_programs // shape.num_kv_heads
+    """(chunks of a narrow item at most, partial results): the shortest items that are not too many."""
+    most_chunks = int((tiles.end_chunk - tiles.first_chunk).max(initial=1))
+    most_items = len(tiles.first) + config.num_programs // shape.num_kv_heads
     split = 1
     while True:
         num_slots = int((tiles.num_tokens * _num_slots(tiles, split)).sum())
-        num_items = int((-(-num_chunks // split)).sum())
+        num_items = int(_num_pieces(tiles, split).sum())
         if split >= most_chunks or (num_items <= most_items and num_slots <= config.max_slots):
             return split, num_slots
         split *= 2
 
 
+def _num_pieces(tiles: _Tiles, split: int) -> Ints:
+    return np.where(tiles.is_wide, 1, -(-(tiles.end_chunk - tiles.first_chunk) // split))
+
+
+def _lead_end(tiles: _Tiles, split: int) -> Ints:
+    """End of the chunks that the item which leads takes of each tile's tokens."""
+    return np.where(tiles.is_wide, tiles.lead_end, np.minimum(tiles.lead_first + split, tiles.lead_end))
+
+
 def _num_slots(tiles: _Tiles, split: int) -> Ints:
     """Partial results for each token of a tile that ends its tokens' chunks; none where one item has them all."""
-    lead_end = np.minimum(tiles.lead_first + split, tiles.lead_end)
+    lead_end = _lead_end(tiles, split)
     is_last = tiles.lead_end > 0
     return np.where(is_last & (tiles.end_chunk > lead_end), tiles.end_chunk - lead_end + 1, 0)
 
 
 def _items(tiles: _Tiles, split: int, table_starts: Ints) -> Ints:
     """[., 7]: the six words of an item and whether it is wide; those with most to do first."""
-    num_pieces = -(-(tiles.end_chunk - tiles.first_chunk) // split)
+    num_pieces = _num_pieces(tiles, split)
     tile = np.repeat(np.arange(len(num_pieces)), num_pieces)
     piece = np.arange(len(tile)) - np.repeat(np.cumsum(num_pieces) - num_pieces, num_pieces)
     first_chunk = tiles.first_chunk[tile] + piece * split
-    end_chunk = np.minimum(first_chunk + split, tiles.end_chunk[tile])
+    end_chunk = np.where(piece + 1 < num_pieces[tile], first_chunk + split, tiles.end_chunk[tile])
     is_shared = tiles.lead_end[tile] == 0
     leads = (piece == 0) & (is_shared | (tiles.lead_first == tiles.first_chunk)[tile])
     is_whole = leads & ~is_shared & (num_pieces[tile] == 1)
@@ -290,7 +299,7 @@ def _items(tiles: _Tiles, split: int, table_starts: Ints) -> Ints:
 def _merges(tiles: _Tiles, split: int, num_tokens: int) -> tuple[Ints, Ints]:
     """(token, first slot, slots) [., 3] of tokens whose result is in parts, and all tokens' `HostPlan.slots`."""
     num_slots = np.repeat(_num_slots(tiles, split), tiles.num_tokens)
-    lead_end = np.repeat(np.minimum(tiles.lead_first + split, tiles.lead_end), tiles.num_tokens)
+    lead_end = np.repeat(_lead_end(tiles, split), tiles.num_tokens)
     tile_start = np.cumsum(tiles.num_tokens) - tiles.num_tokens
     token = np.arange(len(num_slots)) + np.repeat(tiles.first - tile_start, tiles.num_tokens)
     is_split = num_slots > 0

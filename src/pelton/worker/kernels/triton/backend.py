@@ -14,21 +14,25 @@ import torch
 from pelton.weights.lora.adapter import LoraWeights
 from pelton.weights.tensors import ModelFiles, WeightTensor
 from pelton.worker.kernels.block_copies import BlockCopies
-from pelton.worker.kernels.ops import DTYPE_BYTES, AttentionShape, Forward, LayerCache, LoraSite
+from pelton.worker.kernels.ops import AttentionShape, Forward, LayerCache, LoraSite
 from pelton.worker.kernels.reference.block_copies import TensorCopies
-from pelton.worker.kernels.reference.lora import ReferenceAdapter, add_lora
 from pelton.worker.kernels.triton.activation import gelu_tanh_mul, silu_mul, softcap
 from pelton.worker.kernels.triton.attention import paged_attention, plan_attention
 from pelton.worker.kernels.triton.block_copies import CudaCopies
 from pelton.worker.kernels.triton.dense import load_dense
 from pelton.worker.kernels.triton.device import device_name, find_device, is_interpreted, num_free_bytes
 from pelton.worker.kernels.triton.embedding import embedding
+from pelton.worker.kernels.triton.kv_tiles import format_of
 from pelton.worker.kernels.triton.linear import Scratch, TritonLinearLoader, linear
+from pelton.worker.kernels.triton.lora import TritonAdapter, add_lora
+from pelton.worker.kernels.triton.moe import TritonExperts, load_experts, moe
 from pelton.worker.kernels.triton.norm import add_rms_norm, rms_norm
+from pelton.worker.kernels.triton.packed_kv import rotate_and_store_packed
 from pelton.worker.kernels.triton.program import TritonProgram
 from pelton.worker.kernels.triton.rotary import rotate_and_store, split_heads
-from pelton.worker.kernels.triton.sampler import TritonSampler
+from pelton.worker.kernels.triton.sampling import DeviceSampler
 from pelton.worker.kernels.triton.weights import num_weight_bytes
+from pelton.worker.kv_format import KV_FORMATS
 
 
 class TritonKernels:
@@ -53,7 +57,7 @@ class TritonKernels:
         self.device_name = device_name(self.device)
         self.name = "triton (interpreted)" if is_interpreted() else "triton"
         self.dtype = dtype
-        self.kv_dtypes = (dtype, *(other for other in DTYPE_BYTES if other != dtype))
+        self.kv_dtypes = (dtype, *(other for other in KV_FORMATS if other != dtype))
         self.batch_invariant = batch_invariant
         self._quantization = quantization
         self._scratch = Scratch(self.device)
@@ -73,14 +77,17 @@ class TritonKernels:
             quantization=self._quantization,
         )
 
+    def make_experts(self, gate_up: Sequence[Sequence[WeightTensor]], down: Sequence[WeightTensor]) -> TritonExperts:
+        return load_experts(self.make_linear_loader(), gate_up, down, self._scratch)
+
     def load_embedding(self, table: WeightTensor) -> torch.Tensor:
         return load_dense(table, self._dtype, self.device)
 
     def make_block_copies(self) -> BlockCopies:
         return CudaCopies() if self.device.type == "cuda" else TensorCopies()
 
-    def make_adapter(self, weights: LoraWeights, sites: Sequence[LoraSite]) -> ReferenceAdapter:
-        return ReferenceAdapter(weights, sites, self._dtype)
+    def make_adapter(self, weights: LoraWeights, sites: Sequence[LoraSite]) -> TritonAdapter:
+        return TritonAdapter(weights, sites, self._dtype, self.device)
 
     def adapt(self, y: torch.Tensor, x: torch.Tensor, site: int) -> torch.Tensor:
         del x, site  # no row has an adapter
@@ -109,8 +116,27 @@ class TritonKernels:
         del files, path
         return nullcontext()
 
-    def make_sampler(self, vocab_size: int, eos_token_ids: Iterable[int]) -> TritonSampler:
-        return TritonSampler(vocab_size, eos_token_ids)
+    def make_sampler(self, vocab_size: int, eos_token_ids: Iterable[int]) -> DeviceSampler:
+        return DeviceSampler(vocab_size, eos_token_ids, self.device)
+
+    def moe(
+        self, x: torch.Tensor, logits: torch.Tensor, experts: TritonExperts, num_chosen: int, normalizes: bool
+    ) -> torch.Tensor:
+        return moe(x, logits, experts, num_chosen, normalizes, silu_mul)
+
+    def rotate_and_store(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> torch.Tensor:
+        store = rotate_and_store_packed if format_of(key_cache).is_packed else rotate_and_store
+        return store(query, key, value, cos, sin, key_cache, value_cache, slot_mapping)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -123,7 +149,6 @@ class TritonKernels:
     rms_norm = staticmethod(rms_norm)
     add_rms_norm = staticmethod(add_rms_norm)
     split_heads = staticmethod(split_heads)
-    rotate_and_store = staticmethod(rotate_and_store)
     plan_attention = staticmethod(plan_attention)
     paged_attention = staticmethod(paged_attention)
     silu_mul = staticmethod(silu_mul)

@@ -1,9 +1,9 @@
 """Rotary embedding and the write of keys and values into a packed cache (worker/kv_format.py), in one kernel.
 
-fp8 and int8: a head's values over its largest magnitude. int4: between a head's least and greatest value, keys turned
-by a Hadamard matrix before, and queries with them, which leaves products what they are: a few dimensions of keys are far
-larger than the rest in all tokens (Liu et al., KIVI, arXiv:2402.02750), and the turn shares them out among all
-(Ashkboos et al., QuaRot, arXiv:2404.00456). Head sizes that are no power of two go without it.
+fp8 and int8: a head's values over its largest magnitude. int4: between a head's least and greatest value, keys
+turned by a Hadamard matrix before, and queries with them, which leaves products what they are: a few dimensions of
+keys are far larger than the rest in all tokens (Liu et al., KIVI, arXiv:2402.02750), and the turn shares them out
+among all (Ashkboos et al., QuaRot, arXiv:2404.00456). Head sizes that are no power of two go without it.
 
 Legend: T tokens, N query heads, K key-value heads, D head size rounded up to a power of two.
 """
@@ -29,7 +29,7 @@ def rotate_and_store_packed(
     value_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
 ) -> torch.Tensor:
-    """As `ops.Ops.rotate_and_store` for packed caches; heads of even size. A token of slot -1 is written nowhere.
+    """As `ops.Ops.rotate_and_store` for packed caches. A token of slot -1 is written nowhere.
 
     The query that is returned is for attention over these caches alone: it may be turned as their keys are.
     """
@@ -38,8 +38,6 @@ def rotate_and_store_packed(
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if not num_tokens:
         return out
-    if head_dim % 2:
-        raise ValueError(f"heads of {head_dim} dimensions cannot be packed: their number must be even")
     block_size = packed_block_size(kv_format, key_cache.shape[1], num_kv_heads, head_dim)
     codes_bytes = kv_format.codes_bytes(block_size, num_kv_heads, head_dim)
     turns = kv_format.name == "int4" and head_dim == padded_head_dim(head_dim)

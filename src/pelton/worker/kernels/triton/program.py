@@ -6,20 +6,20 @@ Legend as in `step_inputs.py`; H hidden size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from pelton.worker.forward_batch import Adapters, ForwardBatch, adapters_among
-from pelton.worker.kernels.eager import AdaptedOps
 from pelton.worker.kernels.ops import AttentionContext, AttentionShape, Forward, LayerCache, Ops
 from pelton.worker.kernels.triton.attention import AttentionPlan, plan_on_device
 from pelton.worker.kernels.triton.attention_config import AttentionConfig, choose_config
 from pelton.worker.kernels.triton.attention_plan import HostPlan, PlanSizes, make_plan
 from pelton.worker.kernels.triton.embedding import put_late_tokens
 from pelton.worker.kernels.triton.graphs import make_graphs
+from pelton.worker.kernels.triton.lora import LoraBatch
 from pelton.worker.kernels.triton.rotary_tables import RotaryTables
 from pelton.worker.kernels.triton.step_inputs import Ints, StepInputs, StepTensors, Words
 
@@ -66,7 +66,7 @@ class TritonProgram:
             self._generations = generations
         if late_tokens is not None:
             put_late_tokens(tensors.token_ids, tensors.late_rows, late_tokens)
-        ops: Ops = AdaptedOps(self._kernels, batch.adapters) if batch.adapters else self._kernels
+        ops = self._ops(batch.adapters)
         plans = planned.on_device(tensors.plans)
         if planned.is_captured:
             self._hidden = self._graphs.run(planned.key, lambda: self._compute(ops, batch, tensors, plans))
@@ -95,10 +95,12 @@ class TritonProgram:
     @torch.inference_mode()
     def logits(self, rows: Ints, adapters: Adapters = ()) -> torch.Tensor:
         """On the device."""
-        adapters = adapters_among(adapters, rows)
-        ops: Ops = AdaptedOps(self._kernels, adapters) if adapters else self._kernels
+        ops = self._ops(adapters_among(adapters, rows))
         logits: torch.Tensor = self._model.compute_logits(ops, self._select(rows)).float()
         return logits
+
+    def _ops(self, adapters: Adapters) -> Ops:
+        return _LoraOps(self._kernels, adapters) if adapters else self._kernels
 
     def _select(self, rows: Ints) -> torch.Tensor:
         if np.array_equal(rows, np.arange(len(rows))):
@@ -113,12 +115,24 @@ class TritonProgram:
         return self._kernels.to_numpy(self._hidden[first : first + num_rows])
 
 
+class _LoraOps:
+    """Implements `ops.Ops`: the backend's, for rows some of which have an adapter."""
+
+    def __init__(self, kernels: TritonKernels, adapters: Adapters) -> None:
+        self._kernels = kernels
+        self._lora = LoraBatch(adapters, kernels.device)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._kernels, name)
+
+    def adapt(self, y: torch.Tensor, x: torch.Tensor, site: int) -> torch.Tensor:
+        return self._lora.add(y, x, site)
+
+
 class _Planned:
     """The attention of a step on the host. One token of every request: padded, so that it can be captured."""
 
-    def __init__(
-        self, batch: ForwardBatch, shapes: Sequence[AttentionShape], configs: Sequence[AttentionConfig]
-    ) -> None:
+    def __init__(self, batch: ForwardBatch, shapes: Sequence[AttentionShape], configs: Sequence[AttentionConfig]) -> None:
         self._plans = [
             make_plan(shape, batch.query_start_loc, batch.seq_lens, group.block_tables, config)
             for shape, config, group in zip(shapes, configs, batch.groups, strict=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -101,6 +102,30 @@ class DeviceRow:
         return torch.from_numpy(words.view(np.int32)).to(self._device)
 
 
+class LateTokens:
+    """Implements `LateSamples`."""
+
+    def __init__(self, tokens: torch.Tensor, logits: torch.Tensor) -> None:
+        """`tokens` as `DeviceSampler.choose` gives them; begins to bring them to the host."""
+        self.tokens = tokens
+        self._logits = logits
+        self._on_host = tokens
+        self._done: torch.cuda.Event | None = None
+        if tokens.device.type == "cuda":
+            self._on_host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+            self._on_host.copy_(tokens, non_blocking=True)
+            self._done = torch.cuda.Event()
+            self._done.record()
+
+    def wait(self) -> None:
+        if self._done is not None:
+            self._done.synchronize()
+
+    def result(self) -> Samples:
+        self.wait()
+        return _as_samples(self._on_host.tolist(), self._logits)
+
+
 class DeviceSampler:
     """Implements `Sampler` for logits that are tensors; arrays are brought to the device."""
 
@@ -122,17 +147,20 @@ class DeviceSampler:
     ) -> Samples:
         """As `choose`, with the answer brought to the host, and logprobs."""
         x = self._as_tensor(logits)
-        samples = Samples(self.choose(x, rows, positions, masks).tolist(), {}, {})
-        for i, token_id in enumerate(samples.token_ids):
-            if token_id < 0:
-                samples.problems[i] = _PROBLEMS.get(token_id) or not_finite(float(x[i].max()))
-                samples.token_ids[i] = -1
+        samples = _as_samples(self.choose(x, rows, positions, masks).tolist(), x)
         wanted = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None and i not in samples.problems]
         if wanted:
             counts = [rows[i].sampling.logprobs or 0 for i in wanted]
             found = self._logprobs(x, wanted, [samples.token_ids[i] for i in wanted], counts)
             samples.logprobs.update((i, each) for i, each in zip(wanted, found, strict=True) if each is not None)
         return samples
+
+    def try_sample_late(
+        self, logits: torch.Tensor, rows: Sequence[DeviceRow], positions: Sequence[int]
+    ) -> LateTokens | None:
+        if any(row.counts is not None or row.sampling.logprobs is not None for row in rows):
+            return None
+        return LateTokens(self.choose(logits, rows, positions), logits)
 
     def choose(
         self,
@@ -150,7 +178,7 @@ class DeviceSampler:
         choose_kernel[(len(rows),)](
             logits,
             logits if edited is None else edited,
-            torch.from_numpy(settings).to(self._device),
+            self._send(settings),
             tokens,
             self._vocab_size,
             logits.stride(0),
@@ -202,10 +230,10 @@ class DeviceSampler:
         edited = logits.clone()
         edit_kernel[(len(chosen), -(-self._vocab_size // self._block))](
             edited,
-            torch.tensor(chosen, dtype=torch.int64, device=self._device),
-            torch.from_numpy(stacked).to(self._device),
-            torch.from_numpy(addresses).to(self._device),
-            torch.from_numpy(penalties).to(self._device),
+            self._send(np.array(chosen, np.int64)),
+            self._send(stacked),
+            self._send(addresses),
+            self._send(penalties),
             self._vocab_size,
             edited.stride(0),
             num_words,
@@ -214,6 +242,11 @@ class DeviceSampler:
             enable_fp_fusion=False,
         )
         return edited
+
+    def _send(self, values: npt.NDArray[Any]) -> torch.Tensor:
+        """To the device, without waiting for what it does: from memory that is not pinned a copy would."""
+        tensor = torch.from_numpy(values)
+        return tensor.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor
 
     def _logprobs(
         self, x: torch.Tensor, rows: Sequence[int], token_ids: Sequence[int], counts: Sequence[int]
@@ -242,6 +275,15 @@ class DeviceSampler:
         )
         arrays = zip(token_ids, facts.tolist(), ids.tolist(), values.tolist(), strict=True)
         return [_logprobs_of(*each) for each in arrays]
+
+
+def _as_samples(token_ids: list[int], logits: torch.Tensor) -> Samples:
+    problems = {
+        i: _PROBLEMS.get(token_id) or not_finite(float(logits[i].max()))
+        for i, token_id in enumerate(token_ids)
+        if token_id < 0
+    }
+    return Samples([max(token_id, -1) for token_id in token_ids], problems, {})
 
 
 def _settings(row: DeviceRow, position: int) -> npt.NDArray[np.int64]:

@@ -17,7 +17,9 @@ import torch
 from pelton.core.errors import UnsupportedModelError
 from pelton.weights.dequantize import dequantize
 from pelton.weights.gguf.codes import GroupedCodes, bits_of, grouped_codes
+from pelton.weights.random_tensor import RandomTensor
 from pelton.weights.tensors import WeightTensor
+from pelton.worker.kernels.triton.dense import fill_dense
 
 WORDS = 16
 SCALE_BLOCK = 128  # weights each way that share a scale (fp8_block)
@@ -116,7 +118,7 @@ def make_weight(
         )
         start = 0
         for tensor in tensors:
-            matrix[start : start + tensor.shape[0]] = torch.from_numpy(dequantize(tensor))
+            fill_dense(matrix[start : start + tensor.shape[0]], tensor)
             start += tensor.shape[0]
         return DenseWeight("float", matrix) if quantization is None else quantize_weight(matrix, quantization)
     return pack_codes([grouped_codes(tensor) for tensor in tensors], device)
