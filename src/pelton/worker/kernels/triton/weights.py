@@ -15,9 +15,7 @@ import numpy as np
 import torch
 
 from pelton.core.errors import UnsupportedModelError
-from pelton.weights.dequantize import dequantize
 from pelton.weights.gguf.codes import GroupedCodes, bits_of, grouped_codes
-from pelton.weights.random_tensor import RandomTensor
 from pelton.weights.tensors import WeightTensor
 from pelton.worker.kernels.triton.dense import fill_dense
 
