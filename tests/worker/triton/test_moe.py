@@ -13,6 +13,7 @@ from pelton.worker.kernels.reference.activation import silu_mul
 from pelton.worker.kernels.reference.moe import make_experts as reference_experts
 from pelton.worker.kernels.reference.moe import moe as reference_moe
 from pelton.worker.kernels.reference.moe import route as reference_route
+from pelton.worker.kernels.triton.device import find_device
 from pelton.worker.kernels.triton.linear import Scratch, TritonLinearLoader
 from pelton.worker.kernels.triton.moe import load_experts, moe, plan_rows, route
 from pelton.worker.kernels.triton.tiles import choose_tile
@@ -20,11 +21,11 @@ from tests.worker.triton.test_linear import random_tensor
 
 pytestmark = pytest.mark.torch
 
-CPU = torch.device("cpu")
+DEVICE = find_device()
 
 
 def rows(*shape: int, seed: int = 1) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 @pytest.mark.parametrize(("num_experts", "num_chosen"), [(8, 2), (6, 3), (128, 8), (1, 1), (5, 5)])
@@ -34,13 +35,13 @@ def test_routing(num_experts: int, num_chosen: int, normalizes: bool) -> None:
     logits[3] = logits[3, 0]  # all alike: the first ones
     logits[4, : num_experts // 2] = float("-inf")
     weights, chosen = route(logits, num_chosen, normalizes)
-    expected_weights, expected = reference_route(logits, num_chosen, normalizes)
-    assert torch.equal(chosen.long(), expected)
-    torch.testing.assert_close(weights, expected_weights, rtol=1e-5, atol=1e-7)
+    expected_weights, expected = reference_route(logits.cpu(), num_chosen, normalizes)
+    assert torch.equal(chosen.long().cpu(), expected)
+    torch.testing.assert_close(weights.cpu(), expected_weights, rtol=1e-5, atol=1e-7)
 
 
 def test_routing_of_broken_logits_stays_within_the_experts() -> None:
-    logits = torch.full((2, 6), float("nan"))
+    logits = torch.full((2, 6), float("nan"), device=DEVICE)
     _, chosen = route(logits, 3, True)
     assert chosen.ge(0).all()
     assert chosen.lt(6).all()
@@ -49,7 +50,7 @@ def test_routing_of_broken_logits_stays_within_the_experts() -> None:
 @pytest.mark.parametrize(("num_tokens", "num_experts", "num_chosen"), [(1, 8, 2), (40, 4, 3), (3, 128, 8), (700, 3, 2)])
 def test_rows_lie_by_expert(num_tokens: int, num_experts: int, num_chosen: int) -> None:
     """Every pair once, in a tile of its expert, in order."""
-    chosen = torch.stack([torch.randperm(num_experts)[:num_chosen] for _ in range(num_tokens)]).to(torch.int32)
+    chosen = torch.stack([torch.randperm(num_experts)[:num_chosen] for _ in range(num_tokens)]).to(DEVICE, torch.int32)
     tile = choose_tile("float", 1)
     places, tiles = plan_rows(chosen, num_experts, tile)
     num_pairs, flat, seen = chosen.numel(), chosen.flatten(), []
@@ -68,13 +69,13 @@ def test_experts_are_those_of_the_reference(name: str) -> None:
     stored, quantization = ("F32", name) if name.startswith("fp8") else (name, None)
     gate_up = [[random_tensor(stored, inner, size, 10 * e + side) for side in (0, 1)] for e in range(num_experts)]
     down = [random_tensor(stored, size, inner, 10 * e + 2) for e in range(num_experts)]
-    scratch = Scratch(CPU)
-    loader = TritonLinearLoader(torch.float32, CPU, scratch, quantization=quantization)
+    scratch = Scratch(DEVICE)
+    loader = TritonLinearLoader(torch.float32, DEVICE, scratch, quantization=quantization)
     experts = load_experts(loader, gate_up, down, scratch)
     x, logits = rows(13, size) * 0.3, rows(13, num_experts, seed=2)
     y = moe(x, logits, experts, 2, True, silu_mul)
-    expected = reference_moe(x, logits, reference_experts(torch.float32, gate_up, down), 2, True)
-    assert float((y - expected).norm() / expected.norm()) < (2e-3 if name in ("F32", "Q4_0", "Q8_0") else 0.2)
+    expected = reference_moe(x.cpu(), logits.cpu(), reference_experts(torch.float32, gate_up, down), 2, True)
+    assert float((y.cpu() - expected).norm() / expected.norm()) < (2e-3 if name in ("F32", "Q4_0", "Q8_0") else 0.2)
     for part in (x[:1], x[5:9]):
         found = moe(part, logits[:1] if len(part) == 1 else logits[5:9], experts, 2, True, silu_mul)
         start = 0 if len(part) == 1 else 5
@@ -83,8 +84,8 @@ def test_experts_are_those_of_the_reference(name: str) -> None:
 
 
 def test_experts_of_several_layouts_are_refused() -> None:
-    scratch = Scratch(CPU)
-    loader = TritonLinearLoader(torch.float32, CPU, scratch)
+    scratch = Scratch(DEVICE)
+    loader = TritonLinearLoader(torch.float32, DEVICE, scratch)
     gate_up = [[random_tensor("F32", 32, 64)] * 2, [random_tensor("Q4_0", 32, 64)] * 2]
     with pytest.raises(UnsupportedModelError, match="different ways"):
         load_experts(loader, gate_up, [random_tensor("F32", 64, 32)] * 2, scratch)

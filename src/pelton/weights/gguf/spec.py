@@ -32,8 +32,7 @@ def spec_from_gguf(file: GGUFFile) -> ModelSpec:
     fields = Fields(file.path, file.metadata)
     gguf_name = fields.text("general.architecture")
     # Mistral files call themselves llama; the two differ only by the window, which the spec holds.
-    known = (each for each in ARCHITECTURES.values() if each.gguf_name == gguf_name)
-    architecture = next(known, None)
+    architecture = next((each for each in ARCHITECTURES.values() if each.gguf_name == gguf_name), None)
     if architecture is None:
         raise unsupported_architecture(file.path, gguf_name)
     name = architecture.name

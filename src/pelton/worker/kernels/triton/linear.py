@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import torch
 
@@ -51,7 +52,7 @@ class Scratch:
         self.counters = torch.zeros(0, dtype=torch.int32, device=device)
 
     def reserve(self, weight: Weight) -> None:
-        slices = num_slices(weight.num_outputs, weight.num_inputs)
+        slices = num_slices(weight.kind, weight.num_outputs, weight.num_inputs)
         if slices == 1:
             return
         num_tiles = -(-weight.num_outputs // 64)
@@ -135,13 +136,8 @@ def multiply(
     x_scales = x
     if isinstance(weight, DenseWeight) and weight.kind != "float":
         x, x_scales = quantize_rows(x, weight.kind)
-    tile = choose_tile(weight.kind, len(y)) if plan is None else plan.tile
-    num_row_tiles = -(-len(y) // tile.rows) if plan is None else len(plan.experts)
-    num_tiles = num_row_tiles * -(-weight.num_outputs // tile.outputs)
-    slices = num_slices(weight.num_outputs, weight.num_inputs)
-    is_split = plan is None and slices > 1 and len(y) <= MAX_SPLIT_ROWS
-    block_k = weight.block if isinstance(weight, PackedWeight) else tile.inputs
-    length = slice_length(weight.num_outputs, weight.num_inputs)
+    launch = _plan_launch(weight, len(y), plan)
+    first = (x, weight.words if isinstance(weight, PackedWeight) else weight.matrix, y, y if bias is None else bias)
     shared = (
         scratch.partial.view(torch.int32) if weight.kind == "int8" else scratch.partial,
         scratch.counters,
@@ -150,29 +146,14 @@ def multiply(
         len(y),
         weight.num_outputs,
         weight.num_inputs,
-        num_row_tiles,
+        launch.num_row_tiles,
         x.stride(0),
         y.stride(0),
     )
-    options = {
-        "HAS_BIAS": bias is not None,
-        "SHARE": 0 if plan is None else plan.share,
-        "IS_SPLIT": is_split,
-        "IS_EVEN": weight.num_inputs % block_k == 0,
-        "BLOCK_R": tile.rows,
-        "BLOCK_O": tile.outputs,
-        "WIDEN": is_interpreted(),
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
-    }
-    grid = (num_tiles, slices if is_split else 1)
-    bias = y if bias is None else bias
+    options = {**launch.options, "HAS_BIAS": bias is not None, "SHARE": 0 if plan is None else plan.share}
     if isinstance(weight, PackedWeight):
-        packed_product_kernel[grid](
-            x,
-            weight.words,
-            y,
-            bias,
+        packed_product_kernel[launch.grid](
+            *first,
             weight.scales,
             weight.scales if weight.minima is None else weight.minima,
             *shared,
@@ -181,24 +162,49 @@ def multiply(
             GROUP=weight.group,
             PART=weight.part,
             HAS_MINIMUM=weight.minima is not None,
-            SLICE=length // block_k,
+            SLICE=launch.slice_length // weight.block,
             **options,
         )
         return
-    scales = x_scales if weight.scales is None else weight.scales
-    product_kernel[grid](
-        x,
-        weight.matrix,
-        y,
-        bias,
+    product_kernel[launch.grid](
+        *first,
         x_scales,
-        scales,
+        x_scales if weight.scales is None else weight.scales,
         *shared,
         KIND=_KINDS[weight.kind],
-        SLICE=length,
-        BLOCK_K=block_k,
+        SLICE=launch.slice_length,
+        BLOCK_K=launch.block_inputs,
         **options,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Launch:
+    grid: tuple[int, int]
+    num_row_tiles: int
+    slice_length: int  # inputs
+    block_inputs: int
+    options: dict[str, Any]
+
+
+def _plan_launch(weight: Weight, num_rows: int, plan: RowPlan | None) -> _Launch:
+    tile = choose_tile(weight.kind, num_rows) if plan is None else plan.tile
+    num_row_tiles = -(-num_rows // tile.rows) if plan is None else len(plan.experts)
+    slices = num_slices(weight.kind, weight.num_outputs, weight.num_inputs)
+    is_split = plan is None and slices > 1 and num_rows <= MAX_SPLIT_ROWS
+    block_inputs = weight.block if isinstance(weight, PackedWeight) else tile.inputs
+    options = {
+        "IS_SPLIT": is_split,
+        "IS_EVEN": weight.num_inputs % block_inputs == 0,
+        "BLOCK_R": tile.rows,
+        "BLOCK_O": tile.outputs,
+        "WIDEN": is_interpreted(),
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
+    grid = (num_row_tiles * -(-weight.num_outputs // tile.outputs), slices if is_split else 1)
+    length = slice_length(weight.kind, weight.num_outputs, weight.num_inputs)
+    return _Launch(grid, num_row_tiles, length, block_inputs, options)
 
 
 def _by_library(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor | None:

@@ -40,22 +40,24 @@ def rows_of_tile(row_tile, rows_ptr, experts_ptr, num_rows, GROUPED: tl.constexp
 
 
 @triton.jit
-def add_slices(total, slice_id, num_slices, tile, num_tiles, partial_ptr, counter_ptr):
+def add_slices(total, row_mask, slice_id, num_slices, tile, num_tiles, partial_ptr, counter_ptr):
     """Whether this program is the last of its tile, and then the sum of all slices, in their order.
 
     Who is last is a matter of chance, and so it adds up its own slice from memory like the others.
     """
-    num_rows: tl.constexpr = total.shape[0]
-    num_columns: tl.constexpr = total.shape[1]
-    size: tl.constexpr = num_rows * num_columns
-    places = tl.arange(0, num_rows)[:, None] * num_columns + tl.arange(0, num_columns)[None, :]
-    tl.store(partial_ptr + (slice_id * num_tiles + tile) * size + places, total)
+    num_outputs: tl.constexpr = total.shape[0]
+    num_rows: tl.constexpr = total.shape[1]
+    size: tl.constexpr = num_outputs * num_rows
+    # Row by row, so that rows which are not there cost nothing.
+    places = tl.arange(0, num_outputs)[:, None] + tl.arange(0, num_rows)[None, :] * num_outputs
+    tl.store(partial_ptr + (slice_id * num_tiles + tile) * size + places, total, mask=row_mask[None, :])
     tl.debug_barrier()  # all of this program's stores, before one of its threads says so
     is_last = tl.atomic_add(counter_ptr + tile, 1, sem="acq_rel") == num_slices - 1
     if is_last:
         total = tl.zeros_like(total)
         for other in range(num_slices):
-            total += tl.load(partial_ptr + (other * num_tiles + tile) * size + places, cache_modifier=".cg")
+            found = partial_ptr + (other * num_tiles + tile) * size + places
+            total += tl.load(found, mask=row_mask[None, :], other=0, cache_modifier=".cg")
         tl.store(counter_ptr + tile, 0)
     return is_last, total
 
@@ -87,7 +89,7 @@ def product_kernel(
     bias_ptr,
     x_scale_ptr,
     w_scale_ptr,
-    partial_ptr,  # [slices, tiles, BLOCK_O, BLOCK_R]
+    partial_ptr,  # [slices, tiles, BLOCK_R, BLOCK_O]
     counter_ptr,  # [tiles] of 0
     rows_ptr,  # grouped: the row of y for each place of the row tiles
     experts_ptr,  # grouped: [row tiles]
@@ -161,7 +163,9 @@ def product_kernel(
             total += part
         is_last = True
         if IS_SPLIT:
-            is_last, total = add_slices(total, first_slice, num_slices, tile, num_tiles, partial_ptr, counter_ptr)
+            is_last, total = add_slices(
+                total, row_mask, first_slice, num_slices, tile, num_tiles, partial_ptr, counter_ptr
+            )
         if is_last:
             result = total.to(tl.float32)
             if (KIND == INT8) | (KIND == FP8):

@@ -105,7 +105,9 @@ def packed_product_kernel(
             total += part
         is_last = True
         if IS_SPLIT:
-            is_last, total = add_slices(total, first_slice, num_slices, tile, num_tiles, partial_ptr, counter_ptr)
+            is_last, total = add_slices(
+                total, row_mask, first_slice, num_slices, tile, num_tiles, partial_ptr, counter_ptr
+            )
         if is_last:
             store_rows(total, y_ptr, bias_ptr, rows, outputs, row_mask, num_outputs, y_stride, HAS_BIAS)
 

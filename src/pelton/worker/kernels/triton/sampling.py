@@ -29,6 +29,7 @@ from pelton.worker.sampling.weights import MIN_TEMPERATURE, ONE, least_weight
 
 # Of a block of logits; a row of 152k is 19 of these, of 16 values for each of 512 threads.
 _BLOCK = 8192
+_LOGPROBS_BLOCK = 2048  # its cumulative sums would spill with more
 _PROBLEMS = {-2: ALL_BANNED, -3: OVERFLOW}
 
 
@@ -269,7 +270,7 @@ class DeviceSampler:
             self._vocab_size,
             x.stride(0),
             most,
-            self._block,
+            min(self._block, _LOGPROBS_BLOCK),
             num_warps=16,
             enable_fp_fusion=False,
         )

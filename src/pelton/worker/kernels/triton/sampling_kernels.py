@@ -265,8 +265,8 @@ def logprobs_kernel(
         own_key = key_of(tl.load(x_ptr + token))
         total = tl.zeros((BLOCK,), dtype=tl.int64)
         num_above = tl.zeros((BLOCK,), dtype=tl.int64)
-        num_edges = tl.zeros((), dtype=tl.int64)
-        num_found = tl.zeros((), dtype=tl.int64)
+        num_edges = tl.zeros((), dtype=tl.int32)
+        num_found = tl.zeros((), dtype=tl.int32)
         for first in range(0, size, BLOCK):
             ids = first + tl.arange(0, BLOCK)
             mask = ids < size
@@ -276,13 +276,13 @@ def logprobs_kernel(
             num_above += (mask & ((key > own_key) | ((key == own_key) & (ids < token)))).to(tl.int64)
             if wanted > 0:
                 is_edge = (key == edge) & mask
-                ranks = tl.cumsum(is_edge.to(tl.int64), axis=0) + num_edges
+                ranks = tl.cumsum(is_edge.to(tl.int32), axis=0) + num_edges
                 is_top = ((key > edge) & mask) | (is_edge & (ranks <= num_ties))
-                place = tl.cumsum(is_top.to(tl.int64), axis=0) + num_found - 1
+                place = tl.cumsum(is_top.to(tl.int32), axis=0) + num_found - 1
                 tl.store(id_ptr + index * MOST + place, ids, mask=is_top & (place < MOST))
                 tl.store(value_ptr + index * MOST + place, x, mask=is_top & (place < MOST))
-                num_edges += tl.sum(is_edge.to(tl.int64), axis=0)
-                num_found += tl.sum(is_top.to(tl.int64), axis=0)
+                num_edges += tl.sum(is_edge.to(tl.int32), axis=0)
+                num_found += tl.sum(is_top.to(tl.int32), axis=0)
         tl.store(fact_ptr, top_key)
         tl.store(fact_ptr + 1, tl.sum(total, axis=0))
         tl.store(fact_ptr + 2, own_key.to(tl.int64))

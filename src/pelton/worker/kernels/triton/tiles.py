@@ -13,10 +13,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Programs that keep an H100 (132 multiprocessors) streaming: two each. A constant rather than what the device says, so
-# that sums are cut alike on every device.
+# Programs that keep an H100 (132 multiprocessors) streaming: two each, and four where codes are expanded, as each then
+# waits for its arithmetic. Constants rather than what the device says, so that sums are cut alike on every device.
 _WANTED_PROGRAMS = 264
-_MIN_SLICE = 1024  # inputs: below, writing and reading partial sums costs more than it fills
+_WANTED_PACKED_PROGRAMS = 528
+# Inputs: below, writing and reading partial sums costs more than it fills.
+_MIN_SLICE = 1024
+_MIN_PACKED_SLICE = 512
 _SLICE_STEP = 256  # a multiple of every BLOCK_K
 _SLICED_BLOCK_O = 64
 # Up to this many rows slices go to programs of their own; above, their partial sums would cost a third of the weight.
@@ -64,13 +67,14 @@ def choose_tile(kind: str, num_rows: int) -> Tile:
     return next(tile for most, tile in TABLES[kind] if most is None or num_rows <= most)
 
 
-def slice_length(num_outputs: int, num_inputs: int) -> int:
+def slice_length(kind: str, num_outputs: int, num_inputs: int) -> int:
     """Inputs that are summed up by themselves: a function of the weight alone."""
+    wanted, least = (_WANTED_PACKED_PROGRAMS, _MIN_PACKED_SLICE) if kind == "packed" else (_WANTED_PROGRAMS, _MIN_SLICE)
     num_tiles = -(-num_outputs // _SLICED_BLOCK_O)
-    num_slices = min(-(-_WANTED_PROGRAMS // num_tiles), max(num_inputs // _MIN_SLICE, 1))
+    num_slices = min(-(-wanted // num_tiles), max(num_inputs // least, 1))
     length = -(-num_inputs // num_slices)
     return -(-length // _SLICE_STEP) * _SLICE_STEP
 
 
-def num_slices(num_outputs: int, num_inputs: int) -> int:
-    return -(-num_inputs // slice_length(num_outputs, num_inputs))
+def num_slices(kind: str, num_outputs: int, num_inputs: int) -> int:
+    return -(-num_inputs // slice_length(kind, num_outputs, num_inputs))
