@@ -1,4 +1,4 @@
-"""`make gpu-check` without a GPU: it says so, and items run under the interpreter, without packages that a GPU machine lacks."""
+"""`make gpu-check` without a GPU: it says so; items run under the interpreter without what a GPU machine may lack."""
 
 from __future__ import annotations
 
