@@ -35,7 +35,7 @@ class RandomTensor(WeightTensor):
         set_field(self, "seed", zlib.crc32(name.encode()))
 
     @property
-    def data(self) -> npt.NDArray[np.uint8]:  # type: ignore[override]
+    def data(self) -> npt.NDArray[np.uint8]:
         if self._bytes is None:
             object.__setattr__(self, "_bytes", self._make())
         assert self._bytes is not None

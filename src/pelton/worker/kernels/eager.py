@@ -24,7 +24,7 @@ class EagerProgram:
         self._caches = caches
         self._hidden: Array = None
 
-    def forward(self, batch: ForwardBatch, late_tokens: None = None, late_rows: None = None) -> None:
+    def forward(self, batch: ForwardBatch, late_tokens: object = None, late_rows: object = None) -> None:
         del late_tokens, late_rows  # nothing is late on the host
         from_numpy = self._kernels.from_numpy
         plans = [

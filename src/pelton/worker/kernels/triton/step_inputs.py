@@ -62,7 +62,7 @@ class StepInputs:
             ]
         )
         middle = 2 + len(batch.groups)
-        return StepTensors(*views[:2], tuple(views[2:middle]), tuple(views[middle:-2]), *views[-2:])
+        return StepTensors(views[0], views[1], tuple(views[2:middle]), tuple(views[middle:-2]), views[-2], views[-1])
 
     def _copy(self, fields: Sequence[npt.NDArray[Any]]) -> list[torch.Tensor]:
         offsets = [0]
