@@ -11,6 +11,9 @@ from tests.postgres import Postgres, running_postgres
 # As the engine process does (cli/engine_process.py), before anything loads torch: idle OpenMP threads must
 # not take the cores from those of the next test.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Triton decides when a kernel is decorated, so before anything imports it. Without a GPU kernels are interpreted.
+if not os.path.exists("/dev/nvidiactl"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

@@ -306,12 +306,10 @@ def model_name(model: str) -> str:
 def describe_worker(config: WorkerConfig) -> dict[str, Any]:
     """What the worker's settings come to on this machine."""
     from pelton.worker.executors.host_resources import num_available_cores
-    from pelton.worker.kernels.ops import make_kernels
+    from pelton.worker.kernels.ops import choose_kernels
 
     return {
-        "kernel_backend": make_kernels(
-            config.kernel_backend, "float32" if config.dtype == "auto" else config.dtype
-        ).name,
+        "kernel_backend": choose_kernels(config).name,
         "threads": config.threads or num_available_cores(),
     }
 

@@ -15,9 +15,17 @@ from tests.weights.make_models import TINY_CONFIGS, random_tensors
 
 # Which output of eight lies in which place of one of AWQ's words, lowest bits first.
 _AWQ_PLACES = (0, 2, 4, 6, 1, 3, 5, 7)
-_DTYPES = {"int8": "I8", "int32": "I32", "float16": "F16", "float32": "F32", "uint16": "BF16", "int64": "I64"}
+_DTYPES = {
+    "uint8": "F8_E4M3",
+    "int8": "I8",
+    "int32": "I32",
+    "float16": "F16",
+    "float32": "F32",
+    "uint16": "BF16",
+    "int64": "I64",
+}
 
-Tensors = dict[str, np.ndarray]  # uint16 stands for bfloat16
+Tensors = dict[str, np.ndarray]  # uint16 stands for bfloat16, uint8 for float8
 
 
 def pack_rows(codes: np.ndarray, bits: int = 4, places: tuple[int, ...] | None = None) -> np.ndarray:
@@ -40,6 +48,13 @@ def from_bfloat16(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
+def from_e4m3(codes: np.ndarray) -> np.ndarray:
+    """A sign, 4 bits of exponent (7 stands for 0), 3 of mantissa, to which 1 is added unless the exponent is 0."""
+    exponents, mantissas = ((codes >> 3) & 15).astype(np.float32), (codes & 7).astype(np.float32) / np.float32(8)
+    values = np.where(exponents > 0, np.exp2(exponents - 7) * (1 + mantissas), np.exp2(np.float32(-6)) * mantissas)
+    return np.where(codes & 128, -values, values).astype(np.float32)
+
+
 @dataclass(frozen=True)
 class Layout:
     """A way to compress; `config` is the model's quantization_config."""
@@ -56,6 +71,8 @@ class Layout:
     def compress(self, module: str, shape: tuple[int, int], rng: np.random.Generator) -> tuple[Tensors, np.ndarray]:
         """Random stored tensors of a matrix [O, I], and the float32 values that they stand for."""
         num_outputs, num_inputs = shape
+        if self.method == "fp8":
+            return self._compress_fp8(module, shape, rng)
         group_size = self.group_size or num_inputs
         num_groups = num_inputs // group_size
         codes = rng.integers(0, 1 << self.bits, shape)
@@ -68,6 +85,18 @@ class Layout:
         scales, stored = self._scales(rng, num_outputs, num_groups)
         values = scales.repeat(group_size, 1) * (codes - zeros.repeat(group_size, 1)).astype(np.float32)
         return {f"{module}.{part}": array for part, array in self._parts(codes, zeros, stored).items()}, values
+
+    def _compress_fp8(
+        self, module: str, shape: tuple[int, int], rng: np.random.Generator
+    ) -> tuple[Tensors, np.ndarray]:
+        codes = rng.integers(0, 256, shape).astype(np.uint8)
+        codes[codes & 127 == 127] = 0  # NaN
+        count = (shape[0], 1) if self.group_size is None else (-(-shape[0] // 128), -(-shape[1] // 128))
+        scales, stored = self._scales(rng, *count)
+        by_weight = scales if self.group_size is None else scales.repeat(128, 0).repeat(128, 1)[: shape[0], : shape[1]]
+        part = "weight_scale" if self.group_size is None else "weight_scale_inv"
+        parts = {f"{module}.weight": codes, f"{module}.{part}": stored}
+        return parts, from_e4m3(codes) * by_weight
 
     def _scales(self, rng: np.random.Generator, num_outputs: int, num_groups: int) -> tuple[np.ndarray, np.ndarray]:
         scales = (rng.uniform(1e-3, 1e-2, (num_outputs, num_groups)) * 16 / (1 << self.bits)).astype(np.float32)
@@ -171,6 +200,21 @@ LAYOUTS: dict[str, Layout] = {
         8,
         scale_dtype="BF16",
         expected_format="Q8_0",
+    ),
+    "fp8": Layout(
+        {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
+        "fp8",
+        8,
+        128,
+        scale_dtype="BF16",
+        expected_format="FP8",
+    ),
+    "fp8 channel": Layout(
+        compressed_tensors("float-quantized", {**_weights(8, "channel"), "type": "float"}),
+        "fp8",
+        8,
+        scale_dtype="F32",
+        expected_format="FP8",
     ),
     "w4a16": Layout(
         compressed_tensors("pack-quantized", _weights(4, "group", 32)), "packed", group_size=32, scale_dtype="BF16"

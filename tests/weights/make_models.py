@@ -7,6 +7,7 @@ llama.cpp's converter, so that it is a witness independent of the code under tes
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,6 +55,17 @@ TINY_CONFIGS: dict[str, dict[str, Any]] = {
         "architectures": ["Qwen3ForCausalLM"],
         "head_dim": 32,
         "rope_theta": 1e6,
+        **_SIZES,
+    },
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "head_dim": 32,
+        "rope_theta": 1e6,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
         **_SIZES,
     },
     "gemma2": {
@@ -107,7 +119,9 @@ def write_gguf(
 
     `quantized` is the format of the matrices; `extra_tensors` go in under their GGUF names, as they are.
     """
-    architecture = {"mistral": "llama", "gemma3_text": "gemma3"}.get(config["model_type"], config["model_type"])
+    architecture = {"mistral": "llama", "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe"}.get(
+        config["model_type"], config["model_type"]
+    )
     writer = gguf.GGUFWriter(path, architecture)
     _write_sizes(writer, architecture, config)
     writer.add_tokenizer_model("gpt2")
@@ -116,7 +130,7 @@ def write_gguf(
     for key, value in (metadata or {}).items():
         writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
     names = gguf.get_tensor_name_map(_gguf_architecture(architecture), config["num_hidden_layers"])
-    for hf_name, weights in tensors.items():
+    for hf_name, weights in _with_joined_experts(tensors).items():
         gguf_name = names.get_name(hf_name, try_suffixes=(".weight", ".bias"))
         converted = _to_gguf_layout(hf_name, weights, architecture, config)
         if converted.ndim == 1:
@@ -130,6 +144,17 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _with_joined_experts(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The matrices of a layer's experts as one tensor."""
+    joined: dict[str, Any] = {}
+    for name, weights in tensors.items():
+        if match := re.fullmatch(r"(.*\.experts)\.\d+(\..*)", name):
+            joined.setdefault(match[1] + match[2], []).append(weights)
+        else:
+            joined[name] = weights
+    return {name: np.stack(each) if isinstance(each, list) else each for name, each in joined.items()}
 
 
 def _gguf_architecture(name: str) -> gguf.MODEL_ARCH:
@@ -151,6 +176,10 @@ def _write_sizes(writer: gguf.GGUFWriter, architecture: str, config: Mapping[str
         writer.add_value_length(config["head_dim"])
     if "sliding_window" in config:
         writer.add_sliding_window(config["sliding_window"])
+    if "num_experts" in config:
+        writer.add_expert_count(config["num_experts"])
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
     if architecture == "gemma2":
         writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
         writer.add_final_logit_softcapping(config["final_logit_softcapping"])

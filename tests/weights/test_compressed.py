@@ -26,7 +26,7 @@ def test_weights_are_those_that_were_packed(tmp_path: Path, name: str) -> None:
     _, meant = write_compressed(tmp_path, layout)
     files = open_model(tmp_path)
     assert files.spec.quantization is not None
-    assert f"int{layout.bits}" in files.spec.quantization
+    assert ("fp8" if layout.method == "fp8" else f"int{layout.bits}") in files.spec.quantization
     assert set(files.tensor_names()) == set(meant)
     for tensor_name, expected in meant.items():
         tensor = files.tensor(tensor_name)
@@ -67,7 +67,11 @@ UNSUPPORTED: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
     ("gptq", lambda c: c.update(group_size=64), "96 inputs"),
     ("awq", lambda c: c.update(version="gemv"), "'gemv'"),
     ("awq", lambda c: c.update(bits=8), "8 bits"),
-    ("w8a8", lambda c: c.update(format="float-quantized"), "'float-quantized'"),
+    ("w8a8", lambda c: c.update(format="float-quantized"), "'float-quantized' of type 'int'"),
+    ("fp8", lambda c: c.update(weight_block_size=[64, 64]), r"\[64, 64\]; supported is \[128, 128\]"),
+    ("fp8", lambda c: c.update(activation_scheme="static"), "activation_scheme"),
+    ("fp8 channel", lambda c: _weights_of(c).update(strategy="token"), "float8 with scales by 'token'"),
+    ("fp8 channel", lambda c: _weights_of(c).update(strategy="block"), "blocks of None"),
     ("w8a8", lambda c: c.update(config_groups={}), "0 config_groups"),
     ("w8a8", lambda c: c.update(sparsity_config={"format": "sparse-24"}), "sparsity_config"),
     ("w8a8", lambda c: c["config_groups"]["group_0"].update(weights=None), "without quantized weights"),
@@ -131,6 +135,9 @@ BROKEN: list[tuple[str, Callable[[Tensors], Any], type[Exception], str]] = [
         ModelFileError,
         "weight_packed",
     ),
+    ("fp8", lambda s: s.pop(f"{MODULE}.weight_scale_inv"), ModelFileError, "weight_scale_inv is missing"),
+    ("fp8", lambda s: s.update({f"{MODULE}.weight_scale_inv": np.zeros(3, np.float32)}), ModelFileError, r"F32 \[3\]"),
+    ("fp8", lambda s: s.update({MATRIX: np.zeros((64, 64), np.uint8)}), ModelFileError, r"F8_E4M3 \[64, 64\]"),
     ("w4a16, zeros", lambda s: s.pop(f"{MODULE}.weight_zero_point"), ModelFileError, "weight_zero_point is missing"),
 ]
 

@@ -216,7 +216,7 @@ def test_impossible_config_is_a_typed_error(architecture: str, changes: dict[str
     assert str(caught.value).startswith("config.json: ")
 
 
-ALL_SUPPORTED = "supported are llama, mistral, qwen2, qwen3, gemma2, gemma3"
+ALL_SUPPORTED = "supported are llama, mistral, qwen2, qwen3, qwen3_moe, gemma2, gemma3"
 UNSUPPORTED: list[tuple[str, dict[str, Any], str]] = [
     ("qwen2", {"architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe"}, ALL_SUPPORTED),
     ("qwen2", {"architectures": ["Qwen2ForSequenceClassification"]}, ALL_SUPPORTED),

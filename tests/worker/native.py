@@ -15,6 +15,9 @@ from pelton.weights.tensors import WeightTensor
 from pelton.worker.kernels.cpu import pelton_cpu
 from pelton.worker.kernels.cpu.backend import NativeKernels
 
+# Of ops.BACKENDS, those made for a CPU. Triton's kernels, interpreted, have tests of their own, on smaller shapes.
+CPU_BACKENDS = ["native", "reference"]
+
 # Where the float16 scales and minima of a block lie; every other byte may be anything.
 _HALVES = {
     "Q4_0": (0,),

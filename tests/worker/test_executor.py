@@ -22,7 +22,8 @@ from pelton.worker.executors import build_worker
 from pelton.worker.executors.build_worker import build_executor, num_blocks_of_request, plan_kv_cache
 from pelton.worker.executors.host_resources import num_available_cores, num_available_memory_bytes
 from pelton.worker.executors.in_process import InProcessExecutor
-from pelton.worker.kernels.ops import BACKENDS
+from pelton.worker.kv_format import KV_FORMATS
+from tests.worker.native import CPU_BACKENDS
 
 pytestmark = pytest.mark.torch
 
@@ -70,7 +71,7 @@ def keep_thread_count() -> Iterator[None]:
     torch.set_num_threads(num_threads)
 
 
-@pytest.fixture(params=list(BACKENDS))
+@pytest.fixture(params=CPU_BACKENDS)
 def executor(request: pytest.FixtureRequest) -> Iterator[InProcessExecutor]:
     config = WorkerConfig(threads=1, kernel_backend=request.param)
     built, _ = build_executor(SpecOnly(), DUMMY, config, ENGINE, eos_token_ids={0})
@@ -166,7 +167,7 @@ def test_weights_beyond_the_free_memory_are_refused() -> None:
         build_executor(files, ModelConfig(), WorkerConfig(), ENGINE, eos_token_ids=())
 
 
-@pytest.mark.parametrize("backend", list(BACKENDS))
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_a_failed_allocation_is_a_typed_error(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine claims more memory than an address space holds, so that the backend itself refuses."""
     monkeypatch.setattr(build_worker, "num_available_memory_bytes", lambda: 2**80)
@@ -189,6 +190,7 @@ def test_types_that_a_backend_lacks_are_refused(settings: dict[str, str], words:
         build_executor(SpecOnly(), DUMMY, WorkerConfig(threads=1, **settings), ENGINE, eos_token_ids=())
 
 
+FLOAT32 = KV_FORMATS["float32"]
 BLOCK_BYTES = SPEC.kv_bytes_per_block(16, 4)  # 2 layers x (K, V) x 16 x 2 heads x 8 x 4 bytes = 4 KiB
 
 
@@ -210,7 +212,7 @@ BLOCK_BYTES = SPEC.kv_bytes_per_block(16, 4)  # 2 layers x (K, V) x 16 x 2 heads
     ids=str,
 )
 def test_kv_cache_size(settings: dict[str, float], num_free_bytes: int, num_blocks: int, max_model_len: int) -> None:
-    plan = plan_kv_cache(SPEC, replace(ENGINE, **settings), 4, num_free_bytes)
+    plan = plan_kv_cache(SPEC, replace(ENGINE, **settings), FLOAT32, num_free_bytes)
     assert (plan.num_blocks, plan.max_model_len) == (num_blocks, max_model_len)
 
 
@@ -227,7 +229,7 @@ def test_kv_cache_size(settings: dict[str, float], num_free_bytes: int, num_bloc
 )
 def test_a_kv_cache_that_cannot_work_is_refused(settings: dict[str, float], num_free_bytes: int, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        plan_kv_cache(SPEC, replace(ENGINE, **settings), 4, num_free_bytes)
+        plan_kv_cache(SPEC, replace(ENGINE, **settings), FLOAT32, num_free_bytes)
 
 
 def test_a_sliding_window_group_needs_no_more_than_its_window() -> None:
@@ -236,7 +238,7 @@ def test_a_sliding_window_group_needs_no_more_than_its_window() -> None:
     assert num_blocks_of_request(SLIDING, ENGINE, 64) == 3 * 4
     # Beyond window + step + a block at either end = 64 + 32 + 32 tokens, only the full group grows.
     assert num_blocks_of_request(SLIDING, ENGINE, 512) == 32 + 2 * 8
-    plan = plan_kv_cache(SLIDING, replace(ENGINE, num_kv_blocks=1 + 20 + 2 * 8), 4, GIB)
+    plan = plan_kv_cache(SLIDING, replace(ENGINE, num_kv_blocks=1 + 20 + 2 * 8), FLOAT32, GIB)
     assert plan.max_model_len == 20 * 16
 
 

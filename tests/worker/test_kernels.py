@@ -1,6 +1,6 @@
 """Every op of every backend against plain float64 formulas, and law 3 op by op.
 
-A new backend is tested by its row in `BACKENDS`.
+A new backend for CPUs is tested by its row in `CPU_BACKENDS`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch
 
 from pelton.core.errors import ConfigError
 from pelton.weights.tensors import WeightTensor
-from pelton.worker.kernels.ops import BACKENDS, AttentionShape, Kernels, make_kernels
-from tests.worker.native import OnTensors
+from pelton.worker.kernels.ops import AttentionShape, Kernels, make_kernels
+from tests.worker.native import CPU_BACKENDS, OnTensors
 
 pytestmark = pytest.mark.torch
 
 
-@pytest.fixture(params=list(BACKENDS))
+@pytest.fixture(params=CPU_BACKENDS)
 def kernels(request: pytest.FixtureRequest) -> Kernels:
     torch.manual_seed(0)
     return OnTensors(make_kernels(request.param))
@@ -121,7 +121,7 @@ def test_linear_in_narrow_dtypes(dtype: torch.dtype) -> None:
 @pytest.mark.usefixtures("matrix_library")
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
 @pytest.mark.parametrize(("out_features", "in_features"), [(1152, 896), (896, 4864), (33, 50)])
-@pytest.mark.parametrize(("backend", "dtype"), [*[(name, torch.float32) for name in BACKENDS], *NARROW_REFERENCE])
+@pytest.mark.parametrize(("backend", "dtype"), [*[(name, torch.float32) for name in CPU_BACKENDS], *NARROW_REFERENCE])
 def test_linear_rows_do_not_depend_on_their_number(
     backend: str, out_features: int, in_features: int, dtype: torch.dtype, num_threads: int
 ) -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 
 from pelton.core.batch import KVOp, KVOpKind
-from pelton.worker.kernels.ops import BACKENDS, Kernels, make_kernels
+from pelton.worker.kernels.ops import Kernels, make_kernels
 from pelton.worker.kv_storage import KVStorage
+from tests.worker.native import CPU_BACKENDS
 from tests.worker.test_kv_storage import make_spec
 
 pytestmark = pytest.mark.torch
 
 
-@pytest.fixture(params=list(BACKENDS))
+@pytest.fixture(params=CPU_BACKENDS)
 def kernels(request: pytest.FixtureRequest) -> Kernels:
     return make_kernels(request.param)
 

@@ -8,8 +8,9 @@ import pytest
 
 from pelton.core.batch import KVOp, KVOpKind
 from pelton.core.model_spec import ModelSpec, RopeSpec, make_kv_groups
-from pelton.worker.kernels.ops import BACKENDS, Kernels, make_kernels
+from pelton.worker.kernels.ops import Kernels, make_kernels
 from pelton.worker.kv_storage import KVStorage
+from tests.worker.native import CPU_BACKENDS
 
 pytestmark = pytest.mark.torch
 
@@ -31,7 +32,7 @@ def make_spec(windows: list[int | None]) -> ModelSpec:
     )
 
 
-@pytest.fixture(params=list(BACKENDS))
+@pytest.fixture(params=CPU_BACKENDS)
 def kernels(request: pytest.FixtureRequest) -> Kernels:
     return make_kernels(request.param)
 

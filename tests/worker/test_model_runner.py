@@ -26,12 +26,12 @@ from pelton.core.errors import EngineStepError
 from pelton.core.model_spec import ModelSpec, RopeSpec, make_kv_groups
 from pelton.core.output import TokenLogprobs
 from pelton.core.sampling_params import SamplingParams
-from pelton.worker import model_runner
-from pelton.worker.kernels.ops import BACKENDS, make_kernels
+from pelton.worker.kernels.ops import make_kernels
 from pelton.worker.kv_storage import KVStorage
 from pelton.worker.model_runner import ModelRunner
 from pelton.worker.models.registry import Model, make_dummy_model
 from pelton.worker.sampling.reference import ReferenceSampler
+from tests.worker.native import CPU_BACKENDS
 
 pytestmark = pytest.mark.torch
 
@@ -76,7 +76,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(num_threads)
 
 
-@pytest.fixture(params=[(spec, backend) for spec in SPECS for backend in BACKENDS], ids="-".join)
+@pytest.fixture(params=[(spec, backend) for spec in SPECS for backend in CPU_BACKENDS], ids="-".join)
 def model(request: pytest.FixtureRequest) -> Model:
     spec, backend = request.param
     return make_dummy_model(SPECS[spec], make_kernels(backend))
@@ -401,8 +401,8 @@ def test_nan_in_the_prompts_logits_fails_that_request(model: Model) -> None:
 
 
 def test_more_requests_than_logits_are_held_at_once(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_runner, "_MAX_LOGITS_ROWS", 3)
     driver = Driver(model)
+    monkeypatch.setattr(driver.runner, "_max_logits_rows", 3)
     for seed in range(8):
         driver.add(str(seed), make_prompt(3 + seed, seed))
     driver.run(3)

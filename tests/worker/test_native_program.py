@@ -18,7 +18,7 @@ from pelton.worker.kernels.cpu.backend import NativeKernels
 from pelton.worker.kernels.cpu.program import NativeProgram
 from pelton.worker.kernels.cpu.recorder import Recorder
 from pelton.worker.kv_storage import KVStorage
-from pelton.worker.layers.rotary import rotary_tables
+from pelton.worker.layers.rotary import Rotation, rotary_tables
 from pelton.worker.models.registry import compile_model, make_dummy_model
 
 KERNELS = NativeKernels(2)
@@ -91,7 +91,7 @@ def make_batch(num_groups: int = 2) -> ForwardBatch:
     positions = np.array([0, 1, 2, 3, 4, 0, 1, 2])
     slots = np.array([4, 5, 6, 7, 8, 12, 13, 14])
     tables = np.array([[1, 2], [3, 0]])
-    groups = [GroupBatch(slots, tables, *table.lookup(positions, 5)) for table in rotary_tables(make_spec(2))]
+    groups = [GroupBatch(slots, tables, Rotation(table, positions, 5)) for table in rotary_tables(make_spec(2))]
     return ForwardBatch(
         token_ids=np.arange(8),
         query_start_loc=np.array([0, 5, 8]),

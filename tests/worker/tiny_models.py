@@ -17,7 +17,7 @@ from pelton.core.model_spec import ModelSpec
 from pelton.worker.forward_batch import ForwardBatch, GroupBatch
 from pelton.worker.kernels.ops import Program, make_kernels
 from pelton.worker.kv_storage import KVStorage
-from pelton.worker.layers.rotary import rotary_tables
+from pelton.worker.layers.rotary import Rotation, rotary_tables
 from pelton.worker.models.registry import Model, compile_model
 
 VOCAB_SIZE = 211
@@ -42,6 +42,8 @@ _GEMMA3 = {
     "head_dim": 16,
 }
 
+_EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
+
 # Row name -> model type and what differs from `_SIZES`. Between them: query heads per key-value head
 # 1, 2, 4, 7; head sizes that are no power of two; biases; tied and untied; every rope scaling; windows.
 TINY_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -60,6 +62,8 @@ TINY_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", {"head_dim": 40}),
     "qwen3-tied": ("qwen3", {"head_dim": 32, "tie_word_embeddings": True, "num_key_value_heads": 1}),
+    "qwen3-moe": ("qwen3_moe", {**_EXPERTS, "head_dim": 24, "norm_topk_prob": True}),
+    "qwen3-moe-shares": ("qwen3_moe", {**_EXPERTS, "num_experts_per_tok": 1, "norm_topk_prob": False}),
     "gemma2": ("gemma2", _GEMMA2),
     "gemma2-strong-caps": (
         "gemma2",
@@ -159,7 +163,7 @@ class PagedModel:
             return
         batch = self.make_batch(pairs)
         self.program.forward(batch)
-        logits = torch.from_numpy(self.program.logits(batch.logits_indices, batch.adapters))
+        logits = torch.as_tensor(self.program.logits(batch.logits_indices, batch.adapters))
         for (request, num_tokens), rows in zip(pairs, logits.split([n for _, n in pairs]), strict=True):
             request.num_computed_tokens += num_tokens
             request.logits.append(rows.clone())  # the next step's are written over them
@@ -207,10 +211,13 @@ class PagedModel:
                 table[position // self.block_size] * self.block_size + position % self.block_size
                 for position in range(start, start + num_tokens)
             ]
-        cos_sin = self._rotary_tables[index].lookup(np.array(positions), max(positions) + 1)
-        return GroupBatch(np.array(slots), np.array(tables), *cos_sin)
+        rotation = Rotation(self._rotary_tables[index], np.array(positions), max(positions) + 1)
+        return GroupBatch(np.array(slots), np.array(tables), rotation)
 
 
 def fill_with_nan(cache: Any) -> None:
     """Of any backend; as the bits of bfloat16 where numpy holds them."""
-    cache[...] = 0x7FC0 if cache.dtype == np.uint16 else math.nan
+    if isinstance(cache, torch.Tensor) and cache.element_size() == 1:
+        cache.view(torch.uint8).fill_(0xFF)  # packed: no code is one, but every scale
+    else:
+        cache[...] = 0x7FC0 if cache.dtype == np.uint16 else math.nan

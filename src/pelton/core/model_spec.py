@@ -38,7 +38,7 @@ class ModelSpec:
     Lengths are in elements: `hidden_size` H, `intermediate_size` F, `head_dim` D, `vocab_size` V.
     """
 
-    architecture: str  # registry name: llama, mistral, qwen2, qwen3, gemma2, gemma3
+    architecture: str  # registry name: llama, mistral, qwen2, qwen3, qwen3_moe, gemma2, gemma3
     num_layers: int
     hidden_size: int
     intermediate_size: int
@@ -60,6 +60,10 @@ class ModelSpec:
     attention_softcap: float | None = None  # Gemma 2
     final_softcap: float | None = None  # Gemma 2
     embedding_scale: float = 1.0  # Gemma: sqrt(hidden_size)
+    num_experts: int = 0  # 0: feed-forward layers are no mixtures
+    num_experts_per_token: int = 0
+    expert_size: int = 0  # intermediate size of an expert
+    normalizes_experts: bool = False  # weights of a token's experts add up to 1
     dtype: str = "float32"  # of the stored weights, before any quantization
     quantization: str | None = None  # name as users know it, for example Q4_K_M
 

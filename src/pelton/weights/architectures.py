@@ -12,6 +12,7 @@ from pelton.weights.mapped_file import shown
 MAX_LAYERS = 4096
 MAX_WIDTH = 1 << 20  # hidden and intermediate sizes, heads
 MAX_VOCABULARY = 1 << 24
+MAX_EXPERTS = 4096  # of a layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,7 @@ class Architecture:
     model_types: tuple[str, ...]  # `model_type` of config.json
     gguf_name: str  # `general.architecture`
     qk_norm: bool = False  # RMSNorm over each head of q and k
+    is_mixture: bool = False  # of experts
     sandwich_norms: bool = False  # norms before and after both attention and MLP (Gemma)
 
 
@@ -31,6 +33,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         Architecture("mistral", ("MistralForCausalLM",), ("mistral",), "llama"),
         Architecture("qwen2", ("Qwen2ForCausalLM",), ("qwen2",), "qwen2"),
         Architecture("qwen3", ("Qwen3ForCausalLM",), ("qwen3",), "qwen3", qk_norm=True),
+        Architecture("qwen3_moe", ("Qwen3MoeForCausalLM",), ("qwen3_moe",), "qwen3moe", qk_norm=True, is_mixture=True),
         Architecture("gemma2", ("Gemma2ForCausalLM",), ("gemma2",), "gemma2", sandwich_norms=True),
         Architecture(
             "gemma3",
@@ -95,10 +98,15 @@ def _layer_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
         "self_attn.k_proj": (kv_size, hidden, spec.attention_bias),
         "self_attn.v_proj": (kv_size, hidden, spec.attention_bias),
         "self_attn.o_proj": (hidden, q_size, spec.attention_output_bias),
-        "mlp.gate_proj": (inner, hidden, spec.mlp_bias),
-        "mlp.up_proj": (inner, hidden, spec.mlp_bias),
-        "mlp.down_proj": (hidden, inner, spec.mlp_bias),
     }
+    if spec.num_experts:
+        projections["mlp.gate"] = (spec.num_experts, hidden, False)
+        mlps = [(f"mlp.experts.{i}", spec.expert_size) for i in range(spec.num_experts)]
+    else:
+        mlps = [("mlp", inner)]
+    for mlp, size in mlps:
+        projections[f"{mlp}.gate_proj"] = projections[f"{mlp}.up_proj"] = (size, hidden, spec.mlp_bias)
+        projections[f"{mlp}.down_proj"] = (hidden, size, spec.mlp_bias)
     for name, (num_out, num_in, has_bias) in projections.items():
         shapes[f"{name}.weight"] = (num_out, num_in)
         if has_bias:

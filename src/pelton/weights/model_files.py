@@ -16,10 +16,11 @@ from pelton.weights.generation import (
     template_from_folder,
     template_from_gguf,
 )
-from pelton.weights.gguf.names import IGNORED_TENSORS, hf_name, restore_layout
+from pelton.weights.gguf.names import IGNORED_TENSORS, expert_names, hf_name, restore_layout
 from pelton.weights.gguf.reader import GGUFFile, read_gguf
 from pelton.weights.gguf.spec import spec_from_gguf
 from pelton.weights.mapped_file import read_json_object
+from pelton.weights.presets import PresetFiles, is_preset
 from pelton.weights.safetensors import SafetensorsFile, holds_safetensors, open_safetensors_folder
 from pelton.weights.specs import compression_from_config, spec_from_config
 from pelton.weights.tensors import GenerationDefaults, ModelFiles, WeightTensor
@@ -43,6 +44,8 @@ def open_model(path: Path, *, tokenizer: str | None = None) -> ModelFiles:
     `UnsupportedModelError` for a model that Pelton does not implement.
     """
     template = _override_template(tokenizer)
+    if is_preset(path):
+        return PresetFiles(path)
     if not path.is_dir():
         return GGUFModelFiles(read_gguf(path), template)
     gguf_files = sorted(path.glob("*.gguf"))
@@ -74,27 +77,33 @@ class GGUFModelFiles:
         self.tokenizer_metadata: Mapping[str, Any] | None = file.metadata
         self._file = file
         self._shapes = expected_tensors(self.spec)
-        self._gguf_names: dict[str, str] = {}
+        # Name -> that in the file, and which of the experts that lie there together.
+        self._places: dict[str, tuple[str, int | None]] = {}
         unknown: list[str] = []
         for gguf_name in file.tensors:
             name = hf_name(gguf_name, self.spec.architecture)
             if name in self._shapes:
-                self._gguf_names[name] = gguf_name
+                self._places[name] = gguf_name, None
+            elif experts := expert_names(gguf_name, self.spec):
+                self._places |= {expert: (gguf_name, i) for i, expert in enumerate(experts) if expert in self._shapes}
             elif not IGNORED_TENSORS.fullmatch(gguf_name):
                 unknown.append(gguf_name)
         _refuse_unknown(self.path, self.spec, unknown)
 
     def tensor_names(self) -> list[str]:
-        return list(self._gguf_names)
+        return list(self._places)
 
     def tensor(self, name: str) -> WeightTensor:
-        gguf_name = self._gguf_names.get(name)
-        if gguf_name is None:
+        if name not in self._places:
             raise ModelFileError(self.path, f"tensor {name} is missing")
-        info = self._file.tensors[gguf_name]
-        _check_shape(self.path, name, info.shape, self._shapes[name])
-        tensor = WeightTensor(name, info.shape, info.format, self._file.tensor_data(gguf_name))
-        return restore_layout(tensor, self.spec)
+        gguf_name, expert = self._places[name]
+        info, shape = self._file.tensors[gguf_name], self._shapes[name]
+        data = self._file.tensor_data(gguf_name)
+        if expert is None:
+            _check_shape(self.path, name, info.shape, shape)
+            return restore_layout(WeightTensor(name, shape, info.format, data), self.spec)
+        _check_shape(self.path, gguf_name, info.shape, (self.spec.num_experts, *shape))
+        return WeightTensor(name, shape, info.format, data.reshape(self.spec.num_experts, -1)[expert])
 
     def drop_pages(self) -> None:
         self._file.drop_pages()
@@ -140,7 +149,7 @@ class SafetensorsModelFiles:
             return False
         if module == "model.embed_tokens":
             return False
-        if part == "weight" and file.tensors[stored_name].dtype != "I8":
+        if part == "weight" and file.tensors[stored_name].dtype not in ("I8", "F8_E4M3"):
             return False
         self._parts.setdefault(matrix, {})[part] = (file, stored_name)
         return True
@@ -152,11 +161,13 @@ class SafetensorsModelFiles:
         if name in self._parts:
             if name in self._places:
                 raise ModelFileError(self.path, f"tensor {name} is there both as it is and compressed")
-            from pelton.weights.compressed.tensor import CompressedTensor  # needs numpy
+            from pelton.weights.compressed.fp8 import Fp8Tensor  # needs numpy
+            from pelton.weights.compressed.tensor import CompressedTensor
 
             assert self._scheme is not None
+            kind = Fp8Tensor if self._scheme.layout == "fp8" else CompressedTensor
             parts = {part: file.part(stored_name) for part, (file, stored_name) in self._parts[name].items()}
-            return CompressedTensor(self.path, name, self._shapes[name], self._scheme, parts)
+            return kind(self.path, name, self._shapes[name], self._scheme, parts)
         if name not in self._places:
             raise ModelFileError(self.path, f"tensor {name} is missing")
         file, stored_name = self._places[name]

@@ -15,6 +15,7 @@ from pelton.core.errors import UnsupportedModelError
 from pelton.core.model_spec import ModelSpec, RopeSpec, make_kv_groups
 from pelton.weights.architectures import (
     ARCHITECTURES,
+    MAX_EXPERTS,
     MAX_LAYERS,
     MAX_VOCABULARY,
     MAX_WIDTH,
@@ -42,6 +43,12 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 4096, "num_key_value_heads": 8},
     "qwen2": {"sliding_window": 4096, "max_window_layers": 28},
     "qwen3": {"sliding_window": 4096, "max_window_layers": 28, "head_dim": 128},
+    "qwen3_moe": {
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+        "moe_intermediate_size": 768,
+        "num_experts_per_tok": 8,
+    },
     "gemma2": {**_GEMMA_DEFAULTS, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
     # Published Gemma 3 configs leave out whatever equals these.
     "gemma3": {
@@ -64,7 +71,7 @@ def spec_from_config(path: Path, config: Mapping[str, Any]) -> ModelSpec:
     """
     architecture, text_config = _resolve_architecture(path, config)
     fields = Fields(path, {**_DEFAULTS[architecture], **text_config})
-    _refuse_unimplemented(fields)
+    _refuse_unimplemented(fields, architecture)
     scheme = scheme_from_config(fields)
     is_gemma = architecture in ("gemma2", "gemma3")
     hidden_size = fields.integer("hidden_size", high=MAX_WIDTH)
@@ -97,6 +104,7 @@ def spec_from_config(path: Path, config: Mapping[str, Any]) -> ModelSpec:
         attention_softcap=fields.optional_number("attn_logit_softcapping") if is_gemma else None,
         final_softcap=fields.optional_number("final_logit_softcapping") if is_gemma else None,
         embedding_scale=math.sqrt(hidden_size) if is_gemma else 1.0,
+        **_mixture(fields, architecture),
         dtype=_dtype(fields),
         quantization=None if scheme is None else scheme.name,
     )
@@ -132,12 +140,32 @@ def _resolve_architecture(path: Path, config: Mapping[str, Any]) -> tuple[str, M
     return architecture.name, {**inherited, **nested}
 
 
-def _refuse_unimplemented(fields: Fields) -> None:
+def _refuse_unimplemented(fields: Fields, architecture: str) -> None:
     if fields.flag("use_bidirectional_attention", False):
         raise UnsupportedModelError(f"{fields.path}: bidirectional attention is not supported")
     for key in ("num_local_experts", "num_experts"):
-        if fields.get(key):
+        if fields.get(key) and not ARCHITECTURES[architecture].is_mixture:
             raise UnsupportedModelError(f"{fields.path}: mixtures of experts are not supported ({key})")
+
+
+def _mixture(fields: Fields, architecture: str) -> dict[str, Any]:
+    """What `ModelSpec` says of experts. Raises `UnsupportedModelError` where only some layers have them."""
+    if not ARCHITECTURES[architecture].is_mixture:
+        return {}
+    if fields.integer("decoder_sparse_step", 1, low=0) != 1 or fields.get("mlp_only_layers"):
+        raise UnsupportedModelError(
+            f"{fields.path}: layers without experts between others are not supported (decoder_sparse_step, "
+            "mlp_only_layers)"
+        )
+    # transformers 4 and 5 call it differently.
+    key = "num_experts" if fields.get("num_local_experts") is None else "num_local_experts"
+    num_experts = fields.integer(key, 128, high=MAX_EXPERTS)
+    return {
+        "num_experts": num_experts,
+        "num_experts_per_token": fields.integer("num_experts_per_tok", high=num_experts),
+        "expert_size": fields.integer("moe_intermediate_size", high=MAX_WIDTH),
+        "normalizes_experts": fields.flag("norm_topk_prob", False),
+    }
 
 
 def _head_dim(fields: Fields, hidden_size: int, num_heads: int) -> int:
@@ -173,7 +201,7 @@ def _layer_windows(fields: Fields, architecture: str, num_layers: int) -> list[i
     window = fields.optional_integer("sliding_window")
     if architecture == "mistral":
         return [window] * num_layers
-    if architecture in ("qwen2", "qwen3") and not fields.flag("use_sliding_window", False):
+    if architecture in ("qwen2", "qwen3", "qwen3_moe") and not fields.flag("use_sliding_window", False):
         return [None] * num_layers
     windowed = _windowed_layers(fields, architecture, num_layers, window)
     if window is None and any(windowed):
@@ -190,7 +218,7 @@ def _windowed_layers(fields: Fields, architecture: str, num_layers: int, window:
         if unknown:
             raise UnsupportedModelError(f"{fields.path}: layer type {shown(min(unknown))} is not supported")
         return [name == "sliding_attention" for name in layer_types]
-    if architecture in ("qwen2", "qwen3"):
+    if architecture in ("qwen2", "qwen3", "qwen3_moe"):
         first = fields.integer("max_window_layers", low=0)
         return [window is not None and layer_id >= first for layer_id in range(num_layers)]
     period = 2 if architecture == "gemma2" else _gemma3_period(fields)

@@ -6,10 +6,13 @@ Legend: T tokens in the step, R requests, S rows whose logits are wanted, B bloc
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from pelton.worker.layers.rotary import Rotation
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -23,8 +26,16 @@ class GroupBatch:
 
     slot_mapping: Ints  # [T]: block_id * block_size + offset of each new token
     block_tables: Ints  # [R, B], padded with NULL_BLOCK_ID
-    cos: Floats  # [T, rotary_dim / 2], of the tokens' positions
-    sin: Floats
+    rotation: Rotation  # of the tokens' positions; groups with one rotary embedding share it
+
+    @property
+    def cos(self) -> Floats:
+        """[T, rotary_dim / 2]."""
+        return self.rotation.cos_sin[0]
+
+    @property
+    def sin(self) -> Floats:
+        return self.rotation.cos_sin[1]
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import numpy as np
-
 from pelton.core.batch import KVOp, KVOpKind
 from pelton.core.errors import EngineStepError
 from pelton.core.model_spec import ModelSpec
 from pelton.worker.kernels.ops import Kernels, LayerCache
+from pelton.worker.kv_format import KV_FORMATS
 
 
 class KVStorage:
@@ -38,15 +37,15 @@ class KVStorage:
             for group_id, group in enumerate(spec.kv_groups)
             for slot, layer_id in enumerate(group.layer_ids)
         }
-        # [layer slots, keys and values, num_blocks, block_size, K, D]
+        # [layer slots, keys and values, num_blocks, *block]: block_size, K, D, or bytes of a packed format
+        kv_format = KV_FORMATS[dtype]
+        block_shape = kv_format.block_shape(block_size, spec.num_kv_heads, spec.head_dim)
         self._data = kernels.empty_cache(
-            (spec.num_layers_per_kv_group, 2, num_blocks, block_size, spec.num_kv_heads, spec.head_dim), dtype
+            (spec.num_layers_per_kv_group, 2, num_blocks, *block_shape), kv_format.array_dtype
         )
 
-        num_host = max(1, num_host_blocks)  # torch reads no other type from nothing
-        self._host_bytes = np.empty((num_host, self._data.nbytes // num_blocks), dtype=np.uint8)
-        block_shape = (spec.num_layers_per_kv_group, 2, block_size, spec.num_kv_heads, spec.head_dim)
-        self._host = kernels.from_numpy(self._host_bytes).view(self._data.dtype).reshape(num_host, *block_shape)
+        self._copies = kernels.make_block_copies()
+        self._host_bytes = self._copies.empty_host(num_host_blocks, self._data.nbytes // num_blocks)
 
     def warm_up(self) -> None:
         """Write the null block, which brings in the pages that each layer's first blocks share with it: huge ones,
@@ -70,13 +69,17 @@ class KVStorage:
         return self._host_bytes[slot_id].data
 
     def move(self, ops: Iterable[KVOp]) -> None:
-        """Copy blocks, in every layer, one operation after another."""
+        """Copy blocks, in every layer, one operation after another. Host memory is right after `wait`."""
         for op in ops:
             if op.kind is KVOpKind.COPY:
-                self._data[:, :, op.destination] = self._data[:, :, op.source]
+                self._copies.copy(self._data[:, :, op.destination], self._data[:, :, op.source])
             elif op.tier != "host":
                 raise EngineStepError(f"KV operation {op.kind} needs tier {op.tier!r}, and this worker has none")
             elif op.kind is KVOpKind.STORE:
-                self._host[op.destination] = self._data[:, :, op.source]
+                self._copies.store(self._host_bytes[op.destination], self._data[:, :, op.source])
             else:
-                self._data[:, :, op.destination] = self._host[op.source]
+                self._copies.load(self._data[:, :, op.destination], self._host_bytes[op.source])
+
+    def wait(self) -> None:
+        """Until the moves so far are done."""
+        self._copies.wait()

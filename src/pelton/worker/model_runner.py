@@ -6,6 +6,7 @@ Legend: T tokens in the step, R requests, S rows whose logits are wanted, H hidd
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -13,21 +14,19 @@ from typing import Any
 
 import numpy as np
 
-from pelton.core.batch import NULL_BLOCK_ID, ScheduledBatch, ScheduledRequest, StepResult
+from pelton.core.batch import NULL_BLOCK_ID, PENDING_TOKEN_ID, ScheduledBatch, ScheduledRequest, StepResult
 from pelton.core.output import TokenLogprobs
 from pelton.worker.adapters import LoadedAdapters
-from pelton.worker.forward_batch import Adapters, Floats, ForwardBatch, GroupBatch, Ints
+from pelton.worker.forward_batch import Adapters, ForwardBatch, GroupBatch, Ints
+from pelton.worker.kernels.ops import Array
 from pelton.worker.kv_storage import KVStorage
-from pelton.worker.layers.rotary import RotaryTable, rotary_tables
+from pelton.worker.layers.rotary import RotaryTable, Rotation, rotary_tables
 from pelton.worker.models.registry import Model, compile_model
 from pelton.worker.pooling.pooler import Pooler
 from pelton.worker.request_state import RequestState, RequestStates
 from pelton.worker.sampling.grammar import GrammarMasks, GrammarMatchers
-from pelton.worker.sampling.sampler import Sampler, TokenMask
+from pelton.worker.sampling.sampler import LateSamples, Sampler, Samples, TokenMask
 from pelton.worker.sampling.thinking import only
-
-# Rows of logits held at once: 64 x 152k float32 are 39 MB.
-_MAX_LOGITS_ROWS = 64
 
 
 @dataclass(slots=True)
@@ -57,6 +56,29 @@ class _Answers:
     pooled: dict[str, bytes] = field(default_factory=dict)
 
 
+@dataclass(slots=True, eq=False)
+class RunningStep:
+    """A step whose tokens may still be on the device; later steps can begin on them there."""
+
+    batch: ScheduledBatch
+    start_s: float
+    answers: _Answers
+    kv_copy_s: float = 0.0
+    rows: Sequence[StepRow] = ()  # that sample late
+    samples: LateSamples | None = None
+    result: StepResult | None = None
+    error: BaseException | None = None
+
+    @property
+    def is_done(self) -> bool:
+        return self.result is not None or self.error is not None
+
+    def wait(self) -> None:
+        """Until the device has done it. Callable from any thread."""
+        if self.samples is not None:
+            self.samples.wait()
+
+
 class ModelRunner:
     """Runs steps one after another; not thread-safe.
 
@@ -78,6 +100,10 @@ class ModelRunner:
         self._kv = kv
         self._sampler = sampler
         self._program = compile_model(model, kv)
+        self._to_numpy = model.kernels.to_numpy
+        self._max_logits_rows = model.kernels.max_logits_rows
+        self._running: deque[RunningStep] = deque()  # begun and not ended, oldest first
+        self._last_end_s = 0.0
         self._rotary_tables = rotary_tables(model.spec)
         self._block_size = block_size
         self._states = RequestStates(sampler, model.spec.vocab_size, matchers)
@@ -86,32 +112,65 @@ class ModelRunner:
 
     def run_step(self, batch: ScheduledBatch) -> StepResult:
         """KV operations, then one forward pass, then sampling. Raises what the model or the kernels raise."""
+        return self.end_step(self.begin_step(batch))
+
+    def begin_step(self, batch: ScheduledBatch) -> RunningStep:
+        """As `run_step`, but where tokens are chosen on a device and nothing here needs them, they are not waited for;
+        the step has its result only after `end_step`. Steps are ended in the order in which they began."""
         start_s = time.perf_counter()
         count = len(batch.requests)
-        answers = _Answers([()] * count, [None] * count, [None] * count)
+        step = RunningStep(batch, start_s, _Answers([()] * count, [None] * count, [None] * count))
         try:
             # First of all: later steps count on it, whatever becomes of this one.
             self._kv.move(batch.kv_ops)
-            kv_copy_s = time.perf_counter() - start_s if batch.kv_ops else 0.0
-            answers.failed.update(self._states.update(batch))
-            rows = self._select_rows(batch, answers)
+            step.kv_copy_s = time.perf_counter() - start_s if batch.kv_ops else 0.0
+            step.answers.failed.update(self._states.update(batch))
+            rows = self._select_rows(batch, step.answers)
             if rows:
-                self._forward(rows, answers)
+                self._forward(rows, step)
         except BaseException:
             self._states.forget(scheduled.request_id for scheduled in batch.requests)
             raise
-        self._states.forget(answers.failed)
-        return StepResult(
-            step_id=batch.step_id,
+        self._states.forget(step.answers.failed)
+        self._running.append(step)
+        if step.samples is None:
+            self.end_step(step)
+        return step
+
+    def end_step(self, step: RunningStep) -> StepResult:
+        """Wait for the tokens of `step` and of those before it. Raises what broke it."""
+        while not step.is_done:
+            self._end_oldest()
+        if step.error is not None:
+            raise step.error
+        assert step.result is not None
+        return step.result
+
+    def _end_oldest(self) -> None:
+        step = self._running.popleft()
+        answers = step.answers
+        try:
+            if step.samples is not None:
+                self._take_samples(step.rows, step.samples.result(), answers)
+            if step.batch.kv_ops:
+                self._kv.wait()
+        except BaseException as error:
+            self._states.forget(scheduled.request_id for scheduled in step.batch.requests)
+            step.error = error
+            return
+        now_s = time.perf_counter()
+        step.result = StepResult(
+            step_id=step.batch.step_id,
             sampled_token_ids=tuple(answers.sampled_token_ids),
             logprobs=tuple(answers.logprobs),
             prompt_logprobs=tuple(answers.prompt_logprobs),
             complete_ids=tuple(answers.complete_ids),
             failed=answers.failed or None,
             pooled=answers.pooled or None,
-            elapsed_s=time.perf_counter() - start_s,
-            kv_copy_s=kv_copy_s,
+            elapsed_s=now_s - max(step.start_s, self._last_end_s),
+            kv_copy_s=step.kv_copy_s,
         )
+        self._last_end_s = now_s
 
     def _select_rows(self, batch: ScheduledBatch, answers: _Answers) -> list[StepRow]:
         """The requests that can run, with their tokens known."""
@@ -129,26 +188,57 @@ class ModelRunner:
             rows.append(StepRow(index, scheduled, state, state.known_token_ids(scheduled), adapter))
         return rows
 
-    def _forward(self, rows: Sequence[StepRow], answers: _Answers) -> None:
+    def _forward(self, rows: Sequence[StepRow], step: RunningStep) -> None:
+        answers = step.answers
         sampling_rows = [row for row in rows if row.samples]
-        # What may follow is known before the logits are.
+        # What may follow is known before the logits are: no row with a grammar is late.
         masks = self._masks.start([row.state.grammar for row in sampling_rows])
         batch = prepare_forward_batch(rows, self._rotary_tables, self._block_size)
-        self._program.forward(batch)
+        self._program.forward(batch, *self._late_inputs(rows, batch))
         for row, start in zip(rows, batch.query_start_loc.tolist(), strict=False):
             if row.state.sampling.prompt_logprobs is not None:
                 self._add_prompt_logprobs(row, start, batch.adapters, answers)
             if row.state.pooler is not None:
                 self._pool(row, row.state.pooler, start, batch.adapters, answers)
-        for low in range(0, len(sampling_rows), _MAX_LOGITS_ROWS):
-            here = slice(low, low + _MAX_LOGITS_ROWS)
+        for low in range(0, len(sampling_rows), self._max_logits_rows):
+            here = slice(low, low + self._max_logits_rows)
             logits = self._program.logits(batch.logits_indices[here], batch.adapters)
-            self._sample(sampling_rows[here], logits, None if masks is None else masks.result()[here], answers)
+            if len(sampling_rows) > self._max_logits_rows or not self._try_sample_late(sampling_rows, logits, step):
+                self._sample(sampling_rows[here], logits, None if masks is None else masks.result()[here], answers)
+
+    def _late_inputs(self, rows: Sequence[StepRow], batch: ForwardBatch) -> tuple[Any, Ints | None]:
+        """The samples that the last step left on the device, and for each token its row there; see `ops.Program`."""
+        if not self._running or PENDING_TOKEN_ID not in batch.token_ids:
+            return None, None
+        late_rows = np.full(len(batch.token_ids), -1)
+        late = np.flatnonzero(batch.token_ids == PENDING_TOKEN_ID)
+        owners = np.searchsorted(batch.query_start_loc, late, side="right") - 1
+        late_rows[late] = [rows[owner].state.late_row for owner in owners.tolist()]
+        batch.token_ids[late] = 0
+        samples = self._running[-1].samples
+        return (None if samples is None else samples.tokens), late_rows
+
+    def _try_sample_late(self, rows: Sequence[StepRow], logits: Array, step: RunningStep) -> bool:
+        """Whether the tokens of `rows`, all of the step's, come later."""
+        if not all(row.state.may_be_late for row in rows):
+            return False
+        samples = self._sampler.try_sample_late(
+            logits, [row.state.sampling_row for row in rows], [row.state.num_outputs for row in rows]
+        )
+        if samples is None:
+            return False
+        step.rows, step.samples = rows, samples
+        for place, row in enumerate(rows):
+            row.state.num_late += 1
+            row.state.late_row = place
+        return True
 
     def _sample(
-        self, rows: Sequence[StepRow], logits: Floats, masks: list[TokenMask | None] | None, answers: _Answers
+        self, rows: Sequence[StepRow], logits: Array, masks: list[TokenMask | None] | None, answers: _Answers
     ) -> None:
         """The next token of each of `rows`, from their logits [S, V] and what their grammars allow."""
+        while self._running:  # penalties follow from all tokens before
+            self._end_oldest()
         states = [row.state for row in rows]
         samples = self._sampler.sample(
             logits,
@@ -156,15 +246,20 @@ class ModelRunner:
             [len(state.output_token_ids) for state in states],
             with_forced_tokens(_without_banned(states, masks), states, logits.shape[1]),
         )
+        self._take_samples(rows, samples, answers)
+
+    def _take_samples(self, rows: Sequence[StepRow], samples: Samples, answers: _Answers) -> None:
         for row, token_id in zip(rows, samples.token_ids, strict=True):
+            row.state.num_late = max(0, row.state.num_late - 1)
             if token_id >= 0:
                 row.state.add_output(token_id)
                 answers.sampled_token_ids[row.index] = (token_id,)
                 if row.state.grammar is not None and row.state.grammar.is_complete:
                     answers.complete_ids.append(row.scheduled.request_id)
         for i, problem in samples.problems.items():
-            grammar = states[i].grammar
-            answers.failed[rows[i].scheduled.request_id] = (grammar and grammar.problem) or problem
+            request_id, state = rows[i].scheduled.request_id, rows[i].state
+            answers.failed[request_id] = (state.grammar and state.grammar.problem) or problem
+            self._states.forget_failed(request_id, state)
         for i, logprobs in samples.logprobs.items():
             answers.logprobs[rows[i].index] = (logprobs,)
 
@@ -176,9 +271,10 @@ class ModelRunner:
             return
         pooler.add(self._program.hidden(start, num_rows))
         if row.scheduled.samples:
-            logits = (
-                self._program.logits(np.array([start + num_rows - 1]), adapters)[0] if pooler.reads_logits else None
-            )
+            logits = None
+            if pooler.reads_logits:
+                found = self._program.logits(np.array([start + num_rows - 1]), adapters)
+                logits = (found if isinstance(found, np.ndarray) else self._to_numpy(found))[0]
             values = pooler.finish(logits)
             if np.isfinite(values).all():
                 answers.pooled[request_id] = values.astype("<f4").tobytes()
@@ -191,8 +287,8 @@ class ModelRunner:
         targets = row.state.prompt_token_ids[first : first + len(row.token_ids)]
         num_top = row.state.sampling.prompt_logprobs or 0
         entries: list[TokenLogprobs] = []
-        for low in range(0, len(targets), _MAX_LOGITS_ROWS):
-            targets_here = targets[low : low + _MAX_LOGITS_ROWS]
+        for low in range(0, len(targets), self._max_logits_rows):
+            targets_here = targets[low : low + self._max_logits_rows]
             logits = self._program.logits(np.arange(start + low, start + low + len(targets_here)), adapters)
             found = self._sampler.token_logprobs(logits, targets_here, num_top)
             if found is None:
@@ -238,7 +334,7 @@ def prepare_forward_batch(
     row_of_token = np.repeat(np.arange(len(rows)), lengths)
     positions = np.arange(num_tokens) + (num_computed - query_start_loc[:-1])[row_of_token]
     block_of_token, offset = np.divmod(positions, block_size)
-    rotary = {table: table.lookup(positions, int(seq_lens.max())) for table in set(rotary_tables)}
+    rotations = {table: Rotation(table, positions, int(seq_lens.max())) for table in set(rotary_tables)}
     groups = []
     for group_id, rotary_table in enumerate(rotary_tables):
         tables = [row.state.block_table(group_id, row.scheduled.block_tables[group_id]) for row in rows]
@@ -246,7 +342,7 @@ def prepare_forward_batch(
         for i, table in enumerate(tables):
             padded[i, : len(table)] = table
         slots = padded[row_of_token, block_of_token] * block_size + offset
-        groups.append(GroupBatch(slots, padded, *rotary[rotary_table]))
+        groups.append(GroupBatch(slots, padded, rotations[rotary_table]))
     token_ids = np.fromiter(chain.from_iterable(row.token_ids for row in rows), dtype=np.int64, count=num_tokens)
     samples = np.array([row.samples for row in rows])
     logits_indices = query_start_loc[1:][samples] - 1

@@ -27,7 +27,9 @@ class RequestState:
         "_tables",
         "banned",
         "grammar",
+        "late_row",
         "lora_id",
+        "num_late",
         "output_token_ids",
         "pooler",
         "prompt_token_ids",
@@ -51,6 +53,8 @@ class RequestState:
         if self.thinking is not None:
             self.thinking.add_output(self.output_token_ids)
         self.banned: BannedSequences | None = None
+        self.num_late = 0  # tokens after `output_token_ids` that are still on the device
+        self.late_row = 0  # where the last of those is among the samples of its step
         self.pooler = make_pooler(sampling.pooling) if sampling.pooling is not None else None
         self._tables: dict[int, tuple[tuple[int, ...], npt.NDArray[np.int64]]] = {}
 
@@ -62,8 +66,18 @@ class RequestState:
         if self.grammar is not None:
             self.grammar.add_output(token_id)
 
+    @property
+    def num_outputs(self) -> int:
+        """Output tokens, those that are late included."""
+        return len(self.output_token_ids) + self.num_late
+
+    @property
+    def may_be_late(self) -> bool:
+        """Whether nothing here needs to know a token before the next is sampled."""
+        return self.grammar is None and self.thinking is None and self.banned is None
+
     def known_token_ids(self, scheduled: ScheduledRequest) -> tuple[int, ...]:
-        """The step's tokens, with what was sampled here in place of `PENDING_TOKEN_ID`.
+        """The step's tokens, with what was sampled here in place of `PENDING_TOKEN_ID`; it stays where that is late.
 
         Raises IndexError where the token was never sampled.
         """
@@ -72,9 +86,14 @@ class RequestState:
             return token_ids
         first_output = scheduled.num_computed_tokens - len(self.prompt_token_ids)
         return tuple(
-            self.output_token_ids[first_output + i] if token_id == PENDING_TOKEN_ID else token_id
+            self._output_token_id(first_output + i) if token_id == PENDING_TOKEN_ID else token_id
             for i, token_id in enumerate(token_ids)
         )
+
+    def _output_token_id(self, index: int) -> int:
+        if self.num_late and index == len(self.output_token_ids):
+            return PENDING_TOKEN_ID
+        return self.output_token_ids[index]
 
     def block_table(self, group: int, table: tuple[int, ...]) -> npt.NDArray[np.int64]:
         """`table` as an array [B], converted only when it differs from the last step's."""
@@ -98,6 +117,11 @@ class RequestStates:
 
     def __len__(self) -> int:
         return len(self._states)
+
+    def forget_failed(self, request_id: str, state: RequestState) -> None:
+        """Unless the request has begun anew since."""
+        if self._states.get(request_id) is state:
+            del self._states[request_id]
 
     def get(self, request_id: str) -> RequestState | None:
         return self._states.get(request_id)

@@ -16,23 +16,27 @@ from pelton.core.errors import UnsupportedModelError
 from pelton.weights.fields import Fields
 from pelton.weights.mapped_file import shown
 
-GROUP = 32  # inputs to a block of INT4 and INT8
+GROUP = 32  # inputs to a block of INT4, INT8 and FP8
+SCALE_BLOCK = 128  # weights each way that share a scale in checkpoints of float8
 
 
 @dataclass(frozen=True, slots=True)
 class CompressedScheme:
     """One layout for all the matrices that are stored so; the others of the model are plain."""
 
-    layout: str  # gptq, awq, plain (int8 matrices), packed (words of int32 along the inputs)
+    layout: str  # gptq, awq, plain (int8 matrices), packed (words of int32 along the inputs), fp8
     bits: int
     group_size: int | None  # inputs that share a scale; None: all of an output's
     zero_offset: int = 0  # added to the zero points as stored
     is_symmetric: bool = True
     rounds_tokens: bool = False  # activations to 8 bits, one scale per token
+    scale_part: str = "weight_scale"  # of fp8
 
     @property
     def name(self) -> str:
         """As users know it."""
+        if self.layout == "fp8":
+            return f"fp8 {'channel' if self.group_size is None else f'{SCALE_BLOCK}x{SCALE_BLOCK}'}"
         group = "channel" if self.group_size is None else f"g{self.group_size}"
         method = {"gptq": "GPTQ", "awq": "AWQ"}.get(self.layout, "compressed-tensors")
         return f"{method} int{self.bits} {group}"
@@ -44,6 +48,8 @@ class CompressedScheme:
             return {"qweight": True, "qzeros": True, "scales": True, "g_idx": False}
         if self.layout == "awq":
             return {"qweight": True, "qzeros": True, "scales": True}
+        if self.layout == "fp8":
+            return {"weight": True, self.scale_part: True}
         if self.layout == "plain":
             return {"weight": True, "weight_scale": True, "weight_zero_point": False}
         zero_point = {} if self.is_symmetric else {"weight_zero_point": True}
@@ -65,8 +71,10 @@ def scheme_from_config(fields: Fields) -> CompressedScheme | None:
         return _gptq(config)
     if method == "awq":
         return _awq(config)
+    if method == "fp8":
+        return _fp8(config)
     if method != "compressed-tensors":
-        _refuse(config, f"method {shown(method)}; supported are gptq, awq and compressed-tensors")
+        _refuse(config, f"method {shown(method)}; supported are gptq, awq, fp8 and compressed-tensors")
     return _compressed_tensors(config)
 
 
@@ -91,6 +99,14 @@ def _awq(config: Fields) -> CompressedScheme:
     if version != "gemm":
         _refuse(config, f"awq version {shown(version)}; supported is gemm")
     return CompressedScheme("awq", 4, _group_size(config))
+
+
+def _fp8(config: Fields) -> CompressedScheme:
+    if config.get("weight_block_size") != [SCALE_BLOCK, SCALE_BLOCK]:
+        _refuse(config, f"fp8 with weight_block_size {shown(config.get('weight_block_size'))}; supported is [128, 128]")
+    if config.text("activation_scheme", "dynamic") != "dynamic":
+        _refuse(config, "fp8 with scales of activations in the file (activation_scheme)")
+    return CompressedScheme("fp8", 8, SCALE_BLOCK, scale_part="weight_scale_inv")
 
 
 def _compressed_tensors(config: Fields) -> CompressedScheme:
@@ -123,6 +139,8 @@ def _weights_scheme(config: Fields, weights: Fields, rounds_tokens: bool) -> Com
     bits, kind = weights.integer("num_bits"), weights.text("type", "int")
     container = config.text("format", "")
     is_packed = container == "pack-quantized"
+    if container == "float-quantized" and kind == "float" and bits == 8:
+        return _float_scheme(config, weights)
     if kind != "int" or (not is_packed and container not in ("int-quantized", "naive-quantized")):
         _refuse(config, f"compressed-tensors format {shown(container)} of type {shown(kind)}")
     _check_bits(config, bits, (4, 8) if is_packed else (8,))
@@ -143,6 +161,17 @@ def _weights_scheme(config: Fields, weights: Fields, rounds_tokens: bool) -> Com
         is_symmetric=is_symmetric,
         rounds_tokens=rounds_tokens and bits == 8 and group_size is None,
     )
+
+
+def _float_scheme(config: Fields, weights: Fields) -> CompressedScheme:
+    strategy = weights.text("strategy", "tensor")
+    if strategy == "block":
+        if weights.get("block_structure") != [SCALE_BLOCK, SCALE_BLOCK]:
+            _refuse(config, f"blocks of {shown(weights.get('block_structure'))}; supported is [128, 128]")
+        return CompressedScheme("fp8", 8, SCALE_BLOCK)
+    if strategy not in ("tensor", "channel"):
+        _refuse(config, f"float8 with scales by {shown(strategy)}; supported are tensor, channel and block")
+    return CompressedScheme("fp8", 8, None)
 
 
 def _check_bits(config: Fields, bits: int, supported: tuple[int, ...]) -> None:

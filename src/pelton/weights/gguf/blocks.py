@@ -39,9 +39,34 @@ _Q6_K = _fields(("ql", "u1", 128), ("qh", "u1", 64), ("scales", "i1", 16), _D)
 _IQ4_XS = _fields(_D, ("scales_h", "<u2"), ("scales_l", "u1", 4), ("qs", "u1", 128))
 _INT4 = _fields(("d", "<f4"), ("m", "<f4"), ("qs", "u1", 16))
 _INT8 = _fields(("d", "<f4"), ("qs", "i1", 32))
+# Of the formats that are whole numbers times a scale.
+FIELDS = {
+    "Q4_0": _Q4_0,
+    "Q4_1": _Q4_1,
+    "Q5_0": _Q5_0,
+    "Q5_1": _Q5_1,
+    "Q8_0": _Q8_0,
+    "Q4_K": _Q4_K,
+    "Q5_K": _Q5_K,
+    "Q6_K": _Q6_K,
+    "INT4": _INT4,
+    "INT8": _INT8,
+}
 
 # The 16 levels of IQ4_NL and IQ4_XS.
 _IQ4_LEVELS = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=np.int8)
+
+
+def _e4m3_values() -> F32:
+    """The 256 values of float8 e4m3: no infinities, and NaN where all bits but the sign's are set."""
+    codes = np.arange(256)
+    exponents, mantissas = (codes >> 3) & 15, (codes & 7).astype(np.float64)
+    values = np.where(exponents == 0, mantissas * 2.0**-9, (8.0 + mantissas) * 2.0 ** (exponents - 10))
+    values[codes & 127 == 127] = np.nan
+    return np.where(codes < 128, values, -values).astype(np.float32)
+
+
+_E4M3 = _e4m3_values()
 
 
 def _decode_f32(blocks: U8, out: F32) -> None:
@@ -62,7 +87,7 @@ def _column(half: npt.NDArray[np.float16]) -> F32:
     return half.astype(np.float32)[:, None]
 
 
-def _nibbles(qs: U8, group: int) -> U8:
+def nibbles(qs: U8, group: int) -> U8:
     """`[n, bytes]` -> `[n, 2 * bytes]`: of each `group` bytes first the low halves, then the high ones."""
     packed = qs.reshape(len(qs), -1, group)
     values = np.empty((len(qs), packed.shape[1], 2, group), dtype=np.uint8)
@@ -71,7 +96,7 @@ def _nibbles(qs: U8, group: int) -> U8:
     return values.reshape(len(qs), -1)
 
 
-def _fifth_bits(qh: U8) -> U8:
+def fifth_bits(qh: U8) -> U8:
     """Bit i of `[n, 4]` bytes as 0 or 16 at `[n, i]`."""
     bits = np.unpackbits(qh, axis=1, bitorder="little")
     return np.left_shift(bits, np.uint8(4), out=bits)
@@ -79,30 +104,30 @@ def _fifth_bits(qh: U8) -> U8:
 
 def _decode_q4_0(blocks: U8, out: F32) -> None:
     block = _Q4_0(blocks)
-    values = _nibbles(block["qs"], 16)
+    values = nibbles(block["qs"], 16)
     out[...] = np.subtract(values, np.uint8(8), out=values).view(np.int8)
     out *= _column(block["d"])
 
 
 def _decode_q4_1(blocks: U8, out: F32) -> None:
     block = _Q4_1(blocks)
-    out[...] = _nibbles(block["qs"], 16)
+    out[...] = nibbles(block["qs"], 16)
     out *= _column(block["d"])
     out += _column(block["m"])
 
 
 def _decode_q5_0(blocks: U8, out: F32) -> None:
     block = _Q5_0(blocks)
-    values = _nibbles(block["qs"], 16)
-    values |= _fifth_bits(block["qh"])
+    values = nibbles(block["qs"], 16)
+    values |= fifth_bits(block["qh"])
     out[...] = np.subtract(values, np.uint8(16), out=values).view(np.int8)
     out *= _column(block["d"])
 
 
 def _decode_q5_1(blocks: U8, out: F32) -> None:
     block = _Q5_1(blocks)
-    values = _nibbles(block["qs"], 16)
-    values |= _fifth_bits(block["qh"])
+    values = nibbles(block["qs"], 16)
+    values |= fifth_bits(block["qh"])
     out[...] = values
     out *= _column(block["d"])
     out += _column(block["m"])
@@ -114,7 +139,7 @@ def _decode_q8_0(blocks: U8, out: F32) -> None:
     out *= _column(block["d"])
 
 
-def _shifted(packed: U8, shifts: list[int], mask: int) -> U8:
+def shifted(packed: U8, shifts: list[int], mask: int) -> U8:
     """`[n, groups, bytes]` -> `[n, groups, len(shifts), bytes]`: the masked bits at each shift."""
     values: U8 = packed[:, :, None, :] >> np.array(shifts, dtype=np.uint8)[:, None]
     values &= np.uint8(mask)
@@ -125,7 +150,7 @@ def _decode_q2_k(blocks: U8, out: F32) -> None:
     block = _Q2_K(blocks)
     scales, num_blocks = block["scales"], len(blocks)
     values = out.reshape(num_blocks, 16, 16)
-    values[...] = _shifted(block["qs"].reshape(num_blocks, 2, 32), [0, 2, 4, 6], 3).reshape(num_blocks, 16, 16)
+    values[...] = shifted(block["qs"].reshape(num_blocks, 2, 32), [0, 2, 4, 6], 3).reshape(num_blocks, 16, 16)
     values *= (_column(block["d"]) * (scales & _NIBBLE))[:, :, None]
     values -= (_column(block["m"]) * (scales >> 4))[:, :, None]
 
@@ -134,19 +159,19 @@ def _decode_q3_k(blocks: U8, out: F32) -> None:
     block, num_blocks = _Q3_K(blocks), len(blocks)
     # Sixteen 6-bit scales: low halves in bytes 0..7 (nibbles), high bits in bytes 8..11 (pairs).
     packed = block["scales"]
-    low = _nibbles(packed[:, :8], 8)
-    high = _shifted(packed[:, None, 8:], [0, 2, 4, 6], 3).reshape(num_blocks, 16)
+    low = nibbles(packed[:, :8], 8)
+    high = shifted(packed[:, None, 8:], [0, 2, 4, 6], 3).reshape(num_blocks, 16)
     scales = (low | (high << 4)).astype(np.int8) - np.int8(32)
-    values = _shifted(block["qs"].reshape(num_blocks, 2, 32), [0, 2, 4, 6], 3).reshape(num_blocks, 256)
+    values = shifted(block["qs"].reshape(num_blocks, 2, 32), [0, 2, 4, 6], 3).reshape(num_blocks, 256)
     # A set bit of hmask means that 4 is not taken off.
-    unset = _shifted(block["hmask"][:, None, :], list(range(8)), 1).reshape(num_blocks, 256) ^ np.uint8(1)
+    unset = shifted(block["hmask"][:, None, :], list(range(8)), 1).reshape(num_blocks, 256) ^ np.uint8(1)
     values -= np.left_shift(unset, np.uint8(2), out=unset)
     decoded = out.reshape(num_blocks, 16, 16)
     decoded[...] = values.view(np.int8).reshape(num_blocks, 16, 16)
     decoded *= (_column(block["d"]) * scales)[:, :, None]
 
 
-def _scales_and_mins(packed: U8) -> tuple[U8, U8]:
+def scales_and_mins(packed: U8) -> tuple[U8, U8]:
     """The 12 bytes of Q4_K and Q5_K -> eight 6-bit scales and eight 6-bit mins."""
     first, second, third = packed[:, :4], packed[:, 4:8], packed[:, 8:]
     scales = np.concatenate([first & 63, (third & _NIBBLE) | ((first >> 2) & 48)], axis=1)
@@ -156,7 +181,7 @@ def _scales_and_mins(packed: U8) -> tuple[U8, U8]:
 
 def _decode_with_mins(block: Any, values: U8, out: F32) -> None:
     """`values` `[n, 256]` in eight sub-blocks of 32, each with its scale and min."""
-    scales, mins = _scales_and_mins(block["scales"])
+    scales, mins = scales_and_mins(block["scales"])
     decoded = out.reshape(len(out), 8, 32)
     decoded[...] = values.reshape(decoded.shape)
     decoded *= (_column(block["d"]) * scales)[:, :, None]
@@ -165,21 +190,21 @@ def _decode_with_mins(block: Any, values: U8, out: F32) -> None:
 
 def _decode_q4_k(blocks: U8, out: F32) -> None:
     block = _Q4_K(blocks)
-    _decode_with_mins(block, _nibbles(block["qs"], 32), out)
+    _decode_with_mins(block, nibbles(block["qs"], 32), out)
 
 
 def _decode_q5_k(blocks: U8, out: F32) -> None:
     block = _Q5_K(blocks)
-    values = _nibbles(block["qs"], 32)
-    high = _shifted(block["qh"][:, None, :], list(range(8)), 1).reshape(values.shape)
+    values = nibbles(block["qs"], 32)
+    high = shifted(block["qh"][:, None, :], list(range(8)), 1).reshape(values.shape)
     values |= np.left_shift(high, np.uint8(4), out=high)
     _decode_with_mins(block, values, out)
 
 
 def _decode_q6_k(blocks: U8, out: F32) -> None:
     block, num_blocks = _Q6_K(blocks), len(blocks)
-    values = _nibbles(block["ql"], 64)
-    high = _shifted(block["qh"].reshape(num_blocks, 2, 32), [0, 2, 4, 6], 3).reshape(values.shape)
+    values = nibbles(block["ql"], 64)
+    high = shifted(block["qh"].reshape(num_blocks, 2, 32), [0, 2, 4, 6], 3).reshape(values.shape)
     values |= np.left_shift(high, np.uint8(4), out=high)
     decoded = out.reshape(num_blocks, 16, 16)
     decoded[...] = np.subtract(values, np.uint8(32), out=values).view(np.int8).reshape(decoded.shape)
@@ -188,23 +213,23 @@ def _decode_q6_k(blocks: U8, out: F32) -> None:
 
 def _decode_iq4_nl(blocks: U8, out: F32) -> None:
     block = _Q4_0(blocks)
-    out[...] = _IQ4_LEVELS[_nibbles(block["qs"], 16)]
+    out[...] = _IQ4_LEVELS[nibbles(block["qs"], 16)]
     out *= _column(block["d"])
 
 
 def _decode_iq4_xs(blocks: U8, out: F32) -> None:
     block, num_blocks = _IQ4_XS(blocks), len(blocks)
-    low = _shifted(block["scales_l"][:, :, None], [0, 4], 15).reshape(num_blocks, 8)
+    low = shifted(block["scales_l"][:, :, None], [0, 4], 15).reshape(num_blocks, 8)
     high = (block["scales_h"][:, None] >> np.arange(0, 16, 2, dtype=np.uint16)) & 3
     scales = (low | (high << 4)).astype(np.int8) - np.int8(32)
     decoded = out.reshape(num_blocks, 8, 32)
-    decoded[...] = _IQ4_LEVELS[_nibbles(block["qs"], 16)].reshape(decoded.shape)
+    decoded[...] = _IQ4_LEVELS[nibbles(block["qs"], 16)].reshape(decoded.shape)
     decoded *= (_column(block["d"]) * scales)[:, :, None]
 
 
 def _decode_int4(blocks: U8, out: F32) -> None:
     block = _INT4(blocks)
-    out[...] = _nibbles(block["qs"], 16).reshape(out.shape)
+    out[...] = nibbles(block["qs"], 16).reshape(out.shape)
     out *= block["d"][:, None]
     out -= block["m"][:, None]
 
@@ -212,6 +237,11 @@ def _decode_int4(blocks: U8, out: F32) -> None:
 def _decode_int8(blocks: U8, out: F32) -> None:
     block = _INT8(blocks)
     np.multiply(block["qs"], block["d"][:, None], out=out, dtype=np.float32)
+
+
+def _decode_fp8(blocks: U8, out: F32) -> None:
+    np.take(_E4M3, blocks[:, 4:], out=out)
+    out *= _INT8(blocks)["d"][:, None]
 
 
 DECODERS: dict[str, Callable[[U8, F32], None]] = {
@@ -233,6 +263,7 @@ DECODERS: dict[str, Callable[[U8, F32], None]] = {
     "INT4": _decode_int4,
     "INT8": _decode_int8,
     "INT8_CHANNEL": _decode_int8,
+    "FP8": _decode_fp8,
 }
 
 

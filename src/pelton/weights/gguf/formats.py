@@ -1,4 +1,5 @@
-"""Sizes of the tensor formats that Pelton reads. Names and numbers are those of ggml, but for INT4, INT8(_CHANNEL)."""
+"""Sizes of the tensor formats that Pelton reads. Names and numbers are those of ggml, but for INT4, INT8(_CHANNEL),
+FP8."""
 
 from __future__ import annotations
 
@@ -35,6 +36,7 @@ FORMATS: dict[str, TensorFormat] = {
         # Pelton's own, for compressed safetensors: a float32 scale, INT4: and minimum, then codes as in Q4_1 and Q8_0.
         TensorFormat("INT4", 32, 24),
         TensorFormat("INT8", 32, 36),
+        TensorFormat("FP8", 32, 36),  # float8 e4m3, likewise
         TensorFormat("INT8_CHANNEL", 32, 36),  # as INT8, with the same scale in all blocks of a row
     )
 }

@@ -37,7 +37,10 @@ _MODULE_NAMES = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
 }
+# Of all experts of a layer, one behind another.
+_EXPERT_NAMES = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
 _TWO_NORM_NAMES = {"ffn_norm": "post_attention_layernorm"}
 _FOUR_NORM_NAMES = {
     "post_attention_norm": "post_attention_layernorm",
@@ -58,6 +61,15 @@ def hf_name(gguf_name: str, architecture: str) -> str | None:
     norms = _FOUR_NORM_NAMES if ARCHITECTURES[architecture].sandwich_norms else _TWO_NORM_NAMES
     hf_module = _MODULE_NAMES.get(module) or norms.get(module)
     return None if hf_module is None else f"model.layers.{layer_id}.{hf_module}.{suffix}"
+
+
+def expert_names(gguf_name: str, spec: ModelSpec) -> list[str]:
+    """The Hugging Face names of the matrices in a tensor [experts, out, in]; none where it is no such tensor."""
+    match = _LAYER_TENSOR.fullmatch(gguf_name)
+    module = _EXPERT_NAMES.get(match[2]) if match is not None else None
+    if match is None or module is None or match[3] != "weight":
+        return []
+    return [f"model.layers.{match[1]}.mlp.experts.{i}.{module}.weight" for i in range(spec.num_experts)]
 
 
 def restore_layout(tensor: WeightTensor, spec: ModelSpec) -> WeightTensor:

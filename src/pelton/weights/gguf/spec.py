@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from pelton.core.errors import ModelFileError, UnsupportedModelError
 from pelton.core.model_spec import ModelSpec, make_kv_groups
 from pelton.weights.architectures import (
     ARCHITECTURES,
+    MAX_EXPERTS,
     MAX_LAYERS,
     MAX_VOCABULARY,
     MAX_WIDTH,
@@ -28,13 +30,15 @@ def spec_from_gguf(file: GGUFFile) -> ModelSpec:
     """Raises `ModelFileError` for missing or impossible values, `UnsupportedModelError` for a model that
     is well-formed but not implemented."""
     fields = Fields(file.path, file.metadata)
-    name = fields.text("general.architecture")
+    gguf_name = fields.text("general.architecture")
     # Mistral files call themselves llama; the two differ only by the window, which the spec holds.
-    if name not in {architecture.gguf_name for architecture in ARCHITECTURES.values()}:
-        raise unsupported_architecture(file.path, name)
-    arch = Fields(file.path, file.metadata, f"{name}.")
-    if arch.integer("expert_count", 0, low=0):
-        raise UnsupportedModelError(f"{file.path}: mixtures of experts are not supported ({name}.expert_count)")
+    architecture = next((each for each in ARCHITECTURES.values() if each.gguf_name == gguf_name), None)
+    if architecture is None:
+        raise unsupported_architecture(file.path, gguf_name)
+    name = architecture.name
+    arch = Fields(file.path, file.metadata, f"{gguf_name}.")
+    if not architecture.is_mixture and arch.integer("expert_count", 0, low=0):
+        raise UnsupportedModelError(f"{file.path}: mixtures of experts are not supported ({gguf_name}.expert_count)")
     if not arch.flag("attention.causal", True):
         raise UnsupportedModelError(f"{file.path}: bidirectional attention is not supported")
     is_gemma = name in ("gemma2", "gemma3")
@@ -78,11 +82,23 @@ def spec_from_gguf(file: GGUFFile) -> ModelSpec:
             else arch.optional_number("final_logit_softcapping")
         ),
         embedding_scale=math.sqrt(hidden_size) if is_gemma else 1.0,
+        **(_mixture(arch) if architecture.is_mixture else {}),
         dtype=_DTYPES.get(quantization or "", "float32"),
         quantization=None if quantization in _DTYPES else quantization,
     )
     check_spec(file.path, spec)
     return spec
+
+
+def _mixture(arch: Fields) -> dict[str, Any]:
+    """What `ModelSpec` says of experts. Files say nothing of their weights: llama.cpp makes them add up to 1."""
+    num_experts = arch.integer("expert_count", high=MAX_EXPERTS)
+    return {
+        "num_experts": num_experts,
+        "num_experts_per_token": arch.integer("expert_used_count", high=num_experts),
+        "expert_size": arch.integer("expert_feed_forward_length", high=MAX_WIDTH),
+        "normalizes_experts": True,
+    }
 
 
 def _per_layer_integer(arch: Fields, key: str, default: int | None) -> int:
@@ -117,7 +133,7 @@ def _attention_scale(arch: Fields, name: str, num_layers: int, width_per_head: i
 def _layer_windows(arch: Fields, name: str, num_layers: int) -> list[int | None]:
     """Sliding window of each layer, None where a layer attends to everything."""
     window = arch.integer("attention.sliding_window", 4096 if name == "gemma2" else 0, low=0) or None
-    if name in ("qwen2", "qwen3"):
+    if name in ("qwen2", "qwen3", "qwen3_moe"):
         return [None] * num_layers
     if name == "llama":
         return [window] * num_layers

@@ -67,9 +67,10 @@ def module_shapes(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, int]]]:
         yield f"{prefix}.self_attn.k_proj", (kv_width, hidden)
         yield f"{prefix}.self_attn.v_proj", (kv_width, hidden)
         yield f"{prefix}.self_attn.o_proj", (hidden, width)
-        yield f"{prefix}.mlp.gate_proj", (spec.intermediate_size, hidden)
-        yield f"{prefix}.mlp.up_proj", (spec.intermediate_size, hidden)
-        yield f"{prefix}.mlp.down_proj", (hidden, spec.intermediate_size)
+        if not spec.num_experts:
+            yield f"{prefix}.mlp.gate_proj", (spec.intermediate_size, hidden)
+            yield f"{prefix}.mlp.up_proj", (spec.intermediate_size, hidden)
+            yield f"{prefix}.mlp.down_proj", (hidden, spec.intermediate_size)
     yield "lm_head", (spec.vocab_size, hidden)
 
 

@@ -27,8 +27,9 @@ from pelton.worker.adapters import LoadedAdapters
 from pelton.worker.config import WorkerConfig
 from pelton.worker.executors.host_resources import num_available_cores, num_available_memory_bytes
 from pelton.worker.executors.in_process import InProcessExecutor
-from pelton.worker.kernels.ops import DTYPE_BYTES, Kernels, make_kernels
+from pelton.worker.kernels.ops import DTYPE_BYTES, Kernels, choose_kernels
 from pelton.worker.kv_disk import DiskStore
+from pelton.worker.kv_format import KV_FORMATS, KVFormat
 from pelton.worker.kv_storage import KVStorage
 from pelton.worker.model_runner import ModelRunner
 from pelton.worker.models.registry import Model, load_model, make_dummy_model
@@ -38,6 +39,7 @@ _GIB = 2**30
 # Raised whenever kernels change how a block's bytes lie, or what they are.
 _KV_LAYOUT_VERSION = 1
 _MAX_DEFAULT_BYTES = 4 * _GIB
+_DEVICE_RESERVE_BYTES = 2 * _GIB
 
 
 def build_executor(
@@ -58,14 +60,13 @@ def build_executor(
     start_s = time.perf_counter()
     spec = files.spec
     wanted_model_len(spec, engine_config)
-    dtype = "float32" if worker_config.dtype == "auto" else worker_config.dtype
     num_threads = worker_config.threads or num_available_cores()
-    kernels = make_kernels(worker_config.kernel_backend, dtype, num_threads, worker_config.activation_dtype)
+    kernels = choose_kernels(worker_config, num_threads)
     kv_dtype = _resolve_kv_dtype(worker_config.kv_cache_dtype, kernels)
     model = load_weights(files, model_config, worker_config, kernels)
-    plan = plan_kv_cache(spec, engine_config, DTYPE_BYTES[kv_dtype], num_available_memory_bytes())
+    plan = _plan_kv_cache(spec, engine_config, KV_FORMATS[kv_dtype], kernels)
     kv = _allocate_kv(spec, plan, engine_config.block_size, kv_dtype, kernels)
-    block_bytes = spec.kv_bytes_per_block(engine_config.block_size, DTYPE_BYTES[kv_dtype])
+    block_bytes = KV_FORMATS[kv_dtype].block_bytes(spec, engine_config.block_size)
     sampler = kernels.make_sampler(spec.vocab_size, eos_token_ids)
     threading.Thread(target=kv.warm_up, name="pelton-kv-warm-up", daemon=True).start()
     matchers = GrammarMatchers(decoder, spec.vocab_size) if decoder is not None else None
@@ -78,10 +79,10 @@ def build_executor(
         max_num_seqs=engine_config.max_num_seqs,
         max_num_batched_tokens=engine_config.max_num_batched_tokens,
         max_num_waiting=engine_config.max_num_waiting,
-        dtype=dtype,
+        dtype=kernels.dtype,
         vocab_size=spec.vocab_size,
         hidden_size=spec.hidden_size,
-        device="cpu",
+        device=kernels.device_name,
         kernels=kernels.name,
         num_threads=num_threads,
         enable_prefix_caching=engine_config.enable_prefix_caching,
@@ -148,11 +149,19 @@ def _weight_cache_path(files: ModelFiles, model_config: ModelConfig, config: Wor
 
 def load_weights(files: ModelFiles, model_config: ModelConfig, worker_config: WorkerConfig, kernels: Kernels) -> Model:
     """Checked by size first: Linux grants memory that it does not have, and kills the process later."""
+    if model_config.quantization in ("fp8", "int4"):
+        kernels.round_weights(model_config.quantization)
     if model_config.load_format == "dummy":
-        return make_dummy_model(files.spec, kernels)
+        try:
+            with kernels.weight_cache(files, None):
+                return make_dummy_model(files.spec, kernels)
+        except MemoryError as error:
+            raise ConfigError("out of memory while making dummy weights: choose a smaller model") from error
     files = _as_multiplied(files, model_config, worker_config)
     num_bytes = sum(kernels.num_weight_bytes(files.tensor(name)) for name in files.tensor_names())
-    num_free = num_available_memory_bytes()
+    num_free = kernels.num_free_bytes()
+    if num_free is None:
+        num_free = num_available_memory_bytes()
     size = f"{_gib(num_bytes)} as {kernels.dtype}"
     if num_bytes > num_free:
         raise ConfigError(
@@ -169,7 +178,7 @@ def load_weights(files: ModelFiles, model_config: ModelConfig, worker_config: Wo
 
 def _as_multiplied(files: ModelFiles, model_config: ModelConfig, worker_config: WorkerConfig) -> ModelFiles:
     """With the rounding that was asked for, of weights and of activations."""
-    if model_config.quantization is not None:
+    if model_config.quantization == "w8a8":
         files = ChannelQuantizedFiles(files)
     return GroupedFiles(files) if worker_config.activation_dtype in ("bfloat16", "float32") else files
 
@@ -178,7 +187,7 @@ def _allocate_kv(spec: ModelSpec, plan: KVPlan, block_size: int, dtype: str, ker
     try:
         return KVStorage(spec, plan.num_blocks, block_size, dtype, kernels, num_host_blocks=plan.num_host_blocks)
     except MemoryError as error:
-        size = _gib((plan.num_blocks + plan.num_host_blocks) * spec.kv_bytes_per_block(block_size, DTYPE_BYTES[dtype]))
+        size = _gib((plan.num_blocks + plan.num_host_blocks) * KV_FORMATS[dtype].block_bytes(spec, block_size))
         raise ConfigError(
             f"the KV cache of {plan.num_blocks} blocks and {plan.num_host_blocks} in host memory ({size}) could not be "
             "allocated: lower num_kv_blocks or kv_cache_memory_gb, or host_kv_cache_gb"
@@ -203,13 +212,40 @@ def wanted_model_len(spec: ModelSpec, config: EngineConfig) -> int:
     return config.max_model_len
 
 
-def plan_kv_cache(spec: ModelSpec, config: EngineConfig, bytes_per_element: int, num_available_bytes: int) -> KVPlan:
+def _plan_kv_cache(spec: ModelSpec, config: EngineConfig, kv_format: KVFormat, kernels: Kernels) -> KVPlan:
+    num_host_bytes, num_device_bytes = num_available_memory_bytes(), kernels.num_free_bytes()
+    if num_device_bytes is None:
+        return plan_kv_cache(spec, config, kv_format, num_host_bytes)
+    num_bytes = max(0, num_device_bytes - step_bytes(spec, config, DTYPE_BYTES[kernels.dtype], kernels.max_logits_rows))
+    return plan_kv_cache(spec, config, kv_format, num_bytes, num_host_bytes)
+
+
+def step_bytes(spec: ModelSpec, config: EngineConfig, bytes_per_element: int, max_logits_rows: int) -> int:
+    """What a step takes of a device beside weights and cache, at most: no step is run to find it out.
+
+    Activations of one layer at a time (a few tensors of its widths live at once), logits twice over, and what the
+    driver, captured graphs and libraries keep.
+    """
+    query_size = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
+    row_bytes = (6 * spec.hidden_size + 3 * query_size + 3 * spec.intermediate_size) * bytes_per_element
+    num_logits = min(config.max_num_seqs, max_logits_rows) * spec.vocab_size
+    return config.max_num_batched_tokens * row_bytes + 2 * 4 * num_logits + _DEVICE_RESERVE_BYTES
+
+
+def plan_kv_cache(
+    spec: ModelSpec,
+    config: EngineConfig,
+    kv_format: KVFormat,
+    num_available_bytes: int,
+    num_host_bytes: int | None = None,
+) -> KVPlan:
     """Size the pool and fit `max_model_len` to it.
 
-    `num_available_bytes` is what is free once the weights are loaded. Raises `ConfigError` where the
-    pool asked for exceeds it, or cannot hold a request worth serving.
+    `num_available_bytes` is what is free once the weights are loaded; of a device that has `num_host_bytes` of host
+    memory beside it, else of the host itself. Raises `ConfigError` where the pool asked for exceeds it, or cannot
+    hold a request worth serving.
     """
-    block_bytes = spec.kv_bytes_per_block(config.block_size, bytes_per_element)
+    block_bytes = kv_format.block_bytes(spec, config.block_size)
     wanted_len = wanted_model_len(spec, config)
     num_useful = 1 + config.max_num_seqs * num_blocks_of_request(spec, config, wanted_len)
     if config.num_kv_blocks is not None:
@@ -217,7 +253,10 @@ def plan_kv_cache(spec: ModelSpec, config: EngineConfig, bytes_per_element: int,
     elif config.kv_cache_memory_gb is not None:
         num_blocks = int(config.kv_cache_memory_gb * _GIB) // block_bytes
     else:
-        num_blocks = min(min(num_available_bytes // 4, _MAX_DEFAULT_BYTES) // block_bytes, num_useful)
+        num_default_bytes = num_available_bytes  # of a device: nobody else wants it
+        if num_host_bytes is None:
+            num_default_bytes = min(num_available_bytes // 4, _MAX_DEFAULT_BYTES)
+        num_blocks = min(num_default_bytes // block_bytes, num_useful)
     if num_blocks * block_bytes > num_available_bytes:
         raise ConfigError(
             f"{num_blocks} KV blocks take {_gib(num_blocks * block_bytes)}, but {_gib(num_available_bytes)} are free "
@@ -234,15 +273,20 @@ def plan_kv_cache(spec: ModelSpec, config: EngineConfig, bytes_per_element: int,
             f"{num_full} ({_gib(num_full * block_bytes)}) for one request of {wanted_len} tokens; raise "
             "num_kv_blocks or kv_cache_memory_gb"
         )
-    num_host_blocks = _plan_host_blocks(config, block_bytes, num_blocks, num_available_bytes)
+    if num_host_bytes is None:
+        num_host_bytes, num_default = num_available_bytes - num_blocks * block_bytes, num_available_bytes // 8
+    else:
+        num_default = min(num_host_bytes // 8, _MAX_DEFAULT_BYTES)  # pinned at once: taken, and slowly
+    num_host_blocks = _plan_host_blocks(config, block_bytes, num_blocks, (num_host_bytes, num_default))
     return KVPlan(num_blocks, _longest_request(spec, config, num_blocks - 1, wanted_len), num_host_blocks)
 
 
-def _plan_host_blocks(config: EngineConfig, block_bytes: int, num_blocks: int, num_available_bytes: int) -> int:
+def _plan_host_blocks(config: EngineConfig, block_bytes: int, num_blocks: int, host_bytes: tuple[int, int]) -> int:
+    """`host_bytes`: what is free, what is taken unless told otherwise."""
+    num_free, num_default = host_bytes
     if config.host_kv_cache_gb is None:
-        return min(num_blocks, num_available_bytes // 8 // block_bytes)
+        return min(num_blocks, num_default // block_bytes)
     num_host_blocks = int(config.host_kv_cache_gb * _GIB) // block_bytes
-    num_free = num_available_bytes - num_blocks * block_bytes
     if num_host_blocks * block_bytes > num_free:
         raise ConfigError(
             f"host_kv_cache_gb is {config.host_kv_cache_gb}, but {_gib(num_free)} are free beside the weights and the "

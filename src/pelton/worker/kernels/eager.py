@@ -24,7 +24,8 @@ class EagerProgram:
         self._caches = caches
         self._hidden: Array = None
 
-    def forward(self, batch: ForwardBatch) -> None:
+    def forward(self, batch: ForwardBatch, late_tokens: object = None, late_rows: object = None) -> None:
+        del late_tokens, late_rows  # nothing is late on the host
         from_numpy = self._kernels.from_numpy
         plans = [
             self._kernels.plan_attention(shape, batch.query_start_loc, batch.seq_lens, from_numpy(group.block_tables))

@@ -25,8 +25,9 @@ import numpy.typing as npt
 from pelton.core.errors import ConfigError
 from pelton.weights.lora.adapter import LoraWeights
 from pelton.weights.tensors import ModelFiles, WeightTensor
-from pelton.worker.config import require_torch
+from pelton.worker.config import WorkerConfig, has_gpu, require_torch, require_triton
 from pelton.worker.forward_batch import Adapters, ForwardBatch
+from pelton.worker.kernels.block_copies import BlockCopies
 from pelton.worker.sampling.sampler import Sampler
 
 # numpy.ndarray for native kernels, torch.Tensor for the reference, or a value that is being recorded.
@@ -94,8 +95,8 @@ class Ops(Protocol):
         """y [S, O], a product of x [S, I], with what the rows' LoRA adapters add at `site`. May write over y."""
         ...
 
-    def embedding(self, token_ids: Array, table: WeightTensor, scale: float = 1.0) -> Array:
-        """Rows `token_ids` [T] of `table` [V, H], decoded from the file's own bytes, times `scale`.
+    def embedding(self, token_ids: Array, table: Any, scale: float = 1.0) -> Array:
+        """Rows `token_ids` [T] of `table` [V, H], which is `Kernels.load_embedding`'s, times `scale`.
 
         `scale` is rounded to the dtype of the result first, as Gemma was trained. Returns [T, H].
         """
@@ -157,6 +158,14 @@ class Ops(Protocol):
         """gelu(gate) * up with the tanh approximation. Returns [T, F]."""
         ...
 
+    def moe(self, x: Array, logits: Array, experts: Any, num_chosen: int, normalizes: bool) -> Array:
+        """The results of the `num_chosen` experts whose `logits` [T, E] are greatest for a row of x [T, H], added up
+        in their order, each times its softmax: over all E, or over those chosen alone if `normalizes`. [T, H].
+
+        An expert is down(silu_mul(gate_up(x))). `experts` are of `Kernels.make_experts`.
+        """
+        ...
+
     def softcap(self, x: Array, cap: float) -> Array:
         """cap * tanh(x / cap) in float32. May reuse the memory of x."""
         ...
@@ -186,12 +195,19 @@ class Forward(Protocol):
 class Program(Protocol):
     """A model bound to its KV cache, ready for steps: compiled, captured, or run op by op."""
 
-    def forward(self, batch: ForwardBatch) -> None:
-        """Write the KV of all tokens; keep the hidden states [T, H] until the next call."""
+    def forward(
+        self, batch: ForwardBatch, late_tokens: Array = None, late_rows: npt.NDArray[np.int64] | None = None
+    ) -> None:
+        """Write the KV of all tokens; keep the hidden states [T, H] until the next call.
+
+        `late_rows` [T] says which tokens are rows of `late_tokens` (`LateSamples.tokens`, of this backend's sampler)
+        instead of what `batch` has; -1: none.
+        """
         ...
 
-    def logits(self, rows: npt.NDArray[np.int64], adapters: Adapters = ()) -> npt.NDArray[np.float32]:
-        """[S, V] of `rows` [S] among the tokens of the last step; may be overwritten by the next call.
+    def logits(self, rows: npt.NDArray[np.int64], adapters: Adapters = ()) -> Array:
+        """float32 [S, V] of `rows` [S] among the tokens of the last step, as the backend's sampler takes them; may be
+        overwritten by the next call.
 
         `adapters` are those of the step.
         """
@@ -206,12 +222,32 @@ class Kernels(Ops, Protocol):
     name: str
     dtype: str  # of activations
     kv_dtypes: tuple[str, ...]  # that a cache may have; the first where the user leaves it open
+    device_name: str  # "cpu", or the GPU's own
+    max_logits_rows: int  # that are asked of a program, and given to the sampler, at a time
+
+    def num_free_bytes(self) -> int | None:
+        """Of the device's own memory, for weights and caches; None: they live in the host's."""
+        ...
 
     def num_weight_bytes(self, tensor: WeightTensor) -> int:
         """Memory that `tensor` takes once it is loaded for products, at most."""
         ...
 
     def make_linear_loader(self) -> LinearLoader: ...
+
+    def load_embedding(self, table: WeightTensor) -> Any:
+        """`table` [V, H] as `embedding` wants it."""
+        ...
+
+    def make_experts(self, gate_up: Sequence[Sequence[WeightTensor]], down: Sequence[WeightTensor]) -> Any:
+        """The experts of a layer for `Ops.moe`: of each its gate and up projection [F, H], and its down projection
+        [H, F]. Raises `UnsupportedModelError` where the backend has no mixtures of experts."""
+        ...
+
+    def round_weights(self, quantization: str) -> None:
+        """Weights that are loaded from now on and are floats in the files: "fp8" or "int4". Raises `ConfigError` where
+        the backend has no products with these."""
+        ...
 
     def weight_cache(self, files: ModelFiles, path: Path | None) -> AbstractContextManager[None]:
         """Within it, loaders map weights of `files` that an earlier start left at `path` in the backend's layout,
@@ -229,6 +265,8 @@ class Kernels(Ops, Protocol):
     def empty_cache(self, shape: tuple[int, ...], dtype: str) -> Array:
         """Memory that is not touched (so not really taken) before it is written. Raises MemoryError."""
         ...
+
+    def make_block_copies(self) -> BlockCopies: ...
 
     def make_adapter(self, weights: LoraWeights, sites: Sequence[LoraSite]) -> Any:
         """An adapter in the backend's own layout, for a model whose products are `sites`; `Adapters` hold such."""
@@ -284,8 +322,25 @@ def _native(dtype: str, num_threads: int | None, activation_dtype: str) -> Kerne
         raise ConfigError(f"activation_dtype is {activation_dtype}: {error}") from error
 
 
+def _triton(dtype: str, num_threads: int | None, activation_dtype: str) -> Kernels:
+    del num_threads
+    if activation_dtype != "auto":
+        raise ConfigError(
+            f"activation_dtype is {activation_dtype}, but only native kernels round activations; Triton kernels keep "
+            "them as dtype says"
+        )
+    require_triton()
+    from pelton.worker.kernels.triton.backend import TritonKernels
+
+    return TritonKernels(dtype)
+
+
 # Name -> maker, imported on demand: a backend may need a compiled module, a large package or a GPU.
-BACKENDS: dict[str, Callable[[str, int | None, str], Kernels]] = {"native": _native, "reference": _reference}
+BACKENDS: dict[str, Callable[[str, int | None, str], Kernels]] = {
+    "native": _native,
+    "reference": _reference,
+    "triton": _triton,
+}
 
 
 def make_kernels(
@@ -301,3 +356,15 @@ def make_kernels(
     if backend not in BACKENDS:
         raise ConfigError(f"kernel backend {backend!r} is unknown; known are auto, {', '.join(BACKENDS)}")
     return BACKENDS[backend](dtype, num_threads, activation_dtype)
+
+
+def choose_kernels(config: WorkerConfig, num_threads: int | None = None) -> Kernels:
+    """The backend that `config` comes to here. Raises as `make_kernels`."""
+    backend = config.kernel_backend
+    if backend == "auto" and (config.device == "cuda" or (config.device == "auto" and has_gpu())):
+        backend = "triton"
+    on_gpu = backend == "triton" and has_gpu()
+    if config.device == "cpu" and on_gpu:
+        raise ConfigError("device is cpu, but Triton kernels would run on the GPU: use native or reference kernels")
+    dtype = config.dtype if config.dtype != "auto" else "bfloat16" if on_gpu else "float32"
+    return make_kernels(backend, dtype, num_threads, config.activation_dtype)

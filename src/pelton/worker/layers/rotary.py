@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -23,14 +25,33 @@ class RotaryTable:
 
     def lookup(self, positions: Ints, num_positions: int) -> tuple[Floats, Floats]:
         """cos and sin [T, rotary_dim / 2] at `positions` [T], all below `num_positions`."""
+        cos, sin = self.up_to(num_positions)
+        return cos[positions], sin[positions]
+
+    def up_to(self, num_positions: int) -> tuple[Floats, Floats]:
+        """The whole tables, of `num_positions` or more."""
         while (length := len(self._cos)) < num_positions:
             cos, sin = self._tabulate(length, 2 * length)
             self._cos, self._sin = np.concatenate([self._cos, cos]), np.concatenate([self._sin, sin])
-        return self._cos[positions], self._sin[positions]
+        return self._cos, self._sin
 
     def _tabulate(self, start: int, end: int) -> tuple[Floats, Floats]:
         angles = np.arange(start, end, dtype=np.float32)[:, None] * self._inverse_frequencies
         return np.cos(angles) * self._attention_factor, np.sin(angles) * self._attention_factor
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """The angles of a step's tokens, looked up when they are asked for: a device may have tables of its own."""
+
+    table: RotaryTable
+    positions: Ints  # [T]
+    num_positions: int  # which exceeds them all
+
+    @cached_property
+    def cos_sin(self) -> tuple[Floats, Floats]:
+        """float32 [T, rotary_dim / 2] each."""
+        return self.table.lookup(self.positions, self.num_positions)
 
 
 def rotary_tables(spec: ModelSpec) -> tuple[RotaryTable, ...]:

@@ -11,6 +11,7 @@ from pelton.worker.layers.attention import Attention
 from pelton.worker.layers.embedding import LMHead, TokenEmbedding
 from pelton.worker.layers.linear import Linear
 from pelton.worker.layers.mlp import GatedMLP
+from pelton.worker.layers.moe import MixtureOfExperts
 from pelton.worker.layers.norm import RMSNorm
 from pelton.worker.models.weight_source import WeightSource
 
@@ -62,8 +63,10 @@ class ModelParts:
         key_norm = self.norm(f"{prefix}.k_norm", spec.head_dim)
         return Attention(spec, qkv, output, query_norm, key_norm)
 
-    def mlp(self, prefix: str) -> GatedMLP:
+    def mlp(self, prefix: str) -> GatedMLP | MixtureOfExperts:
         spec = self.spec
+        if spec.num_experts:
+            return self._experts(prefix)
         gate_up = self.linear(
             {f"{prefix}.gate_proj": spec.intermediate_size, f"{prefix}.up_proj": spec.intermediate_size},
             spec.hidden_size,
@@ -72,10 +75,22 @@ class ModelParts:
         down = self.linear({f"{prefix}.down_proj": spec.hidden_size}, spec.intermediate_size, bias=spec.mlp_bias)
         return GatedMLP(gate_up, down, spec.hidden_act)
 
+    def _experts(self, prefix: str) -> MixtureOfExperts:
+        spec = self.spec
+        router = self.linear({f"{prefix}.gate": spec.num_experts}, spec.hidden_size)
+        wide, narrow = (spec.expert_size, spec.hidden_size), (spec.hidden_size, spec.expert_size)
+        names = [f"{prefix}.experts.{i}" for i in range(spec.num_experts)]
+        gate_up = [
+            [self._source.tensor(f"{name}.{side}_proj.weight", wide) for side in ("gate", "up")] for name in names
+        ]
+        down = [self._source.tensor(f"{name}.down_proj.weight", narrow) for name in names]
+        experts = self.kernels.make_experts(gate_up, down)
+        return MixtureOfExperts(router, experts, spec.num_experts_per_token, spec.normalizes_experts)
+
     def embedding(self) -> TokenEmbedding:
         spec = self.spec
         table = self._source.tensor("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
-        return TokenEmbedding(table, spec.embedding_scale)
+        return TokenEmbedding(self.kernels.load_embedding(table), spec.embedding_scale)
 
     def lm_head(self) -> LMHead:
         spec = self.spec

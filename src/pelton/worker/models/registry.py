@@ -17,6 +17,7 @@ from pelton.worker.models.mistral import MistralModel
 from pelton.worker.models.model_parts import ModelParts
 from pelton.worker.models.qwen2 import Qwen2Model
 from pelton.worker.models.qwen3 import Qwen3Model
+from pelton.worker.models.qwen3_moe import Qwen3MoeModel
 from pelton.worker.models.weight_source import FileWeights, RandomWeights, WeightSource
 
 ARCHITECTURES: dict[str, type[DecoderModel]] = {
@@ -24,6 +25,7 @@ ARCHITECTURES: dict[str, type[DecoderModel]] = {
     "mistral": MistralModel,
     "qwen2": Qwen2Model,
     "qwen3": Qwen3Model,
+    "qwen3_moe": Qwen3MoeModel,
     "gemma2": Gemma2Model,
     "gemma3": Gemma3Model,
 }

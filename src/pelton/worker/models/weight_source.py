@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import zlib
 from typing import Protocol
 
-import numpy as np
-
 from pelton.core.errors import ModelFileError
+from pelton.weights.random_tensor import RandomTensor
 from pelton.weights.tensors import ModelFiles, WeightTensor
 
 
@@ -32,9 +30,4 @@ class RandomWeights:
     """Tensors of any name and shape, the same ones every time; norms stay near 1."""
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> WeightTensor:
-        generator = np.random.default_rng(zlib.crc32(name.encode()))
-        values = generator.standard_normal(shape, dtype=np.float32)
-        values *= np.float32(0.02)
-        if name.endswith("norm.weight"):
-            values += np.float32(1.0)
-        return WeightTensor(name, shape, "F32", values.reshape(-1).view(np.uint8))
+        return RandomTensor(name, shape, 1.0 if name.endswith("norm.weight") else 0.0, 0.02)

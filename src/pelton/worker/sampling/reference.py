@@ -81,6 +81,9 @@ class ReferenceSampler:
                 samples.token_ids.append(answer)
         return samples
 
+    def try_sample_late(self, logits: Logits, rows: Sequence[ReferenceRow], positions: Sequence[int]) -> None:
+        """Nothing is late on the host."""
+
     def token_logprobs(self, logits: Logits, token_ids: Sequence[int], num_top: int) -> list[TokenLogprobs] | None:
         if not np.isfinite(logits.max(axis=1)).all():
             return None

@@ -47,24 +47,40 @@ class SamplingRow(Protocol):
     def add_output(self, token_ids: Sequence[int]) -> None: ...
 
 
+class LateSamples(Protocol):
+    """Tokens that are being chosen on a device; what was asked of their rows needs nothing of the host."""
+
+    tokens: Any  # the device's array [S], for `Program.forward`
+
+    def wait(self) -> None:
+        """Until they are known. Callable from any thread."""
+        ...
+
+    def result(self) -> Samples: ...
+
+
 class Sampler(Protocol):
     def make_row(self, sampling: SamplingParams, seed: int) -> SamplingRow: ...
 
     def sample(
         self,
-        logits: Logits,
+        logits: Any,
         rows: Sequence[Any],
         positions: Sequence[int],
         masks: Sequence[TokenMask | None] | None = None,
     ) -> Samples:
-        """The next token of each row of `logits`, which may be edited in place.
+        """The next token of each row of `logits`, which may be edited in place; float32 [S, V] as a program gives them.
 
         `rows` are this sampler's own; `positions` are the numbers of output tokens so far, which with the
         seed decide the draw. `masks` narrow a row to what a grammar allows in this step; None: anything.
         """
         ...
 
-    def token_logprobs(self, logits: Logits, token_ids: Sequence[int], num_top: int) -> list[TokenLogprobs] | None:
+    def try_sample_late(self, logits: Any, rows: Sequence[Any], positions: Sequence[int]) -> LateSamples | None:
+        """As `sample` without masks, but does not wait for the tokens; None where these rows, or this sampler, must."""
+        ...
+
+    def token_logprobs(self, logits: Any, token_ids: Sequence[int], num_top: int) -> list[TokenLogprobs] | None:
         """Logprob and rank of `token_ids` [S] and the `num_top` most likely of each row, or fewer where
         others are impossible; ties go to the lower id.
 

@@ -20,7 +20,7 @@ Weights = npt.NDArray[np.int64]  # [K]
 ONE = 2**39
 
 # A smaller one has no reciprocal in float32; at this one everything but the maximum has weight 0.
-_MIN_TEMPERATURE = 1e-30
+MIN_TEMPERATURE = 1e-30
 
 
 def weights_of(logits: Row, max_logit: float, temperature: float) -> Weights:
@@ -28,7 +28,7 @@ def weights_of(logits: Row, max_logit: float, temperature: float) -> Weights:
 
     exp(x) is 2**n * exp(r) with n = round(x / log 2), r in two parts, and Cephes' polynomial of degree 7.
     """
-    inverse = np.float32(1.0 / max(temperature, _MIN_TEMPERATURE))
+    inverse = np.float32(1.0 / max(temperature, MIN_TEMPERATURE))
     with np.errstate(over="ignore"):
         x = np.maximum((logits - np.float32(max_logit)) * inverse, np.float32(-40.0))
     n = np.rint(x * np.float32(1.44269504))

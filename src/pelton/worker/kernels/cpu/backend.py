@@ -12,15 +12,17 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
+from pelton.core.errors import ConfigError, UnsupportedModelError
 from pelton.weights.channel_quantization import in_groups
 from pelton.weights.lora.adapter import LoraWeights
 from pelton.weights.tensors import ModelFiles, WeightTensor
 from pelton.worker.forward_batch import Adapters
+from pelton.worker.kernels.block_copies import ArrayCopies
 from pelton.worker.kernels.cpu import pelton_cpu
 from pelton.worker.kernels.cpu.adapter import NativeAdapter, native_rows
 from pelton.worker.kernels.cpu.arrays import (
@@ -35,6 +37,7 @@ from pelton.worker.kernels.cpu.arrays import (
 )
 from pelton.worker.kernels.cpu.packed_weights import PackedWeights, PlacedMatrix
 from pelton.worker.kernels.cpu.program import NativeProgram
+from pelton.worker.kernels.cpu.recorder import NO_MIXTURES
 from pelton.worker.kernels.cpu.sampler import NativeSampler
 from pelton.worker.kernels.cpu.weight_cache import open_weight_cache
 from pelton.worker.kernels.ops import AttentionShape, Forward, LayerCache, LoraSite
@@ -60,6 +63,8 @@ class NativeKernels:
 
     dtype = "float32"
     kv_dtypes = tuple(KV_TYPES)
+    device_name = "cpu"
+    max_logits_rows = 64  # of 152k float32 are 39 MB
 
     def __init__(
         self, num_threads: int, isa: str | None = None, cpus: Sequence[int] = (), activation_dtype: str = "auto"
@@ -107,12 +112,33 @@ class NativeKernels:
         del x, site  # no row has an adapter
         return y
 
+    def make_experts(self, gate_up: Sequence[Sequence[WeightTensor]], down: Sequence[WeightTensor]) -> NoReturn:
+        del gate_up, down
+        raise UnsupportedModelError(NO_MIXTURES)
+
+    def moe(self, x: Floats, logits: Floats, experts: Any, num_chosen: int, normalizes: bool) -> NoReturn:
+        del x, logits, experts, num_chosen, normalizes
+        raise UnsupportedModelError(NO_MIXTURES)
+
     def make_adapter(self, weights: LoraWeights, sites: Sequence[LoraSite]) -> NativeAdapter:
         return NativeAdapter(weights, sites)
 
     def add_lora(self, y: Floats, x: Floats, site: int, adapters: Adapters) -> Floats:
         pelton_cpu.add_lora(self.runtime, native_rows(adapters), site, np.ascontiguousarray(x), y)
         return y
+
+    def make_block_copies(self) -> ArrayCopies:
+        return ArrayCopies()
+
+    def num_free_bytes(self) -> None:
+        return None
+
+    def round_weights(self, quantization: str) -> None:
+        raise ConfigError(f"quantization {quantization} needs a GPU; native kernels round to w8a8")
+
+    def load_embedding(self, table: WeightTensor) -> WeightTensor:
+        """As it is: rows are decoded from the file's own bytes."""
+        return table
 
     def embedding(self, token_ids: Ints, table: WeightTensor, scale: float = 1.0) -> Floats:
         out = np.empty((len(token_ids), table.shape[1]), dtype=np.float32)

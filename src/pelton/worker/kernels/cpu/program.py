@@ -47,7 +47,8 @@ class NativeProgram:
         """Label and seconds of every op in the order of a step, summed over the calls since this was last asked."""
         return list(zip(self._labels, [*self._body.take_times(), *self._head.take_times()], strict=True))
 
-    def forward(self, batch: ForwardBatch) -> None:
+    def forward(self, batch: ForwardBatch, late_tokens: object = None, late_rows: object = None) -> None:
+        del late_tokens, late_rows  # nothing is late on the host
         groups = [(group.slot_mapping, group.cos, group.sin, group.block_tables) for group in batch.groups]
         hidden = self._hidden.take(len(batch.token_ids))
         adapters = native_rows(batch.adapters)

@@ -6,8 +6,9 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
+from pelton.core.errors import UnsupportedModelError
 from pelton.weights.tensors import WeightTensor
 from pelton.worker.kernels.cpu import pelton_cpu
 from pelton.worker.kernels.cpu.arrays import Cache, Floats, address, embedding_table
@@ -35,6 +36,8 @@ class GroupInput:
 
     group_id: int
 
+
+NO_MIXTURES = "native kernels have no mixtures of experts: use --kernel-backend reference, or triton on a GPU"
 
 Op = tuple[str, tuple[Any, ...]]
 
@@ -149,6 +152,10 @@ class Recorder:
         out = _new(size)
         self._add("gated", gelu, gate_up, size, out)
         return out
+
+    def moe(self, x: Value, logits: Value, experts: Any, num_chosen: int, normalizes: bool) -> NoReturn:
+        del x, logits, experts, num_chosen, normalizes
+        raise UnsupportedModelError(NO_MIXTURES)
 
     def softcap(self, x: Value, cap: float) -> Value:
         self._add("softcap", x, x.shape[0], cap)

@@ -57,6 +57,9 @@ class NativeSampler:
                     token_ids[i] = -1
         return Samples(token_ids, problems, {i: _logprobs(found) for i, found in logprobs})
 
+    def try_sample_late(self, logits: Logits, rows: Sequence[pelton_cpu.SamplingRow], positions: Sequence[int]) -> None:
+        """Nothing is late on the host."""
+
     def token_logprobs(self, logits: Logits, token_ids: Sequence[int], num_top: int) -> list[TokenLogprobs] | None:
         logits = self._checked(logits, len(token_ids))
         found = self._sampler.token_logprobs(logits.ctypes.data, token_ids, num_top)

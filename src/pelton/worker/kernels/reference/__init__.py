@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pelton.core.errors import ConfigError
 from pelton.weights.lora.adapter import LoraWeights
 from pelton.weights.tensors import ModelFiles, WeightTensor
 from pelton.worker.kernels.eager import EagerProgram
@@ -20,9 +21,11 @@ from pelton.worker.kernels.ops import DTYPE_BYTES, AttentionShape, Forward, Laye
 from pelton.worker.kernels.reference.activation import gelu_tanh_mul, silu_mul, softcap
 from pelton.worker.kernels.reference.attention import paged_attention
 from pelton.worker.kernels.reference.attention_plan import plan_attention
+from pelton.worker.kernels.reference.block_copies import TensorCopies
 from pelton.worker.kernels.reference.embedding import embedding
 from pelton.worker.kernels.reference.linear import DenseLoader, linear
 from pelton.worker.kernels.reference.lora import ReferenceAdapter, add_lora
+from pelton.worker.kernels.reference.moe import ReferenceExperts, make_experts, moe
 from pelton.worker.kernels.reference.norm import add_rms_norm, rms_norm
 from pelton.worker.kernels.reference.rotary import rotate_and_store, split_heads
 from pelton.worker.sampling.reference import ReferenceSampler
@@ -33,6 +36,8 @@ class ReferenceKernels:
     """Implements `ops.Kernels` for tensors."""
 
     name = "reference"
+    device_name = "cpu"
+    max_logits_rows = 64  # of 152k float32 are 39 MB
 
     def __init__(self, dtype: str = "float32", num_threads: int | None = None) -> None:
         """`num_threads` is torch's own setting, one for the process; None leaves it as it is."""
@@ -52,12 +57,28 @@ class ReferenceKernels:
     def make_linear_loader(self) -> DenseLoader:
         return DenseLoader(getattr(torch, self.dtype))
 
+    def make_experts(self, gate_up: Sequence[Sequence[WeightTensor]], down: Sequence[WeightTensor]) -> ReferenceExperts:
+        return make_experts(getattr(torch, self.dtype), gate_up, down)
+
     def make_adapter(self, weights: LoraWeights, sites: Sequence[LoraSite]) -> ReferenceAdapter:
         return ReferenceAdapter(weights, sites, getattr(torch, self.dtype))
 
     def adapt(self, y: torch.Tensor, x: torch.Tensor, site: int) -> torch.Tensor:
         del x, site  # no row has an adapter
         return y
+
+    def make_block_copies(self) -> TensorCopies:
+        return TensorCopies()
+
+    def num_free_bytes(self) -> None:
+        return None
+
+    def round_weights(self, quantization: str) -> None:
+        raise ConfigError(f"quantization {quantization} needs a GPU; the reference rounds to w8a8")
+
+    def load_embedding(self, table: WeightTensor) -> WeightTensor:
+        """As it is: rows are decoded from the file's own bytes."""
+        return table
 
     def embedding(self, token_ids: torch.Tensor, table: WeightTensor, scale: float = 1.0) -> torch.Tensor:
         return embedding(token_ids, table, scale, getattr(torch, self.dtype))
@@ -98,6 +119,7 @@ class ReferenceKernels:
     silu_mul = staticmethod(silu_mul)
     gelu_tanh_mul = staticmethod(gelu_tanh_mul)
     softcap = staticmethod(softcap)
+    moe = staticmethod(moe)
 
     def make_sampler(self, vocab_size: int, eos_token_ids: Iterable[int]) -> Sampler:
         return ReferenceSampler(vocab_size, eos_token_ids)

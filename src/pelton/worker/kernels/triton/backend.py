@@ -1,0 +1,168 @@
+"""`TritonKernels`: tensors on one device. A step runs as a `TritonProgram`, over the ops here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pelton.weights.lora.adapter import LoraWeights
+from pelton.weights.tensors import ModelFiles, WeightTensor
+from pelton.worker.kernels.block_copies import BlockCopies
+from pelton.worker.kernels.ops import AttentionShape, Forward, LayerCache, LoraSite
+from pelton.worker.kernels.reference.block_copies import TensorCopies
+from pelton.worker.kernels.triton.activation import gelu_tanh_mul, silu_mul, softcap
+from pelton.worker.kernels.triton.attention import paged_attention, plan_attention
+from pelton.worker.kernels.triton.block_copies import CudaCopies
+from pelton.worker.kernels.triton.dense import load_dense
+from pelton.worker.kernels.triton.device import device_name, find_device, is_interpreted, num_free_bytes
+from pelton.worker.kernels.triton.embedding import embedding
+from pelton.worker.kernels.triton.kv_tiles import format_of
+from pelton.worker.kernels.triton.linear import Scratch, TritonLinearLoader, linear
+from pelton.worker.kernels.triton.lora import TritonAdapter, add_lora
+from pelton.worker.kernels.triton.moe import TritonExperts, load_experts, moe
+from pelton.worker.kernels.triton.norm import add_rms_norm, rms_norm
+from pelton.worker.kernels.triton.packed_kv import rotate_and_store_packed
+from pelton.worker.kernels.triton.program import TritonProgram
+from pelton.worker.kernels.triton.rotary import rotate_and_store, split_heads
+from pelton.worker.kernels.triton.sampling import DeviceSampler
+from pelton.worker.kernels.triton.weights import num_weight_bytes
+from pelton.worker.kv_format import KV_FORMATS
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """What torch says when the device is full, as the rest of the house knows it."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(str(error)) from error
+
+
+class TritonKernels:
+    """Implements `ops.Kernels` for tensors on `device`."""
+
+    max_logits_rows = 1024  # of 128k float32 are 0.5 GB
+
+    def __init__(
+        self,
+        dtype: str = "bfloat16",
+        device: torch.device | None = None,
+        *,
+        batch_invariant: bool = True,
+        quantization: str | None = None,
+    ) -> None:
+        """`batch_invariant` keeps law 3; without it products and attention may go where more rows are faster.
+        `quantization` (int8, fp8, fp8_block, int4) rounds weights that files hold in floats.
+
+        Raises `ConfigError` where kernels can run on no device here.
+        """
+        self.device = device or find_device()
+        self.device_name = device_name(self.device)
+        self.name = "triton (interpreted)" if is_interpreted() else "triton"
+        self.dtype = dtype
+        self.kv_dtypes = (dtype, *(other for other in KV_FORMATS if other != dtype))
+        self.batch_invariant = batch_invariant
+        self._quantization = quantization
+        self._scratch = Scratch(self.device)
+
+    def num_free_bytes(self) -> int | None:
+        return num_free_bytes(self.device)
+
+    def num_weight_bytes(self, tensor: WeightTensor) -> int:
+        return num_weight_bytes(tensor, self._dtype)
+
+    def make_linear_loader(self) -> TritonLinearLoader:
+        return TritonLinearLoader(
+            self._dtype,
+            self.device,
+            self._scratch,
+            batch_invariant=self.batch_invariant,
+            quantization=self._quantization,
+        )
+
+    def make_experts(self, gate_up: Sequence[Sequence[WeightTensor]], down: Sequence[WeightTensor]) -> TritonExperts:
+        return load_experts(self.make_linear_loader(), gate_up, down, self._scratch)
+
+    def round_weights(self, quantization: str) -> None:
+        self._quantization = quantization
+
+    def load_embedding(self, table: WeightTensor) -> torch.Tensor:
+        return load_dense(table, self._dtype, self.device)
+
+    def make_block_copies(self) -> BlockCopies:
+        return CudaCopies() if self.device.type == "cuda" else TensorCopies()
+
+    def make_adapter(self, weights: LoraWeights, sites: Sequence[LoraSite]) -> TritonAdapter:
+        return TritonAdapter(weights, sites, self._dtype, self.device)
+
+    def adapt(self, y: torch.Tensor, x: torch.Tensor, site: int) -> torch.Tensor:
+        del x, site  # no row has an adapter
+        return y
+
+    def from_numpy(self, values: npt.NDArray[Any]) -> torch.Tensor:
+        return torch.from_numpy(values).to(self.device)
+
+    def to_numpy(self, x: torch.Tensor) -> npt.NDArray[np.float32]:
+        return x.float().cpu().numpy()
+
+    def empty_cache(self, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+        try:
+            return torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            raise MemoryError(str(error)) from error
+
+    def select_rows(self, x: torch.Tensor, rows: npt.NDArray[np.int64]) -> torch.Tensor:
+        return x[torch.from_numpy(rows).to(self.device)]
+
+    def compile(self, model: Forward, shapes: Sequence[AttentionShape], caches: Sequence[LayerCache]) -> TritonProgram:
+        return TritonProgram(self, model, shapes, caches)
+
+    def weight_cache(self, files: ModelFiles, path: Path | None) -> AbstractContextManager[None]:
+        """Nothing is kept."""
+        del files, path
+        return _memory_errors()
+
+    def make_sampler(self, vocab_size: int, eos_token_ids: Iterable[int]) -> DeviceSampler:
+        return DeviceSampler(vocab_size, eos_token_ids, self.device)
+
+    def moe(
+        self, x: torch.Tensor, logits: torch.Tensor, experts: TritonExperts, num_chosen: int, normalizes: bool
+    ) -> torch.Tensor:
+        return moe(x, logits, experts, num_chosen, normalizes, silu_mul)
+
+    def rotate_and_store(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> torch.Tensor:
+        store = rotate_and_store_packed if format_of(key_cache).is_packed else rotate_and_store
+        return store(query, key, value, cos, sin, key_cache, value_cache, slot_mapping)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    linear = staticmethod(linear)
+    embedding = staticmethod(embedding)
+    add_lora = staticmethod(add_lora)
+    rms_norm = staticmethod(rms_norm)
+    add_rms_norm = staticmethod(add_rms_norm)
+    split_heads = staticmethod(split_heads)
+    plan_attention = staticmethod(plan_attention)
+    paged_attention = staticmethod(paged_attention)
+    silu_mul = staticmethod(silu_mul)
+    gelu_tanh_mul = staticmethod(gelu_tanh_mul)
+    softcap = staticmethod(softcap)

@@ -1,0 +1,43 @@
+"""Where tensors of the Triton backend live: the CUDA device, or the CPU where kernels are interpreted."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from pelton.core.errors import ConfigError
+
+
+def is_interpreted() -> bool:
+    """Whether kernels run as numpy on the CPU: as TRITON_INTERPRET said when Triton was first imported."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def find_device() -> torch.device:
+    """Raises `ConfigError` where there is no CUDA device, and kernels are not interpreted either."""
+    if is_interpreted():
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "Triton kernels need an NVIDIA GPU, and torch finds none: check nvidia-smi and that this torch was built "
+            "for CUDA, or use --kernel-backend native (TRITON_INTERPRET=1 interprets them, which only tests can bear)"
+        )
+    device = torch.device("cuda", torch.cuda.current_device())
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        raise ConfigError(
+            f"Triton kernels need a GPU of compute capability 8.0 or more; {torch.cuda.get_device_name(device)} has "
+            f"{'.'.join(map(str, torch.cuda.get_device_capability(device)))}"
+        )
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def num_free_bytes(device: torch.device) -> int | None:
+    """Of the device's memory, what other tensors gave back included; None where it is the host's."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
