@@ -26,7 +26,6 @@ from pelton.core.errors import EngineStepError
 from pelton.core.model_spec import ModelSpec, RopeSpec, make_kv_groups
 from pelton.core.output import TokenLogprobs
 from pelton.core.sampling_params import SamplingParams
-from pelton.worker import model_runner
 from pelton.worker.kernels.ops import make_kernels
 from pelton.worker.kv_storage import KVStorage
 from pelton.worker.model_runner import ModelRunner

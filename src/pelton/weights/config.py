@@ -12,7 +12,7 @@ from pelton.core.errors import ConfigError
 from pelton.core.lora import NamedLora
 
 DEFAULT_MODEL = "qwen2.5-coder-0.5b-instruct"
-QUANTIZATIONS = ("w8a8",)
+QUANTIZATIONS = ("w8a8", "fp8", "int4")
 DEFAULT_CACHE_DIR = "~/.cache/pelton/models"
 
 
@@ -23,12 +23,15 @@ class ModelConfig:
     revision: str | None = setting(None, "branch, tag or commit of a hub id")
     cache_dir: str | None = setting(None, "where pulled models are kept; default: ~/.cache/pelton/models")
     load_format: str = setting(
-        "auto", "how weights are read; dummy: random ones", choices=("auto", "gguf", "safetensors", "dummy")
+        "auto",
+        "how weights are read; dummy: random ones, of a model or of a shape such as llama-3.1-8b",
+        choices=("auto", "gguf", "safetensors", "dummy"),
     )
     quantization: str | None = setting(
         None,
         "round weights as they are loaded; w8a8: feed-forward layers to 8 bits, one scale per output, their "
-        "activations one per token: faster in batches and prompts, slower for a single stream than 4 or 5 bits",
+        "activations one per token: faster in batches and prompts, slower for a single stream than 4 or 5 bits; on a GPU "
+        "fp8: all matrices, a scale per output, activations one per token; int4: all matrices, a scale per 128 inputs",
         choices=QUANTIZATIONS,
     )
     lora_modules: tuple[str, ...] = setting(

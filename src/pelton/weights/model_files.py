@@ -20,6 +20,7 @@ from pelton.weights.gguf.names import IGNORED_TENSORS, expert_names, hf_name, re
 from pelton.weights.gguf.reader import GGUFFile, read_gguf
 from pelton.weights.gguf.spec import spec_from_gguf
 from pelton.weights.mapped_file import read_json_object
+from pelton.weights.presets import PresetFiles, is_preset
 from pelton.weights.safetensors import SafetensorsFile, holds_safetensors, open_safetensors_folder
 from pelton.weights.specs import compression_from_config, spec_from_config
 from pelton.weights.tensors import GenerationDefaults, ModelFiles, WeightTensor
@@ -43,6 +44,8 @@ def open_model(path: Path, *, tokenizer: str | None = None) -> ModelFiles:
     `UnsupportedModelError` for a model that Pelton does not implement.
     """
     template = _override_template(tokenizer)
+    if is_preset(path):
+        return PresetFiles(path)
     if not path.is_dir():
         return GGUFModelFiles(read_gguf(path), template)
     gguf_files = sorted(path.glob("*.gguf"))

@@ -27,7 +27,9 @@ class WorkerConfig:
         choices=("auto", "float32", "bfloat16", "float16", "fp8", "int8", "int4"),
     )
     kernel_backend: str = setting(
-        "auto", "kernels to run; auto: the fastest for device and dtype", choices=("auto", "native", "reference", "triton")
+        "auto",
+        "kernels to run; auto: the fastest for device and dtype",
+        choices=("auto", "native", "reference", "triton"),
     )
     enable_weight_cache: bool = setting(True, "keep repacked weights on disk, for later starts to map")
     weight_cache_dir: str | None = setting(None, "where they are kept; default: .packed beside the pulled models")

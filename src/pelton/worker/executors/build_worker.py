@@ -149,8 +149,14 @@ def _weight_cache_path(files: ModelFiles, model_config: ModelConfig, config: Wor
 
 def load_weights(files: ModelFiles, model_config: ModelConfig, worker_config: WorkerConfig, kernels: Kernels) -> Model:
     """Checked by size first: Linux grants memory that it does not have, and kills the process later."""
+    if model_config.quantization in ("fp8", "int4"):
+        kernels.round_weights(model_config.quantization)
     if model_config.load_format == "dummy":
-        return make_dummy_model(files.spec, kernels)
+        try:
+            with kernels.weight_cache(files, None):
+                return make_dummy_model(files.spec, kernels)
+        except MemoryError as error:
+            raise ConfigError("out of memory while making dummy weights: choose a smaller model") from error
     files = _as_multiplied(files, model_config, worker_config)
     num_bytes = sum(kernels.num_weight_bytes(files.tensor(name)) for name in files.tensor_names())
     num_free = kernels.num_free_bytes()
@@ -172,7 +178,7 @@ def load_weights(files: ModelFiles, model_config: ModelConfig, worker_config: Wo
 
 def _as_multiplied(files: ModelFiles, model_config: ModelConfig, worker_config: WorkerConfig) -> ModelFiles:
     """With the rounding that was asked for, of weights and of activations."""
-    if model_config.quantization is not None:
+    if model_config.quantization == "w8a8":
         files = ChannelQuantizedFiles(files)
     return GroupedFiles(files) if worker_config.activation_dtype in ("bfloat16", "float32") else files
 

@@ -97,9 +97,7 @@ class InProcessExecutor:
             self._jobs.put(step)
 
 
-def _end(
-    runner: ModelRunner, running: deque[tuple[RunningStep, Future[StepResult]]], last: RunningStep | None
-) -> None:
+def _end(runner: ModelRunner, running: deque[tuple[RunningStep, Future[StepResult]]], last: RunningStep | None) -> None:
     """Answer the steps that are done, and all up to `last`, which the device has done."""
     while running and (running[0][0].is_done or (last is not None and not last.is_done)):
         step, future = running.popleft()

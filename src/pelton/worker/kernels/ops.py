@@ -244,6 +244,11 @@ class Kernels(Ops, Protocol):
         [H, F]. Raises `UnsupportedModelError` where the backend has no mixtures of experts."""
         ...
 
+    def round_weights(self, quantization: str) -> None:
+        """Weights that are loaded from now on and are floats in the files: "fp8" or "int4". Raises `ConfigError` where
+        the backend has no products with these."""
+        ...
+
     def weight_cache(self, files: ModelFiles, path: Path | None) -> AbstractContextManager[None]:
         """Within it, loaders map weights of `files` that an earlier start left at `path` in the backend's layout,
         or leave theirs there. A cache that is off (None), or cannot be read or written, costs time, never a start."""

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from pelton.core.errors import UnsupportedModelError
+from pelton.core.errors import ConfigError, UnsupportedModelError
 from pelton.weights.channel_quantization import in_groups
 from pelton.weights.lora.adapter import LoraWeights
 from pelton.weights.tensors import ModelFiles, WeightTensor
@@ -132,6 +132,9 @@ class NativeKernels:
 
     def num_free_bytes(self) -> None:
         return None
+
+    def round_weights(self, quantization: str) -> None:
+        raise ConfigError(f"quantization {quantization} needs a GPU; native kernels round to w8a8")
 
     def load_embedding(self, table: WeightTensor) -> WeightTensor:
         """As it is: rows are decoded from the file's own bytes."""

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pelton.core.errors import ConfigError
 from pelton.weights.lora.adapter import LoraWeights
 from pelton.weights.tensors import ModelFiles, WeightTensor
 from pelton.worker.kernels.eager import EagerProgram
@@ -71,6 +72,9 @@ class ReferenceKernels:
 
     def num_free_bytes(self) -> None:
         return None
+
+    def round_weights(self, quantization: str) -> None:
+        raise ConfigError(f"quantization {quantization} needs a GPU; the reference rounds to w8a8")
 
     def load_embedding(self, table: WeightTensor) -> WeightTensor:
         """As it is: rows are decoded from the file's own bytes."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,15 @@ from pelton.worker.kernels.triton.weights import num_weight_bytes
 from pelton.worker.kv_format import KV_FORMATS
 
 
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """What torch says when the device is full, as the rest of the house knows it."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(str(error)) from error
+
+
 class TritonKernels:
     """Implements `ops.Kernels` for tensors on `device`."""
 
@@ -49,7 +58,7 @@ class TritonKernels:
         quantization: str | None = None,
     ) -> None:
         """`batch_invariant` keeps law 3; without it products and attention may go where more rows are faster.
-        `quantization` (int8, fp8, fp8_block) rounds weights that files hold in floats.
+        `quantization` (int8, fp8, fp8_block, int4) rounds weights that files hold in floats.
 
         Raises `ConfigError` where kernels can run on no device here.
         """
@@ -79,6 +88,9 @@ class TritonKernels:
 
     def make_experts(self, gate_up: Sequence[Sequence[WeightTensor]], down: Sequence[WeightTensor]) -> TritonExperts:
         return load_experts(self.make_linear_loader(), gate_up, down, self._scratch)
+
+    def round_weights(self, quantization: str) -> None:
+        self._quantization = quantization
 
     def load_embedding(self, table: WeightTensor) -> torch.Tensor:
         return load_dense(table, self._dtype, self.device)
@@ -114,7 +126,7 @@ class TritonKernels:
     def weight_cache(self, files: ModelFiles, path: Path | None) -> AbstractContextManager[None]:
         """Nothing is kept."""
         del files, path
-        return nullcontext()
+        return _memory_errors()
 
     def make_sampler(self, vocab_size: int, eos_token_ids: Iterable[int]) -> DeviceSampler:
         return DeviceSampler(vocab_size, eos_token_ids, self.device)

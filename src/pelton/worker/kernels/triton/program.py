@@ -132,7 +132,9 @@ class _LoraOps:
 class _Planned:
     """The attention of a step on the host. One token of every request: padded, so that it can be captured."""
 
-    def __init__(self, batch: ForwardBatch, shapes: Sequence[AttentionShape], configs: Sequence[AttentionConfig]) -> None:
+    def __init__(
+        self, batch: ForwardBatch, shapes: Sequence[AttentionShape], configs: Sequence[AttentionConfig]
+    ) -> None:
         self._plans = [
             make_plan(shape, batch.query_start_loc, batch.seq_lens, group.block_tables, config)
             for shape, config, group in zip(shapes, configs, batch.groups, strict=True)

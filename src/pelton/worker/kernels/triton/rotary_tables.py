@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from pelton.worker.layers.rotary import Rotation, RotaryTable
+from pelton.worker.layers.rotary import RotaryTable, Rotation
 
 
 class RotaryTables:
@@ -25,9 +25,7 @@ class RotaryTables:
                 self._tables[rotation.table] = torch.from_numpy(np.stack([cos, sin], axis=1)).to(self._device)
                 self.generation += 1
 
-    def lookup(
-        self, rotations: Sequence[Rotation], positions: torch.Tensor
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def lookup(self, rotations: Sequence[Rotation], positions: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """cos and sin [T, r / 2] at `positions` [T], for each of `rotations`."""
         found = {table: self._tables[table].index_select(0, positions) for table in rotations_by_table(rotations)}
         return [(found[rotation.table][:, 0], found[rotation.table][:, 1]) for rotation in rotations]

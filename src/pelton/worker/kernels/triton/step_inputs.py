@@ -45,9 +45,7 @@ class StepInputs:
         self.generation = 0  # of the device's buffer: tensors of an older one are gone
         self._buffer = torch.empty(0, dtype=torch.uint8, device=device)
 
-    def load(
-        self, batch: ForwardBatch, num_tokens: int, plans: Sequence[Words], late_rows: Ints | None
-    ) -> StepTensors:
+    def load(self, batch: ForwardBatch, num_tokens: int, plans: Sequence[Words], late_rows: Ints | None) -> StepTensors:
         """Pad `batch` to `num_tokens` and begin to copy it to the device; later work on the stream sees it.
 
         Steps of equal `num_tokens` and sizes of `plans` have their tensors at the same addresses.

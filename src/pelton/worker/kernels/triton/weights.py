@@ -118,6 +118,8 @@ def make_weight(
         for tensor in tensors:
             fill_dense(matrix[start : start + tensor.shape[0]], tensor)
             start += tensor.shape[0]
+        if quantization == "int4":
+            return quantize_to_int4(matrix)
         return DenseWeight("float", matrix) if quantization is None else quantize_weight(matrix, quantization)
     return pack_codes([grouped_codes(tensor) for tensor in tensors], device)
 
@@ -194,6 +196,21 @@ def quantize_weight(matrix: torch.Tensor, kind: str) -> DenseWeight:
     if kind == "int8":
         return DenseWeight(kind, codes.round().to(torch.int8), scales)
     return DenseWeight(kind, codes.to(torch.float8_e4m3fn), scales)
+
+
+def quantize_to_int4(matrix: torch.Tensor) -> PackedWeight:
+    """Floats [O, I] rounded to nearest in groups of 128 inputs, packed as `pack_codes` does on the host."""
+    num_outputs, num_inputs = matrix.shape
+    if num_inputs % 128:
+        raise UnsupportedModelError(f"int4 has a scale for 128 inputs, and a matrix has {num_inputs} inputs")
+    groups = matrix.float().reshape(num_outputs, num_inputs // 128, 128)
+    scales = (groups.abs().amax(-1) / 7.0).half()
+    codes = (groups / scales.float().clamp_min(1e-8)[..., None]).round_().clamp_(-8, 7).to(torch.int32) + 8
+    by_code = codes.reshape(num_outputs, num_inputs // 128, 8, WORDS)
+    words = torch.zeros((num_outputs, num_inputs // 128, WORDS), dtype=torch.int32, device=matrix.device)
+    for i in range(8):
+        words |= by_code[:, :, i] << (4 * i)
+    return PackedWeight(4, 128, words.transpose(0, 1).contiguous(), scales.t().contiguous(), None, num_inputs)
 
 
 def stack_experts(experts: Sequence[Weight]) -> Weight:
