@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-
 from benchmarks.gpu import products
+
 from pelton.worker.kernels.triton.device import find_device
 
 pytestmark = pytest.mark.torch
