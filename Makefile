@@ -10,10 +10,10 @@ BIN := .venv/bin
 STAMP := .venv/.pelton-installed
 CODE := src tests scripts benchmarks
 
-.PHONY: help setup serve test fuzz check format lint types imports size settings bench wheel clean
+.PHONY: help setup serve test gpu-check fuzz check format lint types imports size settings bench wheel clean
 
 help:
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: $(STAMP) ## make .venv with everything that serving, tests and checks need
 
@@ -26,6 +26,10 @@ serve: setup ## pull MODEL and serve it on port 8000; ARGS="--max-num-seqs 16" a
 
 test: setup ## run every test; ARGS="tests/engine -k kv" narrows it down
 	@$(BIN)/pytest --durations=10 --durations-min=5 $(ARGS)
+
+# Not `setup`: a machine with a GPU may be offline, and have torch, Triton and transformers already.
+gpu-check: ## prove and measure the GPU backend, offline, with PYTHON's packages; ARGS=--interpret needs no GPU
+	@PYTHONPATH=src:. $(or $(PYTHON),python3) -m benchmarks.gpu.check $(ARGS)
 
 check: format lint types imports size settings ## format, lint, types, import contracts, size budgets, settings table
 

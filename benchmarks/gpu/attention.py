@@ -11,7 +11,6 @@ decodes in a full batch, and as decodes alone.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -248,11 +247,20 @@ def _median_us(launches: Sequence[Callable[[], object]]) -> float:
     return float(median_ms) * 1e3 / len(launches)
 
 
+def show(rows: Sequence[dict[str, object]]) -> str:
+    lines = [f"{'case':<40} {'us':>9} {'GB/s':>6} {'TFLOP/s':>8} {'floor us':>9} {'share':>6} {'error':>8} same bits"]
+    lines += [
+        f"{row['name']:<40} {row['time_us']:>9.1f} {row['gb_s']:>6.0f} {row['tflop_s']:>8.1f} {row['limit_us']:>9.1f} "
+        f"{row['share']:>6.2f} {row['error']:>8.1e} {row['same_bits']}"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
 def main() -> None:
     device = torch.device("cuda")
     print(torch.cuda.get_device_name(device))
-    for row in run(device):
-        print(json.dumps(row))
+    print(show(run(device)))
 
 
 if __name__ == "__main__":

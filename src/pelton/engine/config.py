@@ -23,7 +23,7 @@ class EngineConfig:
     block_size: int = setting(16, "tokens in a KV block")
     kv_cache_memory_gb: float | None = setting(
         None,
-        "memory for KV blocks, in GiB; default: a quarter of what is free, at most 4; on a GPU all but what a step takes",
+        "memory for KV blocks, in GiB; default: a quarter of what is free, at most 4; on a GPU all but what steps take",
     )
     num_kv_blocks: int | None = setting(None, "number of KV blocks, instead of --kv-cache-memory-gb")
     host_kv_cache_gb: float | None = setting(

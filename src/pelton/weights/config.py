@@ -30,8 +30,8 @@ class ModelConfig:
     quantization: str | None = setting(
         None,
         "round weights as they are loaded; w8a8: feed-forward layers to 8 bits, one scale per output, their "
-        "activations one per token: faster in batches and prompts, slower for a single stream than 4 or 5 bits; on a GPU "
-        "fp8: all matrices, a scale per output, activations one per token; int4: all matrices, a scale per 128 inputs",
+        "activations one per token: faster in batches and prompts, slower for a single stream than 4 or 5 bits; on a "
+        "GPU fp8: all matrices, a scale per output, activations one per token; int4: a scale per 128 inputs",
         choices=QUANTIZATIONS,
     )
     lora_modules: tuple[str, ...] = setting(

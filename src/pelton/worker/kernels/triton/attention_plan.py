@@ -168,7 +168,10 @@ def make_plan(
         _as_words(items[~is_wide], ITEM_WORDS),
         _as_words(items[is_wide], ITEM_WORDS),
         _as_words(merges, MERGE_WORDS),
-        *(array.astype(np.int32) for array in (tile_tokens, positions, slots, tables)),
+        tile_tokens.astype(np.int32),
+        positions.astype(np.int32),
+        slots.astype(np.int32),
+        tables.astype(np.int32),
         num_slots,
         int(tables.max()) + 1 if len(tables) else 0,
     )

@@ -56,7 +56,7 @@ class TritonProgram:
     def forward(
         self, batch: ForwardBatch, late_tokens: torch.Tensor | None = None, late_rows: Ints | None = None
     ) -> None:
-        """`late_rows` [T]: which tokens are rows of `late_tokens`, on the device, instead of what `batch` says; -1: none."""
+        """`late_rows` [T]: which tokens are rows of `late_tokens`, on the device, and not what `batch` says; -1: no."""
         planned = _Planned(batch, self._shapes, self._configs)
         tensors = self._inputs.load(batch, planned.num_tokens, planned.words, late_rows)
         self._rotary.reserve([group.rotation for group in batch.groups])

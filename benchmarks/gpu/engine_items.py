@@ -1,0 +1,256 @@
+"""What `make gpu-check` asks of the engine: the same text, law 3, and speed beside what the device can do.
+
+Every item takes `tiny`: shapes for the interpreter, whose times mean nothing.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from benchmarks.gpu.running_engine import Answer, RunningEngine, make_prompts, num_product_weights
+
+from pelton.core.model_spec import ModelSpec, RopeSpec, make_kv_groups
+from pelton.weights.catalog import resolve_model
+from pelton.weights.config import ModelConfig
+from pelton.weights.model_files import open_model
+
+Rows = list[dict[str, Any]]
+
+# Bytes of a weight, scales of int4 included.
+WEIGHT_BYTES = {None: 2.0, "fp8": 1.0, "int4": 0.5 + 2 / 128}
+# Output tokens/s of TensorRT-LLM v1.0, Llama 3.1 8B in FP8 on one H100, as published, by (input, output).
+PUBLISHED = {(128, 128): 28312.0, (1000, 1000): 15220.0, (2048, 128): 3450.0}
+TINY = ModelSpec(
+    architecture="llama",
+    num_layers=2,
+    hidden_size=64,
+    intermediate_size=96,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    vocab_size=256,
+    max_model_len=256,
+    rms_norm_eps=1e-5,
+    rope=RopeSpec(theta=1e4, rotary_dim=16),
+    kv_groups=make_kv_groups([None, None]),
+)
+
+
+def preset(name: str, **changes: Any) -> ModelSpec:
+    spec = open_model(resolve_model(ModelConfig(model=name, load_format="dummy"))).spec
+    return replace(spec, **changes)
+
+
+def model_of(tiny: bool) -> ModelSpec:
+    return TINY if tiny else preset("llama-3.1-8b")
+
+
+def engine_of(spec: ModelSpec, tiny: bool, quantization: str | None = None, **settings: Any) -> RunningEngine:
+    if tiny:
+        # One size of tile: the interpreter multiplies with numpy, which sums up by a matrix's shape.
+        settings = {"max_num_seqs": 8, "max_num_batched_tokens": 16, "num_kv_blocks": 128}
+        quantization = None
+    return RunningEngine(spec, {"kernel_backend": "triton"}, settings, quantization=quantization)
+
+
+def same_text(tiny: bool) -> Rows:
+    """Greedy tokens of the reference on the CPU and of Triton's kernels, on equal weights in float32."""
+    spec = (
+        TINY
+        if tiny
+        else replace(
+            TINY,
+            hidden_size=256,
+            intermediate_size=704,
+            head_dim=64,
+            vocab_size=2048,
+            rope=RopeSpec(theta=1e4, rotary_dim=64),
+        )
+    )
+    prompts = [make_prompts(spec, 1, length, length)[0] for length in ((5, 9) if tiny else (3, 17, 64, 130, 200))]
+    found: list[list[list[int]]] = []
+    for backend in ("reference", "triton"):
+        worker = {"kernel_backend": backend, "dtype": "float32", "kv_cache_dtype": "float32", "threads": 2}
+        settings = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "num_kv_blocks": 256}
+        with RunningEngine(spec, worker, settings, same_weights=True) as engine:
+            found.append([answer.token_ids for answer in engine.generate(prompts, 4 if tiny else 40)])
+    if found[0] != found[1]:
+        raise AssertionError(f"tokens differ: {found}")
+    return [{"requests": len(prompts), "tokens": sum(map(len, found[0])), "different": len(set(map(tuple, found[0])))}]
+
+
+def batch_invariance(tiny: bool) -> Rows:
+    """A request alone, and among others whose prompts are cut beside it: tokens and logprobs, bit for bit."""
+    spec = TINY if tiny else preset("llama-3.1-8b", num_layers=4, kv_groups=make_kv_groups([None] * 4))
+    num_tokens = 3 if tiny else 64
+    own = make_prompts(spec, 1, 7 if tiny else 300, 99)[0]
+    lengths = (5, 11) if tiny else tuple(range(10, 1010, 16))
+    others = [make_prompts(spec, 1, length, length)[0] for length in lengths]
+    settings = {"max_num_seqs": 128, "max_num_batched_tokens": 2048, "num_kv_blocks": 8192}
+    with engine_of(spec, tiny, **settings) as engine:
+        alone = engine.generate([own], num_tokens, logprobs=0)[0]
+        among = engine.generate([*others, own], num_tokens, logprobs=0)[-1]
+        plain = engine.generate([*others, own], num_tokens)[-1]
+    assert alone.token_ids == among.token_ids == plain.token_ids, "tokens differ"
+    assert alone.logprobs == among.logprobs, "logprobs differ"
+    return [{"others": len(others), "tokens": num_tokens}]
+
+
+def single_stream(tiny: bool) -> Rows:
+    """Decode of one request: milliseconds a token, and the weights' bytes over that beside the measured copy."""
+    from benchmarks.gpu.products import measure_copy
+
+    copy_gb_s = None if tiny else measure_copy(torch.device("cuda"))
+    rows: Rows = []
+    for quantization in (None, "fp8", "int4"):
+        spec = model_of(tiny)
+        with engine_of(
+            spec, tiny, quantization, max_num_seqs=4, max_num_batched_tokens=512, max_model_len=4096
+        ) as engine:
+            prompt = make_prompts(spec, 1, 16)
+            start_s = time.perf_counter()
+            engine.generate(prompt, 1)
+            first_token_s = time.perf_counter() - start_s
+            engine.generate(prompt, 2 if tiny else 64)
+            token_s = _token_s(engine.generate(prompt, 3 if tiny else 256)[0])
+            gb_s = num_product_weights(spec) * WEIGHT_BYTES[quantization] / token_s / 1e9
+            rows.append(
+                {
+                    "weights": quantization or engine.info.dtype,
+                    "ms": 1e3 * token_s,
+                    "gb_s": gb_s,
+                    "copy_gb_s": copy_gb_s,
+                    "share": copy_gb_s and gb_s / copy_gb_s,
+                    "load_s": engine.load_s,
+                    "first_token_s": first_token_s,
+                }
+            )
+        _free()
+    return rows
+
+
+def prefill(tiny: bool) -> Rows:
+    """A prompt of 8,192 tokens to its first token: operations over that beside the measured bf16 product."""
+    spec, length = model_of(tiny), 20 if tiny else 8192
+    tflop_s = None if tiny else measure_product()
+    with engine_of(spec, tiny, max_num_seqs=4, max_num_batched_tokens=8192, max_model_len=16384) as engine:
+        times_s = []
+        for prompt in make_prompts(spec, 2 if tiny else 6, length):
+            start_s = time.perf_counter()
+            answer = engine.generate([prompt], 1)[0]
+            times_s.append(answer.times_s[0] - start_s)
+    time_s = statistics.median(times_s[1:])
+    head = spec.vocab_size * spec.hidden_size
+    operations = 2 * (num_product_weights(spec) - head) * length + 2 * head
+    operations += spec.num_layers * 2 * spec.num_heads * spec.head_dim * length * (length + 1)
+    rate = operations / time_s / 1e12
+    return [
+        {
+            "tokens": length,
+            "ms": 1e3 * time_s,
+            "tflop_s": rate,
+            "product_tflop_s": tflop_s,
+            "share": tflop_s and rate / tflop_s,
+        }
+    ]
+
+
+def throughput(tiny: bool, lengths: tuple[int, int], quantization: str | None, num_requests: int, batch: int) -> Rows:
+    """Offline: all requests at once, output tokens a second of the whole run."""
+    spec = model_of(tiny)
+    num_input, num_output = (6, 3) if tiny else lengths
+    num_requests = 4 if tiny else num_requests
+    with engine_of(
+        spec, tiny, quantization, max_num_seqs=batch, max_num_batched_tokens=8192, max_model_len=4096
+    ) as engine:
+        engine.generate(make_prompts(spec, num_requests // 4, num_input, 1), min(num_output, 16))  # captures, compiles
+        start_s = time.perf_counter()
+        answers = engine.generate(make_prompts(spec, num_requests, num_input, 2), num_output)
+        time_s = max(answer.times_s[-1] for answer in answers) - start_s
+    rate = num_requests * num_output / time_s
+    published = PUBLISHED.get(lengths) if quantization == "fp8" else None
+    return [
+        {
+            "weights": quantization or "bfloat16",
+            "input": num_input,
+            "output": num_output,
+            "requests": num_requests,
+            "batch": batch,
+            "s": time_s,
+            "output_tok_s": rate,
+            "published_tok_s": published,
+            "share": published and rate / published,
+        }
+    ]
+
+
+def busy(tiny: bool) -> Rows:
+    """Steady decode at batch 256: the part of the time that the device works, and on what."""
+    spec, batch = model_of(tiny), 4 if tiny else 256
+    with engine_of(spec, tiny, max_num_seqs=256, max_num_batched_tokens=8192, max_model_len=2048) as engine:
+        prompts = make_prompts(spec, batch, 8 if tiny else 256)
+        engine.generate(prompts, 2 if tiny else 64)
+        if tiny:
+            return [{"batch": batch}]
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            answers = engine.generate(prompts, 96)
+        torch.cuda.synchronize()
+    spans = sorted(
+        (event.time_range.start, event.time_range.end, event.name)
+        for event in profile.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    )
+    # The middle of the run: every request decodes.
+    start, end = spans[0][0], max(span[1] for span in spans)
+    low, high = start + 0.5 * (end - start), start + 0.9 * (end - start)
+    working, reached, by_name = 0.0, low, dict[str, float]()
+    for first, last, name in spans:
+        first, last = max(first, low), min(last, high)
+        if last > first:
+            by_name[name] = by_name.get(name, 0.0) + last - first
+            working += max(0.0, last - max(first, reached))
+            reached = max(reached, last)
+    top = sorted(by_name.items(), key=lambda item: -item[1])[:12]
+    return [
+        {
+            "batch": batch,
+            "busy": working / (high - low),
+            "tpot_ms": 1e3 * _token_s(answers[0]),
+            "kernels": {name[:60]: round(part / (high - low), 4) for name, part in top},
+        }
+    ]
+
+
+def measure_product() -> float:
+    """TFLOP/s of torch's own 8192 x 8192 x 8192 product in bf16, on random numbers."""
+    import triton.testing
+
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * 8192**3 / triton.testing.do_bench(lambda: a @ b.T, return_mode="median") / 1e9
+
+
+def _token_s(answer: Answer) -> float:
+    gaps = [later - earlier for earlier, later in zip(answer.times_s, answer.times_s[1:], strict=False)]
+    return statistics.fmean(gaps[len(gaps) // 4 :])
+
+
+def _free() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> str:
+    return "; ".join(
+        ", ".join(f"{name} {_shown(value)}" for name, value in row.items() if value is not None) for row in rows
+    )
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return str(value)

@@ -1,0 +1,106 @@
+"""Every kernel that is not attention or a product against float64 on random numbers; those two measure their own error
+(`attention.py`, `products.py`). `error` is a norm of the difference over that of what is right."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from pelton.core.sampling_params import SamplingParams
+from pelton.worker.kernels.triton.activation import gelu_tanh_mul, silu_mul, softcap
+from pelton.worker.kernels.triton.embedding import embedding
+from pelton.worker.kernels.triton.norm import add_rms_norm, rms_norm
+from pelton.worker.kernels.triton.rotary import rotate_and_store, split_heads
+from pelton.worker.kernels.triton.sampling import DeviceSampler
+from pelton.worker.sampling.reference import ReferenceSampler
+
+_MOST = {torch.float32: 1e-5, torch.bfloat16: 6e-3}
+
+
+def kernels(tiny: bool) -> list[dict[str, Any]]:
+    device = torch.device("cpu" if tiny else "cuda")
+    rows = []
+    for dtype, most in _MOST.items():
+        errors = _errors(dtype, device, tiny)
+        # The interpreter cuts float32 to bfloat16 where a GPU rounds.
+        wrong = {name: error for name, error in errors.items() if not error <= most * (2 if tiny else 1)}
+        if wrong:
+            raise AssertionError(f"{dtype}: too far from float64: {wrong}")
+        rows.append({"dtype": str(dtype).removeprefix("torch."), **errors})
+    return [*rows, _sampling(device, tiny)]
+
+
+def _errors(dtype: torch.dtype, device: torch.device, tiny: bool) -> dict[str, float]:
+    num_rows, width, heads, head_dim = (3, 40, (4, 2), 16) if tiny else (333, 4096, (32, 8), 128)
+    torch.manual_seed(0)
+    x, residual = (torch.randn(num_rows, width, device=device).to(dtype) for _ in range(2))
+    weight = torch.rand(width, device=device)
+    errors = {"rms_norm": _error(rms_norm(x, weight, 1e-5), _normed(x, weight))}
+    for row in (0, num_rows - 1):  # law 3, on the way
+        assert torch.equal(rms_norm(x[row : row + 1], weight, 1e-5)[0], rms_norm(x, weight, 1e-5)[row])
+    total = x.double() + residual.double()
+    normed, kept = add_rms_norm(x.clone(), residual.clone(), weight, 1e-5)
+    errors |= {"sum": _error(kept, total), "add_rms_norm": _error(normed, _normed(kept, weight))}
+    gate, up = x.double().chunk(2, dim=1)
+    errors["silu_mul"] = _error(silu_mul(x), torch.nn.functional.silu(gate) * up)
+    errors["gelu_tanh_mul"] = _error(gelu_tanh_mul(x), torch.nn.functional.gelu(gate, approximate="tanh") * up)
+    errors["softcap"] = _error(softcap(x, 3.0), 3.0 * torch.tanh(x.double() / 3.0))
+    ids = torch.randint(0, num_rows, (17,), device=device, dtype=torch.int32)
+    errors["embedding"] = _error(embedding(ids, x, 1.5), x[ids.long()].double() * 1.5)
+    errors |= _rotary(dtype, device, num_rows, heads, head_dim)
+    return {name: float(error) for name, error in errors.items()}
+
+
+def _rotary(
+    dtype: torch.dtype, device: torch.device, num_rows: int, heads: tuple[int, int], head_dim: int
+) -> dict[str, float]:
+    qkv = torch.randn(num_rows, (heads[0] + 2 * heads[1]) * head_dim, device=device).to(dtype)
+    query, key, value = split_heads(qkv, *heads)
+    angles = torch.rand(num_rows, head_dim // 2, device=device) * 1000
+    cos, sin = angles.cos(), angles.sin()
+    caches = torch.full((2, num_rows, 4, heads[1], head_dim), float("nan"), dtype=dtype, device=device)
+    slots = torch.randperm(num_rows * 4, device=device)[:num_rows].to(torch.int32)
+    rotated = rotate_and_store(query, key, value, cos, sin, caches[0], caches[1], slots)
+    written = caches.flatten(1, 2)[:, slots.long()]
+    turns = torch.polar(torch.ones_like(angles, dtype=torch.float64), torch.atan2(sin.double(), cos.double()))
+    turns = turns * torch.hypot(cos.double(), sin.double())
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        first, second = x.double().chunk(2, dim=-1)
+        result = torch.complex(first, second) * turns.unsqueeze(1)
+        return torch.cat([result.real, result.imag], dim=-1)
+
+    return {
+        "rotary": _error(rotated, turned(query)),
+        "keys": _error(written[0], turned(key)),
+        "values": _error(written[1], value.double()),
+    }
+
+
+def _sampling(device: torch.device, tiny: bool) -> dict[str, Any]:
+    """Tokens and logprobs of the reference, which draws from integers: equal, not near."""
+    size, count = (500, 4) if tiny else (128_256, 64)
+    logits = np.random.default_rng(0).standard_normal((count, size), np.float32) * np.float32(4)
+    kinds = (
+        SamplingParams(temperature=0.0, logprobs=2),
+        SamplingParams(temperature=0.8, top_p=0.9),
+        SamplingParams(temperature=1.0, top_k=50, min_p=0.02),
+        SamplingParams(temperature=0.7, presence_penalty=0.5, logit_bias={3: 5.0}),
+    )
+    found = []
+    for sampler in (ReferenceSampler(size, {0}), DeviceSampler(size, {0}, device)):
+        rows: list[Any] = [sampler.make_row(kinds[i % 4], i) for i in range(count)]
+        found.append(sampler.sample(logits.copy(), rows, list(range(count))))
+    assert found[0].token_ids == found[1].token_ids, "the device draws other tokens than the reference"
+    return {"sampled": count}
+
+
+def _normed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    x = x.double()
+    return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+
+
+def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
