@@ -14,8 +14,15 @@ from dataclasses import asdict, dataclass
 import torch
 import triton.testing
 
-from pelton.worker.kernels.triton.linear import LinearWeight, Scratch, linear
-from pelton.worker.kernels.triton.weights import DenseWeight, PackedWeight, Weight, Weights, quantize_weight
+from pelton.worker.kernels.triton.linear import LinearWeight, Scratch, expand, linear
+from pelton.worker.kernels.triton.weights import (
+    DenseWeight,
+    PackedWeight,
+    Weight,
+    Weights,
+    quantize_to_int4,
+    quantize_weight,
+)
 
 # [O, I] of Llama 3.1 8B.
 SHAPES = {"qkv": (6144, 4096), "out": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
@@ -111,21 +118,8 @@ def _make(kind: str, matrix: torch.Tensor) -> tuple[Weight, torch.Tensor]:
             scales = scales.repeat_interleave(128, dim=0).repeat_interleave(128, dim=1)
             return weight, weight.matrix.double() * scales
         return weight, weight.matrix.double() * scales[:, None]
-    return _int4(matrix)
-
-
-def _int4(matrix: torch.Tensor) -> tuple[PackedWeight, torch.Tensor]:
-    """Rounded to nearest in groups of 128 inputs, packed as `weights.pack_codes` does on the host."""
-    outputs, inputs = matrix.shape
-    groups = matrix.float().reshape(outputs, inputs // 128, 128)
-    scales = (groups.abs().amax(-1) / 7.0).half()
-    codes = (groups / scales.float()[..., None]).round().clamp(-8, 7)
-    exact = (codes.double() * scales.double()[..., None]).reshape(outputs, inputs)
-    by_code = (codes.to(torch.int32) + 8).reshape(outputs, inputs // 128, 8, 16)
-    words = torch.zeros((outputs, inputs // 128, 16), dtype=torch.int32, device=matrix.device)
-    for i in range(8):
-        words |= by_code[:, :, i] << (4 * i)
-    return PackedWeight(4, 128, words.transpose(0, 1).contiguous(), scales.t().contiguous(), None, inputs), exact
+    packed = quantize_to_int4(matrix)
+    return packed, expand(packed, torch.float32).double()
 
 
 def _tensors(weight: Weight) -> list[torch.Tensor]:

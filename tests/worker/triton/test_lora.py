@@ -77,4 +77,9 @@ def test_a_batch_serves_all_sites() -> None:
     for site, shape in enumerate(SITES):
         x = torch.randn(3, shape.num_inputs).to(DEVICE, torch.bfloat16)
         y = torch.randn(3, shape.num_outputs).to(DEVICE, torch.bfloat16)
-        assert torch.equal(batch.add(y.clone(), x, site), add_lora(y.clone(), x, site, own))
+        expected = add_lora(y.clone(), x, site, own)
+        assert torch.equal(batch.add(y.clone(), x, site), expected)
+        # The next step has the same adapters, the other way round.
+        following = LoraBatch(tuple(reversed(own)), DEVICE, batch)
+        assert not following.is_of(own)
+        assert torch.equal(following.add(y.clone(), x, site), expected)

@@ -56,7 +56,7 @@ def run_mixed(model: PagedModel) -> list[torch.Tensor]:
     return [torch.cat(request.logits) for request in requests]
 
 
-@pytest.mark.parametrize("row", ["qwen3", "gemma2"])
+@pytest.mark.parametrize("row", ["qwen3", "gemma2", "qwen3-moe"])
 def test_logits_are_the_references(row: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Captured steps are replayed as on a GPU: a tensor that moved, or a number that was not on the device, shows."""
     graphs = ReplayedGraphs()

@@ -10,13 +10,13 @@ import math
 from dataclasses import dataclass
 
 import torch
-import triton
 import triton.language as tl
 
 from pelton.worker.kernels.ops import AttentionShape
 from pelton.worker.kernels.triton.attention_config import AttentionConfig, choose_config, padded_head_dim
 from pelton.worker.kernels.triton.attention_kernels import attention_kernel, merge_kernel
 from pelton.worker.kernels.triton.attention_plan import HostPlan, Ints, PlanSizes, make_plan
+from pelton.worker.kernels.triton.device import is_interpreted
 from pelton.worker.kernels.triton.kv_tiles import codes_and_scales, format_number, format_of
 from pelton.worker.kv_format import KVFormat
 
@@ -166,7 +166,8 @@ class _Launch:
             SOFTCAP=softcap is not None,
             PRODUCT=product,
             VALUE_PRODUCT=tl.bfloat16 if self.kv_format.is_packed and product is tl.float16 else product,
-            PRECISION="ieee",
+            # A product of float32 on plain multipliers needs more registers than there are.
+            PRECISION="tf32x3" if product is tl.float32 and not is_interpreted() else "ieee",
             STAGES=config.num_stages(shape.head_dim, self.key_cache.element_size()),
             num_warps=config.num_warps(num_rows, shape.head_dim),
             enable_fp_fusion=False,
@@ -184,7 +185,7 @@ class _Launch:
     def _product_type(self) -> tl.dtype:
         """That of the queries, or the cache's where it is the narrower one. The interpreter multiplies in float32: it
         takes bfloat16 for integers."""
-        if triton.knobs.runtime.interpret:
+        if is_interpreted():
             return tl.float32
         if not self.kv_format.is_packed and self.query.dtype is torch.float32:
             return _TYPES[self.key_cache.dtype]

@@ -13,6 +13,7 @@ import torch
 
 from pelton.weights.lora.adapter import LoraWeights
 from pelton.weights.tensors import ModelFiles, WeightTensor
+from pelton.worker.forward_batch import Adapters
 from pelton.worker.kernels.block_copies import BlockCopies
 from pelton.worker.kernels.ops import AttentionShape, Forward, LayerCache, LoraSite
 from pelton.worker.kernels.reference.block_copies import TensorCopies
@@ -24,7 +25,7 @@ from pelton.worker.kernels.triton.device import device_name, find_device, is_int
 from pelton.worker.kernels.triton.embedding import embedding
 from pelton.worker.kernels.triton.kv_tiles import format_of
 from pelton.worker.kernels.triton.linear import Scratch, TritonLinearLoader, linear
-from pelton.worker.kernels.triton.lora import TritonAdapter, add_lora
+from pelton.worker.kernels.triton.lora import LoraBatch, TritonAdapter
 from pelton.worker.kernels.triton.moe import TritonExperts, load_experts, moe
 from pelton.worker.kernels.triton.norm import add_rms_norm, rms_norm
 from pelton.worker.kernels.triton.packed_kv import rotate_and_store_packed
@@ -70,6 +71,7 @@ class TritonKernels:
         self.batch_invariant = batch_invariant
         self._quantization = quantization
         self._scratch = Scratch(self.device)
+        self._lora: LoraBatch | None = None  # of the last step that had adapters
 
     def num_free_bytes(self) -> int | None:
         return num_free_bytes(self.device)
@@ -131,6 +133,11 @@ class TritonKernels:
     def make_sampler(self, vocab_size: int, eos_token_ids: Iterable[int]) -> DeviceSampler:
         return DeviceSampler(vocab_size, eos_token_ids, self.device)
 
+    def add_lora(self, y: torch.Tensor, x: torch.Tensor, site: int, adapters: Adapters) -> torch.Tensor:
+        if self._lora is None or not self._lora.is_of(adapters):
+            self._lora = LoraBatch(adapters, self.device, self._lora)
+        return self._lora.add(y, x, site)
+
     def moe(
         self, x: torch.Tensor, logits: torch.Tensor, experts: TritonExperts, num_chosen: int, normalizes: bool
     ) -> torch.Tensor:
@@ -157,7 +164,6 @@ class TritonKernels:
 
     linear = staticmethod(linear)
     embedding = staticmethod(embedding)
-    add_lora = staticmethod(add_lora)
     rms_norm = staticmethod(rms_norm)
     add_rms_norm = staticmethod(add_rms_norm)
     split_heads = staticmethod(split_heads)

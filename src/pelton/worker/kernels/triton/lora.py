@@ -185,10 +185,15 @@ class _RowTiles:
 class LoraBatch:
     """The adapters of a step and their rows, on the device; made once for all sites of a forward pass."""
 
-    def __init__(self, adapters: Adapters, device: torch.device) -> None:
+    def __init__(self, adapters: Adapters, device: torch.device, previous: LoraBatch | None = None) -> None:
+        """What a `previous` batch of the same adapters has sent to the device is used again."""
+        self._given = adapters
+        adapters = tuple(sorted(adapters, key=lambda pair: id(pair[0])))  # in one order from step to step
         self._adapters = [adapter for adapter, _ in adapters]
         self._device = device
         self._tables: dict[int, dict[str, Any] | None] = {}
+        if previous is not None and list(map(id, previous._adapters)) == list(map(id, self._adapters)):
+            self._tables = previous._tables
         tiles, first = [], 0
         for index, (_, rows) in enumerate(adapters):
             last = first + len(rows)
@@ -197,6 +202,10 @@ class LoraBatch:
         self._num_places = first
         rows = np.concatenate([own for _, own in adapters]).astype(np.int32)
         self._rows = _RowTiles(self._to_device(rows), self._to_device(np.array(tiles, np.int32)))
+
+    def is_of(self, adapters: Adapters) -> bool:
+        """Whether it was made from this very tuple."""
+        return self._given is adapters
 
     def add(self, y: torch.Tensor, x: torch.Tensor, site: int) -> torch.Tensor:
         """y [S, O], with what the adapters add at `site`. Writes over y."""
