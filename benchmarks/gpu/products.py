@@ -115,7 +115,8 @@ def _make(kind: str, matrix: torch.Tensor) -> tuple[Weight, torch.Tensor]:
         assert weight.scales is not None
         scales = weight.scales.double()
         if kind == "fp8_block":
-            scales = scales.repeat_interleave(128, dim=0).repeat_interleave(128, dim=1)
+            wide = scales.repeat_interleave(128, dim=0).repeat_interleave(128, dim=1)
+            scales = wide[: matrix.shape[0], : matrix.shape[1]]
             return weight, weight.matrix.double() * scales
         return weight, weight.matrix.double() * scales[:, None]
     packed = quantize_to_int4(matrix)
