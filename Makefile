@@ -24,8 +24,9 @@ $(STAMP): pyproject.toml scripts/setup.sh CMakeLists.txt $(wildcard src/pelton/w
 serve: setup ## pull MODEL and serve it on port 8000; ARGS="--max-num-seqs 16" adds flags
 	@exec $(BIN)/pelton serve $(MODEL) --port 8000 $(ARGS)
 
+# Two processes run all; one, which tells the files by name, what ARGS names.
 test: setup ## run every test; ARGS="tests/engine -k kv" narrows it down
-	@$(BIN)/pytest --durations=10 --durations-min=5 $(ARGS)
+	@$(BIN)/pytest --durations=10 --durations-min=5 $(or $(ARGS),-n 2)
 
 check: format lint types imports size settings ## format, lint, types, import contracts, size budgets, settings table
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,3 +21,17 @@ def default_model_path() -> Path:
     from pelton.weights.config import ModelConfig
 
     return resolve_model(ModelConfig())
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of two processes (`make test`) one starts with the real model's tests, the other at the end."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.get_closest_marker("model") is None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from tests.two_ended import TwoEndedScheduling
+
+    config.option.loadscopereorder = False
+    return TwoEndedScheduling(config, log)
