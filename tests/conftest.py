@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,14 @@ def default_model_path() -> Path:
     from pelton.weights.config import ModelConfig
 
     return resolve_model(ModelConfig())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _free_models(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Gigabytes hang in cycles of a few objects, which the collector does not come to by itself."""
+    yield
+    if request.node.get_closest_marker("model") is not None:
+        gc.collect()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -2,6 +2,7 @@
 // Built and run by scripts/check_native_sanitizers.sh and check_native_arm.sh. That the numbers are the same with
 // any number of threads is checked bit for bit; that they are right, against plain.h and from Python.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <limits>
@@ -325,8 +326,13 @@ void check(const char* isa) {
 
 }  // namespace pelton
 
-int main() {
-    for (const char* isa : {"portable", "neon_dotprod", "avx2", "avx2_vnni", "avx512", "amx"}) pelton::check(isa);
+// Arguments: the instruction sets to check; none: all.
+int main(int count, char** arguments) {
+    const std::vector<const char*> chosen(arguments + 1, arguments + count);
+    for (const char* isa : {"portable", "neon_dotprod", "avx2", "avx2_vnni", "avx512", "amx"}) {
+        const auto is_isa = [isa](const char* name) { return std::string(name) == isa; };
+        if (chosen.empty() || std::any_of(chosen.begin(), chosen.end(), is_isa)) pelton::check(isa);
+    }
 #if defined(__x86_64__)
     if (pelton::find_kernels("avx512") != nullptr && !pelton::check_bf16_attention()) {
         std::fprintf(stderr, "products of bfloat16 pairs are off\n");

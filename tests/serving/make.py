@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import numpy as np
 import uvicorn
 
@@ -31,6 +32,7 @@ from pelton.store.config import StoreConfig
 from pelton.store.opener import Store
 from pelton.weights.tensors import GenerationDefaults
 from tests.make import EOS_TOKEN_ID, VOCAB_SIZE, ByteDecoder, make_engine
+from tests.wait import wait_until
 
 MODEL_NAME = "scripted"
 ANSWER = "Grüße 😀, the quick brown fox jumps over the lazy dog."
@@ -218,8 +220,11 @@ def running_server(
     thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
     thread.start()
     loop = started.result(30)
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     try:
-        yield RunningServer(f"http://127.0.0.1:{listener.getsockname()[1]}", app, client, executor, loop)
+        if start_engine:  # keys come from the database when the server runs already
+            wait_until(lambda: httpx2.get(f"{url}/ready").status_code == 200)
+        yield RunningServer(url, app, client, executor, loop)
     finally:
         server.should_exit = True
         thread.join(30)
