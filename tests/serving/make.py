@@ -223,7 +223,8 @@ def running_server(
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     try:
         if start_engine:  # keys come from the database when the server runs already
-            wait_until(lambda: httpx2.get(f"{url}/ready").status_code == 200)
+            ready = f"{url}/ready".replace("http:", "https:" if config is not None and config.ssl_certfile else "http:")
+            wait_until(lambda: httpx2.get(ready, verify=False).status_code == 200)
         yield RunningServer(url, app, client, executor, loop)
     finally:
         server.should_exit = True
