@@ -43,11 +43,11 @@ def alone(
     default_model_path: Path, prompts: list[str], samplings: list[SamplingParams]
 ) -> Callable[[str, int], list[list[int]]]:
     """By way to compute and block size, which may choose a kernel (tiles take blocks of 16 and more): each request
-    by itself, its prompt in one piece, nothing cached, on one thread."""
+    by itself, its prompt in one piece, nothing cached."""
 
     @cache
     def generate(backend: str, block_size: int) -> list[list[int]]:
-        settings = {"max_model_len": 512, "max_num_batched_tokens": 512, "enable_prefix_caching": False, "threads": 1}
+        settings = {"max_model_len": 512, "max_num_batched_tokens": 512, "enable_prefix_caching": False}
         with LLM(str(default_model_path), block_size=block_size, **BACKENDS[backend], **settings) as llm:
             return [
                 llm.generate(prompt, sampling)[0].sequences[0].token_ids
