@@ -24,8 +24,9 @@ $(STAMP): pyproject.toml scripts/setup.sh CMakeLists.txt $(wildcard src/pelton/w
 serve: setup ## pull MODEL and serve it on port 8000; ARGS="--max-num-seqs 16" adds flags
 	@exec $(BIN)/pelton serve $(MODEL) --port 8000 $(ARGS)
 
+# Two processes run all; one, which tells the files by name, what ARGS names.
 test: setup ## run every test; ARGS="tests/engine -k kv" narrows it down
-	@$(BIN)/pytest --durations=10 --durations-min=5 $(ARGS)
+	@$(BIN)/pytest --durations=10 --durations-min=5 $(or $(ARGS),-n 2)
 
 # Not `setup`: a machine with a GPU may be offline, and have torch, Triton and transformers already.
 gpu-check: ## prove and measure the GPU backend, offline, with PYTHON's packages; ARGS=--interpret needs no GPU

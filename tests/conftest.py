@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,3 +34,25 @@ def default_model_path() -> Path:
     from pelton.weights.config import ModelConfig
 
     return resolve_model(ModelConfig())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _free_models(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Gigabytes hang in cycles of a few objects, which the collector does not come to by itself."""
+    yield
+    if request.node.get_closest_marker("model") is not None:
+        gc.collect()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of two processes (`make test`) one starts with the real model's tests, the other at the end."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.get_closest_marker("model") is None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from tests.two_ended import TwoEndedScheduling
+
+    config.option.loadscopereorder = False
+    return TwoEndedScheduling(config, log)

@@ -10,7 +10,8 @@ import httpx2
 import pytest
 
 from tests.cli.run import pelton
-from tests.serving.keys import admin, bearer, key_server, store_at, wait_until
+from tests.serving.keys import admin, bearer, key_server, store_at
+from tests.wait import wait_until
 
 
 async def run_json(*arguments: str) -> Any:

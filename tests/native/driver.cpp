@@ -2,20 +2,15 @@
 // Built and run by scripts/check_native_sanitizers.sh and check_native_arm.sh. That the numbers are the same with
 // any number of threads is checked bit for bit; that they are right, against plain.h and from Python.
 
-#include <sys/mman.h>
-
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
-#include <cstring>
 #include <limits>
-#include <new>
-#include <random>
 #include <string>
 #include <vector>
 
+#include "checks.h"
 #include "embedding.h"
-#include "float16.h"
 #include "plain.h"
 #include "program.h"
 #include "runtime.h"
@@ -23,83 +18,7 @@
 
 namespace pelton {
 
-#if defined(__x86_64__)
-// bf16_attention.cpp: the products of bfloat16 pairs, which only some processors choose.
-bool check_bf16_attention();
-#endif
-
 namespace {
-
-// Memory that ends where a page that nobody may touch begins: sanitizers do not see masked vector accesses.
-template <typename T>
-struct AtEdge {
-    using value_type = T;
-    AtEdge() = default;
-    template <typename U>
-    AtEdge(const AtEdge<U>&) {}
-
-    static constexpr size_t kPage = 4096;
-    static size_t pages(size_t count) { return (count * sizeof(T) + kPage - 1) / kPage * kPage; }
-
-    T* allocate(size_t count) {
-        void* memory = mmap(nullptr, pages(count) + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (memory == MAP_FAILED) throw std::bad_alloc();
-        auto* edge = static_cast<uint8_t*>(memory) + pages(count);
-        if (mprotect(edge, kPage, PROT_NONE) != 0) throw std::bad_alloc();
-        return reinterpret_cast<T*>(edge - count * sizeof(T));
-    }
-    void deallocate(T* data, size_t count) {
-        munmap(reinterpret_cast<uint8_t*>(data) + count * sizeof(T) - pages(count), pages(count) + kPage);
-    }
-    template <typename U>
-    bool operator==(const AtEdge<U>&) const { return true; }
-};
-
-template <typename T>
-using Exact = std::vector<T, AtEdge<T>>;
-
-std::mt19937 generator(0);
-
-[[noreturn]] void fail(const std::string& what) {
-    std::fprintf(stderr, "%s\n", what.c_str());
-    std::exit(1);
-}
-
-Exact<float> random_floats(size_t count) {
-    std::normal_distribution<float> normal;
-    Exact<float> values(count);
-    for (auto& value : values) value = normal(generator);
-    return values;
-}
-
-Exact<uint8_t> random_bytes(size_t count) {
-    Exact<uint8_t> values(count);
-    for (auto& value : values) value = static_cast<uint8_t>(generator());
-    return values;
-}
-
-template <typename T>
-bool same_bits(const Exact<T>& a, const Exact<T>& b) {
-    return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
-}
-
-// Random bytes as weights: scales may be infinite or NaN, as those of a damaged file.
-void add_random_part(LinearWeight& weight, Format format, int num_outputs, ThreadPool& pool) {
-    const FormatTraits traits = traits_of(format);
-    const int num_blocks = num_outputs * (weight.num_inputs / traits.file_block_values);
-    auto source = random_bytes(static_cast<size_t>(num_blocks) * traits.file_block_bytes);
-    // Not so float32: most random bits are numbers whose products overflow on one path before they do on another.
-    const int num_floats = format == Format::INT4 ? 2 : traits_of(format).file_block_bytes == 36 || format == Format::F32 ? 1 : 0;
-    for (int i = 0; i < num_blocks * num_floats; ++i) {
-        const float value = std::normal_distribution<float>()(generator);
-        const size_t block = static_cast<size_t>(i / num_floats) * traits.file_block_bytes;
-        std::memcpy(source.data() + block + 4 * (i % num_floats), &value, 4);
-    }
-    PackedMatrix matrix = make_packed_matrix(format, num_outputs, weight.num_inputs);
-    repack(matrix, source.data(), pool);
-    weight.num_outputs += num_outputs;
-    weight.parts.push_back(std::move(matrix));
-}
 
 void check_linear(std::vector<Runtime*> runtimes, ActivationType activation) {
     for (int index = 0; index < kNumFormats; ++index) {
@@ -229,13 +148,14 @@ void check_sampling(std::vector<Runtime*> runtimes) {
 
 void check_attention(std::vector<Runtime*> runtimes, KVType kv_type, AttentionShape shape) {
     shape.kv_type = kv_type;
-    const int num_tokens[] = {1, 40, 33, 2}, seq_lens[] = {529, 40, 100, 265};
+    // The last shares the blocks of the first.
+    const int num_tokens[] = {1, 40, 33, 2, 1}, seq_lens[] = {529, 40, 100, 265, 300};
     const int dim = shape.head_dim, width = (529 + shape.block_size - 1) / shape.block_size;
     const int64_t num_blocks = 4 * width;
     const size_t row = static_cast<size_t>(shape.num_kv_heads) * dim;
     const size_t cache_bytes = num_blocks * shape.block_size * row * (kv_type == KVType::F32 ? 4 : 2);
-    Exact<int64_t> tables(num_blocks);
-    for (int64_t i = 0; i < num_blocks; ++i) tables[i] = num_blocks - 1 - i;
+    Exact<int64_t> tables(5 * width);
+    for (int64_t i = 0; i < 5 * width; ++i) tables[i] = num_blocks - 1 - i % num_blocks;
 
     // Every slot is written, by way of rotate_and_store.
     const int num_slots = static_cast<int>(num_blocks * shape.block_size), half = dim / 2;
@@ -257,7 +177,7 @@ void check_attention(std::vector<Runtime*> runtimes, KVType kv_type, AttentionSh
         Exact<float> out(total * shape.num_heads * dim);
         std::vector<AttentionRequest> requests;
         int64_t token = 0;
-        for (int i = 0; i < 4; ++i) {
+        for (int i = 0; i < 5; ++i) {
             requests.push_back({states.data() + token * ld, ld, out.data() + token * shape.num_heads * dim,
                                 num_tokens[i], seq_lens[i], tables.data() + i * width});
             token += num_tokens[i];
@@ -389,6 +309,7 @@ void check(const char* isa) {
     check_rows(runtimes);
     check_embedding(three.pool());
     check_program(runtimes);
+    check_products(*kernels);
     check_sampling(runtimes);
     for (KVType kv_type : {KVType::F32, KVType::BF16}) {
         for (int dim : {1, 2, 15, 33, 40, 64, 80, 256}) {
@@ -405,8 +326,13 @@ void check(const char* isa) {
 
 }  // namespace pelton
 
-int main() {
-    for (const char* isa : {"portable", "neon_dotprod", "avx2", "avx2_vnni", "avx512", "amx"}) pelton::check(isa);
+// Arguments: the instruction sets to check; none: all.
+int main(int count, char** arguments) {
+    const std::vector<const char*> chosen(arguments + 1, arguments + count);
+    for (const char* isa : {"portable", "neon_dotprod", "avx2", "avx2_vnni", "avx512", "amx"}) {
+        const auto is_isa = [isa](const char* name) { return std::string(name) == isa; };
+        if (chosen.empty() || std::any_of(chosen.begin(), chosen.end(), is_isa)) pelton::check(isa);
+    }
 #if defined(__x86_64__)
     if (pelton::find_kernels("avx512") != nullptr && !pelton::check_bf16_attention()) {
         std::fprintf(stderr, "products of bfloat16 pairs are off\n");

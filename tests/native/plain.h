@@ -65,17 +65,27 @@ inline Weight weight_of(const PackedMatrix& matrix, int output, int input) {
     return {product - minimum, std::abs(product) + std::abs(minimum)};
 }
 
-// What a row of activations is taken for: as it is (group size 0), or rounded to 8 bits per group.
-inline std::vector<double> activations(const float* x, int num_inputs, int group_size) {
+// What a row of activations is taken for: as it is (group size 0), or rounded to 8 bits per group; where one group
+// is the row (`may_have_rest`), what that leaves of a row with an outlier is rounded once more.
+inline std::vector<double> activations(const float* x, int num_inputs, int group_size, bool may_have_rest) {
     std::vector<double> values(x, x + num_inputs);
     for (int first = 0; group_size > 0 && first < num_inputs; first += group_size) {
         uint32_t largest = 0;
-        for (int i = 0; i < group_size; ++i) largest = std::max(largest, float_to_bits(std::abs(x[first + i])));
-        const GroupScale scale = scale_of_group(largest);
+        float squares = 0.0f;
         for (int i = first; i < first + group_size; ++i) {
-            const double code = scale.inverse == 0.0f ? 0.0 : std::nearbyint(x[i] * scale.inverse);
-            values[i] = code * double{scale.scale};
+            largest = std::max(largest, float_to_bits(std::abs(x[i])));
+            squares += x[i] * x[i];
         }
+        const GroupScale scale = scale_of_group(largest);
+        std::vector<float> rest(group_size);
+        for (int i = first; i < first + group_size; ++i) {
+            const float code = scale.inverse == 0.0f ? 0.0f : std::nearbyint(x[i] * scale.inverse);
+            values[i] = double{code} * scale.scale;
+            rest[i - first] = x[i] - code * scale.scale;
+        }
+        if (!may_have_rest || scale.inverse == 0.0f || !wants_rest(scale, squares, group_size)) continue;
+        const auto rounded = activations(rest.data(), group_size, group_size, false);
+        for (int i = 0; i < group_size; ++i) values[first + i] += rounded[i];
     }
     return values;
 }
@@ -95,7 +105,7 @@ inline bool is_product(const LinearWeight& weight, const float* x, int num_rows,
         for (const PackedMatrix& part : weight.parts) {
             const FormatTraits traits = traits_of(part.format);
             const int group_size = traits.by_channel ? weight.num_inputs : in_floats || traits.is_dense() ? 0 : kGroup;
-            const auto rounded = activations(values, weight.num_inputs, group_size);
+            const auto rounded = activations(values, weight.num_inputs, group_size, traits.by_channel);
             for (int output = 0; output < part.num_outputs; ++output, ++column) {
                 double sum = bias != nullptr ? bias[column] : 0.0, size = std::abs(sum);
                 for (int k = 0; k < weight.num_inputs; ++k) {

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -45,15 +44,7 @@ async def new_key(config: StoreConfig, tenant_id: str = "acme", *scopes: Scope, 
 def key_server(config: StoreConfig, **options: Any) -> Iterator[RunningServer]:
     server_config = ServerConfig(admin_api_key=ADMIN_KEY)
     with running_server(config=server_config, store=config, **options) as server:
-        wait_until(lambda: httpx2.get(f"{server.url}/ready").status_code == 200)
         yield server
-
-
-def wait_until(is_so: Callable[[], bool], timeout_s: float = 20.0) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not is_so():
-        assert time.monotonic() < deadline_s, "it does not come to pass"
-        time.sleep(0.02)
 
 
 def bearer(key: str) -> dict[str, str]:

@@ -19,7 +19,7 @@ from pelton.store.config import StoreConfig
 from tests.serving.make import ANSWER, MODEL_NAME, RunningServer, running_server
 from tests.serving.test_responses import EVENTS, create
 from tests.serving.test_sessions import client_of
-from tests.serving.test_streaming import wait_until
+from tests.wait import wait_until
 
 
 def wait_for(client: openai.OpenAI, response_id: str) -> Any:

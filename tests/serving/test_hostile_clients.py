@@ -19,8 +19,8 @@ from pelton.core.errors import ConfigError
 from pelton.serving.config import ServerConfig
 from pelton.serving.protocol import MAX_NUM_HEADERS
 from pelton.serving.server import uvicorn_config
-from tests.serving.keys import wait_until
 from tests.serving.make import RunningServer, running_server
+from tests.wait import wait_until
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
 NUM_STREAMS = 200  # fewer than may be tokenized at one time

@@ -17,7 +17,8 @@ from pelton.serving.config import ServerConfig
 from tests.serving.keys import key_server, new_key, store_at, tables
 from tests.serving.make import ANSWER, MODEL_NAME, RunningServer, running_server
 from tests.serving.test_responses import prompt_of
-from tests.serving.test_streaming import raw_request, wait_until
+from tests.serving.test_streaming import raw_request
+from tests.wait import wait_until
 
 PATH = "/v1/messages"
 HI: Any = [{"role": "user", "content": "hi"}]

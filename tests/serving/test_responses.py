@@ -12,7 +12,8 @@ import pytest
 
 from tests.serving.make import ANSWER, MODEL_NAME, RunningServer, running_server
 from tests.serving.test_sessions import client_of, sessions_of
-from tests.serving.test_streaming import raw_request, wait_until
+from tests.serving.test_streaming import raw_request
+from tests.wait import wait_until
 
 PATH = "/v1/responses"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +14,7 @@ import pytest
 
 from pelton.serving import sse
 from tests.serving.make import ANSWER, MODEL_NAME, RunningServer, running_server
+from tests.wait import wait_until
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 LONG: dict[str, Any] = {"max_tokens": 1500, "ignore_eos": True}
@@ -25,13 +25,6 @@ def events(body: bytes) -> list[bytes]:
     parts = body[:-2].split(b"\n\n")
     assert all(part.startswith(b"data: ") and b"\n" not in part for part in parts)
     return [part.removeprefix(b"data: ") for part in parts]
-
-
-def wait_until(condition: Any, what: str) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.005)
 
 
 def test_bytes_of_a_chat_stream(http: httpx2.Client) -> None:

@@ -15,9 +15,10 @@ from pelton.core.errors import PeltonError
 from pelton.serving.tenants.journal import Journal, journals, read_journal, try_claim
 from pelton.store.config import StoreConfig
 from pelton.store.records import Tokens
-from tests.serving.keys import admin, bearer, complete, key_server, store_at, wait_until
+from tests.serving.keys import admin, bearer, complete, key_server, store_at
 from tests.serving.make import RunningServer
 from tests.serving.mixed_load import Result, run_with_kills
+from tests.wait import wait_until
 
 NUM_REQUESTS = int(os.environ.get("PELTON_TEST_NUM_REQUESTS", "450"))
 

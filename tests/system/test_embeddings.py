@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -33,12 +32,12 @@ def model_path(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture(scope="module")
-def hidden(model_path: Path) -> Iterator[list[np.ndarray]]:
+def hidden(model_path: Path) -> list[np.ndarray]:
     """[tokens, H] of each text, after the last norm."""
     tokenizer = load_tokenizer(model_path)
     model = reference_model(open_model(model_path))
     with torch.inference_mode():
-        yield [model.model(torch.tensor([tokenizer.encode(text)])).last_hidden_state[0].numpy() for text in INPUTS]
+        return [model.model(torch.tensor([tokenizer.encode(text)])).last_hidden_state[0].numpy() for text in INPUTS]
 
 
 EXPECTED = {"last": lambda states: states[-1], "mean": lambda states: states.mean(0), "cls": lambda states: states[0]}

@@ -97,7 +97,8 @@ def test_together_as_alone(
 ) -> None:
     settings = {"max_model_len": 512, "max_num_seqs": 64} | BACKENDS[backend] | SETTINGS[name]
     prompts, samplings = _streams(backend, prompts, samplings)
-    expected = alone(backend, settings.get("block_size", 16))
+    # Torch's kernels know no block size: with another one they have to give the same.
+    expected = alone(backend, 16 if backend == "reference" else settings.get("block_size", 16))
     with LLM(str(default_model_path), **settings) as llm:
         together = [answer.sequences[0].token_ids for answer in llm.generate(prompts, samplings)]
         assert llm.stats.num_blocks_used == 0

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import pytest
 from pelton.core.errors import DownloadError, ModelNotFoundError
 from pelton.weights.catalog import Catalog, PullPhase, PullProgress
 from pelton.weights.catalog.sources import download
+from tests.wait import wait_until
 from tests.weights.model_server import ModelServer, serve_models
 
 CONTENT = b"GGUF" + bytes(range(256)) * 8192  # 2 MiB and a little
@@ -164,18 +164,11 @@ def start_pull(cache: Path, name: str) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", PULL, str(cache), name], stdout=subprocess.PIPE, text=True)
 
 
-def wait_for(condition: object, what: str) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline, what
-        time.sleep(0.005)
-
-
 def test_killed_pull_leaves_nothing_half_valid(server: ModelServer, catalog: Catalog) -> None:
     server.delay_s = 0.05
     data = catalog.store.root / ".partial"
     process = start_pull(catalog.store.root, server.url(PATH))
-    wait_for(lambda: any(p.stat().st_size > 200_000 for p in data.rglob("data")), "no bytes came")
+    wait_until(lambda: any(p.stat().st_size > 200_000 for p in data.rglob("data")), "no bytes came")
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert catalog.store.installed() == []
@@ -202,7 +195,7 @@ def test_two_pulls_at_once_download_once(server: ModelServer, catalog: Catalog) 
 def test_waiting_for_another_pull_is_told(server: ModelServer, catalog: Catalog) -> None:
     server.delay_s = 0.02
     process = start_pull(catalog.store.root, server.url(PATH))
-    wait_for(lambda: server.requests, "the pull did not begin")
+    wait_until(lambda: server.requests, "the pull did not begin")
     seen: list[PullProgress] = []
     catalog.pull(server.url(PATH), seen.append)
     assert process.wait() == 0

@@ -55,11 +55,11 @@ def adapt(model: Model, folder: Path) -> Any:
     return model.kernels.make_adapter(open_adapter(folder, model.spec, MAX_RANK), model.lora_sites)
 
 
-@pytest.mark.parametrize("name", list(ADAPTERS))
-@pytest.mark.parametrize("row", MODELS)
+# Of a tied head peft adapts the embedding too.
+@pytest.mark.parametrize(
+    ("row", "name"), [(row, name) for row in MODELS for name in ADAPTERS if (row, name) != ("qwen3-tied", "head")]
+)
 def test_logits_equal_those_of_peft(tmp_path: Path, row: str, name: str) -> None:
-    if row == "qwen3-tied" and name == "head":
-        pytest.skip("peft adapts the tied embedding too")
     save_tiny(row, tmp_path / "model")
     adapted = save_adapter(make_tiny(row), tmp_path / "adapter", **ADAPTERS[name])
     with torch.inference_mode():

@@ -53,6 +53,7 @@ class Requests:
         ids[:, : num_shared // block_size] = ids[0, : num_shared // block_size]
         self.tables = torch.zeros_like(ids)
         self.slots: list[torch.Tensor] = []
+        self._stored: dict[str, torch.Tensor] = {}
         self.written: list[torch.Tensor] = []
         for row, (num_tokens, seq_len) in enumerate(work):
             first = 0 if window is None else max(0, seq_len - num_tokens - window + 1)
@@ -65,7 +66,13 @@ class Requests:
             self.written.append(own)
 
     def stored_by(self, kernels: OnTensors) -> torch.Tensor:
-        """The caches as `kernels` lays them out."""
+        """The caches as `kernels` lays them out, whatever its number of threads; stored once."""
+        isa = kernels.runtime.isa
+        if isa not in self._stored:
+            self._stored[isa] = self._store(kernels)
+        return self._stored[isa]
+
+    def _store(self, kernels: OnTensors) -> torch.Tensor:
         caches = torch.full_like(self.caches, math.nan)
         slots = torch.cat(self.written)
         keys, values = self.caches.flatten(1, 2)[:, slots].float()

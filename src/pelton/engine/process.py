@@ -141,7 +141,10 @@ class ProcessTransport:
             self._watch = None
         if self._process is not None:
             exit = self._exit or _watch_exit(self._process, asyncio.get_running_loop())
-            self.send(Shutdown())
+            if self._is_up or self._has_failed():
+                self.send(Shutdown())
+            else:  # it takes no command yet
+                self._process.kill()
             try:
                 await asyncio.wait_for(asyncio.shield(exit), STOP_TIMEOUT_S)
             except TimeoutError:
@@ -159,6 +162,11 @@ class ProcessTransport:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
+
+    def _has_failed(self) -> bool:
+        """Whether the child has said why it cannot start; it ends by itself then."""
+        ready = self._ready
+        return ready is not None and ready.done() and not ready.cancelled() and ready.exception() is not None
 
 
 def _watch_exit(process: subprocess.Popen[bytes], event_loop: asyncio.AbstractEventLoop) -> asyncio.Future[int]:

@@ -1,0 +1,97 @@
+// What the checks of the native kernels share.
+#pragma once
+
+#include <sys/mman.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "runtime.h"
+
+namespace pelton {
+
+// Memory that ends where a page that nobody may touch begins: sanitizers do not see masked vector accesses.
+template <typename T>
+struct AtEdge {
+    using value_type = T;
+    AtEdge() = default;
+    template <typename U>
+    AtEdge(const AtEdge<U>&) {}
+
+    static constexpr size_t kPage = 4096;
+    static size_t pages(size_t count) { return (count * sizeof(T) + kPage - 1) / kPage * kPage; }
+
+    T* allocate(size_t count) {
+        void* memory = mmap(nullptr, pages(count) + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (memory == MAP_FAILED) throw std::bad_alloc();
+        auto* edge = static_cast<uint8_t*>(memory) + pages(count);
+        if (mprotect(edge, kPage, PROT_NONE) != 0) throw std::bad_alloc();
+        return reinterpret_cast<T*>(edge - count * sizeof(T));
+    }
+    void deallocate(T* data, size_t count) {
+        munmap(reinterpret_cast<uint8_t*>(data) + count * sizeof(T) - pages(count), pages(count) + kPage);
+    }
+    template <typename U>
+    bool operator==(const AtEdge<U>&) const { return true; }
+};
+
+template <typename T>
+using Exact = std::vector<T, AtEdge<T>>;
+
+inline std::mt19937 generator(0);
+
+[[noreturn]] inline void fail(const std::string& what) {
+    std::fprintf(stderr, "%s\n", what.c_str());
+    std::exit(1);
+}
+
+inline Exact<float> random_floats(size_t count) {
+    std::normal_distribution<float> normal;
+    Exact<float> values(count);
+    for (auto& value : values) value = normal(generator);
+    return values;
+}
+
+inline Exact<uint8_t> random_bytes(size_t count) {
+    Exact<uint8_t> values(count);
+    for (auto& value : values) value = static_cast<uint8_t>(generator());
+    return values;
+}
+
+template <typename T>
+bool same_bits(const Exact<T>& a, const Exact<T>& b) {
+    return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
+}
+
+// Random bytes as weights: scales may be infinite or NaN, as those of a damaged file.
+inline void add_random_part(LinearWeight& weight, Format format, int num_outputs, ThreadPool& pool) {
+    const FormatTraits traits = traits_of(format);
+    const int num_blocks = num_outputs * (weight.num_inputs / traits.file_block_values);
+    auto source = random_bytes(static_cast<size_t>(num_blocks) * traits.file_block_bytes);
+    // Not so float32: most random bits are numbers whose products overflow on one path before they do on another.
+    const int num_floats = format == Format::INT4 ? 2 : traits_of(format).file_block_bytes == 36 || format == Format::F32 ? 1 : 0;
+    for (int i = 0; i < num_blocks * num_floats; ++i) {
+        const float value = std::normal_distribution<float>()(generator);
+        const size_t block = static_cast<size_t>(i / num_floats) * traits.file_block_bytes;
+        std::memcpy(source.data() + block + 4 * (i % num_floats), &value, 4);
+    }
+    PackedMatrix matrix = make_packed_matrix(format, num_outputs, weight.num_inputs);
+    repack(matrix, source.data(), pool);
+    weight.num_outputs += num_outputs;
+    weight.parts.push_back(std::move(matrix));
+}
+
+// products.cpp: of weights by channel, of gated layers, of adapters.
+void check_products(const KernelTable& kernels);
+
+#if defined(__x86_64__)
+// bf16_attention.cpp: the products of bfloat16 pairs, which only some processors choose.
+bool check_bf16_attention();
+#endif
+
+}  // namespace pelton
