@@ -1,4 +1,4 @@
-// Products of INT8_CHANNEL weights with AVX-512 VNNI: one scale per output, one per row of activations.
+// Products of weights by channel with AVX-512 VNNI: one scale per output, one per row of activations.
 //
 // A row's sum of integers is exact, and becomes a float in one fused multiply-add (law 3).
 #pragma once
@@ -46,7 +46,23 @@ struct ChannelColumns {
     }
 };
 
-template <int kRows>
+// Codes of 8 bits: as they lie, or made of 4 bits.
+template <Format kFormat>
+struct ChannelGroups {
+    static constexpr bool kMakes = traits_of(kFormat).bits == 4;
+    static constexpr int kGroupBytes = traits_of(kFormat).group_bytes();
+    const uint8_t* group;
+    __m512i steps[2], bases[2];
+
+    // Before the pairs of each group.
+    void start() {
+        if constexpr (!kMakes) return;
+        const __m512i twice = _mm512_set1_epi32(static_cast<int>(0x80018000)), unused = twice;
+        (void)unused;
+    }
+};
+
+template <Format kFormat, int kRows>
 void channel_tile(const PackedMatrix& matrix, int panel, const ByteRows& rows, int first_row, const ChannelColumns& columns) {
     const uint8_t* weights = matrix.panel(panel);
     const int8_t* x[kRows];

@@ -122,7 +122,7 @@ private:
     void multiply_panels(const LinearWeight& weight, const float* x, int num_rows, const float* bias, float* out);
     // Rows in 8 bits, in memory that the next call reuses.
     QuantizedRows quantize(const float* x, int num_rows, int num_inputs);
-    // All parts of a weight are INT8_CHANNEL or none is.
+    // All parts of a weight have formats by channel or none has.
     static bool is_by_channel(const LinearWeight& weight) {
         return !weight.parts.empty() && traits_of(weight.parts.front().format).by_channel;
     }
