@@ -39,6 +39,7 @@ _Q6_K = _fields(("ql", "u1", 128), ("qh", "u1", 64), ("scales", "i1", 16), _D)
 _IQ4_XS = _fields(_D, ("scales_h", "<u2"), ("scales_l", "u1", 4), ("qs", "u1", 128))
 _INT4 = _fields(("d", "<f4"), ("m", "<f4"), ("qs", "u1", 16))
 _INT8 = _fields(("d", "<f4"), ("qs", "i1", 32))
+_INT4_CHANNEL = _fields(("d", "<f4"), ("step", "u1"), ("base", "u1"), ("qs", "u1", 16))
 
 # The 16 levels of IQ4_NL and IQ4_XS.
 _IQ4_LEVELS = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=np.int8)
@@ -214,6 +215,14 @@ def _decode_int8(blocks: U8, out: F32) -> None:
     np.multiply(block["qs"], block["d"][:, None], out=out, dtype=np.float32)
 
 
+def _decode_int4_channel(blocks: U8, out: F32) -> None:
+    block = _INT4_CHANNEL(blocks)
+    out[...] = _nibbles(block["qs"], 16).reshape(out.shape)
+    out *= block["step"][:, None]
+    out += block["base"][:, None].astype(np.float32) - np.float32(128)
+    out *= block["d"][:, None]
+
+
 DECODERS: dict[str, Callable[[U8, F32], None]] = {
     "F32": _decode_f32,
     "F16": _decode_f16,
@@ -233,6 +242,7 @@ DECODERS: dict[str, Callable[[U8, F32], None]] = {
     "INT4": _decode_int4,
     "INT8": _decode_int8,
     "INT8_CHANNEL": _decode_int8,
+    "INT4_CHANNEL": _decode_int4_channel,
 }
 
 

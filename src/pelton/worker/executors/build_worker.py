@@ -19,7 +19,7 @@ from pelton.core.lora import LoraAdapter
 from pelton.core.model_spec import ModelSpec
 from pelton.core.protocols import TokenDecoder
 from pelton.engine.config import EngineConfig
-from pelton.weights.channel_quantization import ChannelQuantizedFiles, GroupedFiles
+from pelton.weights.channel_quantization import ChangedFiles, QuantizedFiles, in_groups
 from pelton.weights.config import ModelConfig, parse_lora_modules
 from pelton.weights.packed_files import content_identity, packed_folder, packed_path
 from pelton.weights.tensors import ModelFiles
@@ -170,8 +170,8 @@ def load_weights(files: ModelFiles, model_config: ModelConfig, worker_config: Wo
 def _as_multiplied(files: ModelFiles, model_config: ModelConfig, worker_config: WorkerConfig) -> ModelFiles:
     """With the rounding that was asked for, of weights and of activations."""
     if model_config.quantization is not None:
-        files = ChannelQuantizedFiles(files)
-    return GroupedFiles(files) if worker_config.activation_dtype in ("bfloat16", "float32") else files
+        files = QuantizedFiles(files, model_config.quantization)
+    return ChangedFiles(files, in_groups) if worker_config.activation_dtype in ("bfloat16", "float32") else files
 
 
 def _allocate_kv(spec: ModelSpec, plan: KVPlan, block_size: int, dtype: str, kernels: Kernels) -> KVStorage:
