@@ -9,7 +9,7 @@ namespace pelton::amx {
 constexpr int kChunkWeightBytes = kChunk * kPanel;
 constexpr int kSumStride = kPanel * 4;
 constexpr int kBlockSums = 2 * kTileHeight * kPanel;  // of a pair of blocks
-constexpr int kFewChunks = 8;                         // that are made before a few rows pass by
+constexpr int kMadeChunks = 4;                        // made of 4 bits, that wait for a few rows
 
 // sums [rows, 16] of 32 bits += a [rows, 64], signed, times b [16 fours of inputs, 16, 4], unsigned.
 template <int kSums, int kA, int kB>
@@ -54,16 +54,10 @@ struct PendingSums {
     }
 };
 
-// Chunks [first, last) of a panel as tiles take them: as they lie, or made in `made`.
+// The next chunk of a panel as tiles take it.
 template <Format kFormat>
-const uint8_t* channel_chunks(const uint8_t* panel, int first, int last, uint8_t* made) {
-    using Groups = avx512::ChannelGroups<kFormat>;
-    constexpr int kGroupsPerChunk = kChunk / kGroup;
-    panel += static_cast<int64_t>(first) * kGroupsPerChunk * Groups::kGroupBytes;
-    if constexpr (!Groups::kHasSteps) return panel;
-    Groups groups(panel);
-    uint8_t* to = made;
-    for (int group = kGroupsPerChunk * first; group < kGroupsPerChunk * last; ++group, groups.next()) {
+inline void make_chunk(avx512::ChannelGroups<kFormat>& groups, uint8_t* to) {
+    for (int group = 0; group < kChunk / kGroup; ++group, groups.next()) {
         groups.start();
         for (int pair = 0; pair < 4; ++pair, to += 4 * 64) {
             for (int half = 0; half < 2; ++half) {
@@ -74,26 +68,31 @@ const uint8_t* channel_chunks(const uint8_t* panel, int first, int last, uint8_t
             }
         }
     }
-    return made;
 }
 
+// Up to 32 rows: codes that are made are multiplied a little later, as a tile that was just stored is slow to load.
 template <Format kFormat, bool kTwoBlocks>
 void channel_few(const PackedMatrix& matrix, PanelRange panels, const ByteRows& rows, const LinearResult& result,
                  int32_t* sums, uint8_t* made) {
+    using Groups = avx512::ChannelGroups<kFormat>;
+    constexpr int kBehind = Groups::kHasSteps ? kMadeChunks / 2 : 0;
     const int num_chunks = rows.num_chunks();
     for (int panel = panels.first; panel < panels.last; ++panel) {
         zero_sums();
-        for (int first = 0; first < num_chunks; first += kFewChunks) {
-            const int last = std::min(first + kFewChunks, num_chunks);
-            const uint8_t* weights = channel_chunks<kFormat>(matrix.panel(panel), first, last, made);
-            for (int chunk = first; chunk < last; ++chunk, weights += kChunkWeightBytes) {
-                if constexpr (kFormat == Format::INT8_CHANNEL) {
-                    for (int line = 0; line < kChunkWeightBytes; line += 64) {
-                        _mm_prefetch(reinterpret_cast<const char*>(weights + 4 * kChunkWeightBytes + line), _MM_HINT_T0);
-                    }
-                }
-                add_chunk<kTwoBlocks, false>(rows.values + static_cast<int64_t>(chunk) * ByteRows::kTileBytes,
-                                             rows.block_bytes(), weights);
+        Groups groups(matrix.panel(panel));
+        const int8_t* values = rows.values;
+        for (int chunk = 0; chunk < num_chunks + kBehind; ++chunk) {
+            if (chunk >= kBehind) {
+                const uint8_t* weights = groups.group;
+                if constexpr (Groups::kHasSteps) weights = made + (chunk - kBehind) % kMadeChunks * kChunkWeightBytes;
+                add_chunk<kTwoBlocks, false>(values, rows.block_bytes(), weights);
+                values += ByteRows::kTileBytes;
+            }
+            if constexpr (!Groups::kHasSteps) {
+                groups.next();
+                groups.next();
+            } else if (chunk < num_chunks) {
+                make_chunk(groups, made + chunk % kMadeChunks * kChunkWeightBytes);
             }
         }
         store_sums<kTwoBlocks>(reinterpret_cast<float*>(sums), kPanel);
@@ -111,10 +110,17 @@ void channel_many(const PackedMatrix& matrix, int panel, const ByteRows& rows, c
     const int num_strips = (num_chunks + kStripChunks - 1) / kStripChunks;
     const avx512::ChannelColumns columns(matrix, panel, result);
     PendingSums pending{&columns, rows};
+    avx512::ChannelGroups<kFormat> groups(matrix.panel(panel));
     for (int strip = 0; strip < num_strips; ++strip) {
         const int first = num_chunks * strip / num_strips, last = num_chunks * (strip + 1) / num_strips;
         const int rows_at_once = (2 * kTileHeight + last - first - 1) / (last - first);
-        const uint8_t* strip_weights = channel_chunks<kFormat>(matrix.panel(panel), first, last, made);
+        const uint8_t* strip_weights = groups.group;
+        if constexpr (avx512::ChannelGroups<kFormat>::kHasSteps) {
+            strip_weights = made;
+            for (int chunk = first; chunk < last; ++chunk) make_chunk(groups, made + (chunk - first) * kChunkWeightBytes);
+        } else {
+            groups.group += static_cast<int64_t>(last - first) * kChunkWeightBytes;
+        }
         for (int row = 0; row < rows.num_rows; row += 2 * kTileHeight) {
             // One strip: two places in turn. More: one for every pair of blocks.
             const int pair = row / (2 * kTileHeight);

@@ -14,7 +14,8 @@
 namespace pelton::avx512 {
 
 constexpr int kChannelRows = 6;
-constexpr int kChannelBytesAhead = 4096;
+// Into the second level: the first has too few places for lines under way.
+constexpr int kChannelBytesAhead = 9216;
 
 // What turns the sums of a panel's columns into a result.
 struct ChannelColumns {
@@ -59,7 +60,7 @@ struct ChannelGroups {
     void next() {
         group += kGroupBytes;
         for (int line = 0; line < kGroupBytes; line += 64) {
-            _mm_prefetch(reinterpret_cast<const char*>(group + kChannelBytesAhead + line), _MM_HINT_T0);
+            _mm_prefetch(reinterpret_cast<const char*>(group + kChannelBytesAhead + line), _MM_HINT_T1);
         }
     }
 
