@@ -66,7 +66,7 @@ def _streams(
 
 BACKENDS: dict[str, dict[str, Any]] = {
     "native": {"kernel_backend": "native"},
-    "w8a8": {"kernel_backend": "native", "quantization": "w8a8"},
+    "w4a8": {"kernel_backend": "native", "quantization": "w4a8"},
     "reference": {"kernel_backend": "reference"},
 }
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -82,7 +82,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 # The reference kernels are slow: fewer streams, and the settings that differ most.
 CASES = [("native", name) for name in SETTINGS]
-CASES += [(backend, name) for backend in ("w8a8", "reference") for name in ("no-chunks-no-cache", "preempted")]
+CASES += [(backend, name) for backend in ("w4a8", "reference") for name in ("no-chunks-no-cache", "preempted")]
 NUM_REFERENCE_STREAMS = 12
 
 

@@ -1,35 +1,81 @@
-"""Weights rounded to 8 bits per output channel as they are loaded."""
+"""Weights rounded with one scale per output channel as they are loaded."""
 
 from __future__ import annotations
 
-import numpy as np
+from dataclasses import dataclass
 
-from pelton.weights.channel_quantization import ChannelQuantizedFiles, ChannelQuantizedTensor, GroupedFiles, in_groups
+import numpy as np
+import pytest
+
+from pelton.weights.channel_quantization import ChangedFiles, QuantizedFiles, in_groups, round_channels
 from pelton.weights.dequantize import dequantize
 from pelton.weights.tensors import WeightTensor
+
+FORMATS = {"w8a8": ("INT8_CHANNEL", "INT8"), "w4a8": ("INT4_CHANNEL", "INT4")}
 
 
 def tensor_of(name: str, values: np.ndarray) -> WeightTensor:
     return WeightTensor(name, values.shape, "F32", np.ascontiguousarray(values).reshape(-1).view(np.uint8))
 
 
-def test_off_by_half_a_step_at_most() -> None:
-    values = np.random.default_rng(0).standard_normal((300, 96), dtype=np.float32) * np.logspace(-8, 4, 300)[:, None]
-    values = values.astype(np.float32)
+def some_values(num_inputs: int = 96) -> np.ndarray:
+    """Rows of every size, one of zeros, one of them with a group of zeros."""
+    values = np.random.default_rng(0).standard_normal((300, num_inputs)) * np.logspace(-8, 4, 300)[:, None]
     values[7] = 0.0
-    tensor = ChannelQuantizedTensor(tensor_of("w", values))
+    values[8, :32] = 0.0
+    return values.astype(np.float32)
+
+
+def test_8_bits_are_off_by_half_a_step_at_most() -> None:
+    values = some_values()
+    tensor = round_channels(tensor_of("w", values), "w8a8")
     assert (tensor.format, tensor.shape) == ("INT8_CHANNEL", (300, 96))
     steps = np.abs(values).max(axis=1, keepdims=True) / 127
     assert (np.abs(dequantize(tensor) - values) <= 0.501 * steps).all()
     np.testing.assert_array_equal(dequantize(tensor, rows=slice(100, 103)), dequantize(tensor)[100:103])
 
 
+def test_4_bits_lie_between_the_ends_of_their_group() -> None:
+    values = some_values()
+    tensor = round_channels(tensor_of("w", values), "w4a8")
+    assert (tensor.format, tensor.shape) == ("INT4_CHANNEL", (300, 96))
+    rounded = dequantize(tensor)
+    unit = np.abs(values).max(axis=1)[:, None, None] / 127
+    groups = values.reshape(300, 3, 32)
+    widest = np.maximum(np.ceil(np.ptp(groups, axis=2, keepdims=True) / np.where(unit > 0, unit, 1) / 15), 1) * unit
+    errors = np.abs(rounded.reshape(groups.shape) - groups)
+    # Inside half a step of the widest line, and half a unit for its base; what a narrower line cuts off is a step or two.
+    assert (np.sqrt(np.square(errors).mean(axis=2, keepdims=True)) <= 0.5 * widest + 0.5 * unit).all()
+    assert errors.max() <= (16 * widest).max()
+    codes = rounded.reshape(groups.shape) / np.where(unit > 0, unit, 1)
+    np.testing.assert_allclose(codes, np.rint(codes), atol=1e-3)
+    assert np.abs(codes).max() <= 128.001
+    assert not rounded[7].any()
+    assert max(len(np.unique(group)) for group in rounded.reshape(-1, 32)) <= 16
+
+
+def test_4_bits_keep_what_fits() -> None:
+    """Groups that lie on a line of 16 integers already."""
+    rng = np.random.default_rng(1)
+    step, base = rng.integers(1, 9, (40, 2, 1)), rng.integers(-100, -20, (40, 2, 1))
+    codes = base + step * np.concatenate([rng.integers(0, 16, (40, 2, 30)), np.full((40, 2, 2), (0, 15))], axis=2)
+    codes[:, 0] -= 127 + codes[:, 0, -2:-1]  # so that the largest of a channel is 127
+    values = (codes * 0.01).astype(np.float32).reshape(40, 64)
+    np.testing.assert_allclose(dequantize(round_channels(tensor_of("w", values), "w4a8")), values, atol=1e-5)
+
+
+@dataclass
+class Spec:
+    tie_word_embeddings: bool
+
+
 class Files:
     """Tensors by name; of `ModelFiles` no more than a wrapper asks for."""
 
-    path = spec = generation_defaults = chat_template = tokenizer_metadata = None
+    path = generation_defaults = chat_template = tokenizer_metadata = None
 
-    def __init__(self, tensors: dict[str, WeightTensor]) -> None:
+    def __init__(self, is_tied: bool, tensors: dict[str, WeightTensor]) -> None:
+        self.spec = Spec(is_tied)
         self.tensors = tensors
 
     def tensor_names(self) -> list[str]:
@@ -39,21 +85,28 @@ class Files:
         return self.tensors[name]
 
 
-def test_only_matrices_of_layers_that_stand_it() -> None:
+@pytest.mark.parametrize("quantization", FORMATS)
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_only_matrices_of_layers_that_stand_it(quantization: str, is_tied: bool) -> None:
     shapes = {
         "model.layers.0.mlp.down_proj.weight": (8, 64),
         "model.layers.0.self_attn.o_proj.weight": (8, 33),  # no whole groups
         "model.layers.0.self_attn.q_proj.weight": (8, 64),
         "model.layers.0.mlp.gate_proj.bias": (64,),
         "model.embed_tokens.weight": (8, 64),
-        "lm_head.weight": (8, 64),
-    }
-    plain = Files({name: tensor_of(name, np.ones(shape, np.float32)) for name, shape in shapes.items()})
-    quantized = ChannelQuantizedFiles(plain)  # type: ignore[arg-type]
-    grouped = GroupedFiles(quantized)
-    assert quantized.tensor_names() == list(shapes)
-    for number, name in enumerate(shapes):
-        assert quantized.tensor(name).format == ("F32" if number else "INT8_CHANNEL")
-        assert grouped.tensor(name).format == ("F32" if number else "INT8")
-        np.testing.assert_array_equal(dequantize(grouped.tensor(name)), dequantize(quantized.tensor(name)))
-        assert in_groups(plain.tensor(name)) is plain.tensor(name)
+    } | ({} if is_tied else {"lm_head.weight": (8, 64)})
+    rng = np.random.default_rng(0)
+    plain = Files(is_tied, {name: tensor_of(name, rng.standard_normal(s, np.float32)) for name, s in shapes.items()})
+    quantized = QuantizedFiles(plain, quantization)  # type: ignore[arg-type]
+    grouped = ChangedFiles(quantized, in_groups)
+    assert not quantized.spec.tie_word_embeddings
+    assert quantized.tensor_names() == grouped.tensor_names() == [*dict.fromkeys([*shapes, "lm_head.weight"])]
+    for name in quantized.tensor_names():
+        is_rounded = name in ("model.layers.0.mlp.down_proj.weight", "lm_head.weight")
+        assert quantized.tensor(name).name == name
+        formats = quantized.tensor(name).format, grouped.tensor(name).format
+        assert formats == (FORMATS[quantization] if is_rounded else ("F32", "F32"))
+        expected = dequantize(quantized.tensor(name))
+        np.testing.assert_allclose(dequantize(grouped.tensor(name)), expected, rtol=2e-6, atol=2e-7)
+        if not is_rounded:
+            assert quantized.tensor(name) is in_groups(plain.tensor(name)) is plain.tensor(name)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from pelton.core.errors import ConfigError, ModelFileError
-from pelton.weights.channel_quantization import ChannelQuantizedFiles
+from pelton.weights.channel_quantization import QuantizedFiles
 from pelton.weights.lora import open_adapter
 from pelton.weights.model_files import open_model
 from pelton.worker.adapters import LoadedAdapters
@@ -208,7 +208,7 @@ def test_rows_without_an_adapter_keep_their_bits_where_weights_are_rounded_by_ch
     folders: tuple[Path, list[Path]], isa: str
 ) -> None:
     """There the fused feed-forward layer rounds otherwise than its products one by one."""
-    model = load_model(ChannelQuantizedFiles(open_model(folders[0])), native(isa, 2))
+    model = load_model(QuantizedFiles(open_model(folders[0]), "w8a8"), native(isa, 2))
     everything, attention = (adapt(model, path) for path in folders[1][:2])
     work = [(prompt(1, 30), everything), (prompt(2, 40), None), (prompt(3, 20), attention)]
     expected = []

@@ -1,4 +1,4 @@
-"""Products with one scale per output and one per row (INT8_CHANNEL), on every instruction set that runs here."""
+"""Products with one scale per output and one per row, on every instruction set that runs here."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from pelton.weights.channel_quantization import ChannelQuantizedTensor
+from pelton.weights.channel_quantization import round_channels
 from pelton.weights.dequantize import dequantize
 from pelton.weights.tensors import WeightTensor
 from pelton.worker.kernels.cpu import pelton_cpu
@@ -20,11 +20,14 @@ pytestmark = pytest.mark.torch
 F32 = npt.NDArray[np.float32]
 
 
-def channel_tensor(num_outputs: int, num_inputs: int, seed: int = 0) -> WeightTensor:
+QUANTIZATIONS = ("w8a8", "w4a8")
+
+
+def channel_tensor(quantization: str, num_outputs: int, num_inputs: int, seed: int = 0) -> WeightTensor:
     """Codes of every size; rows differ in scale by orders of magnitude."""
     values = np.random.default_rng(seed).standard_normal((num_outputs, num_inputs), dtype=np.float32)
     values *= np.logspace(-3, 1, num_outputs, dtype=np.float32)[:, None]
-    return ChannelQuantizedTensor(WeightTensor("w", values.shape, "F32", values.reshape(-1).view(np.uint8)))
+    return round_channels(WeightTensor("w", values.shape, "F32", values.reshape(-1).view(np.uint8)), quantization)
 
 
 def some_rows(num_rows: int, num_inputs: int, seed: int = 1) -> F32:
@@ -50,12 +53,13 @@ def assert_near(result: F32, expected: npt.NDArray[np.float64], x: F32, tensor: 
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
 @pytest.mark.parametrize(
     ("num_outputs", "num_inputs"), [(1, 32), (31, 64), (33, 96), (100, 512), (64, 1056), (40, 4864)]
 )
-def test_products_are_exact_but_for_the_last_rounding(isa: str, num_outputs: int, num_inputs: int) -> None:
+def test_products_are_exact_but_for_the_last_rounding(quantization: str, isa: str, num_outputs: int, num_inputs: int) -> None:
     kernels = native(isa)
-    tensor = channel_tensor(num_outputs, num_inputs)
+    tensor = channel_tensor(quantization, num_outputs, num_inputs)
     weight = kernels.make_linear_loader().load([tensor])
     bias = np.random.default_rng(2).standard_normal(num_outputs, dtype=np.float32)
     for num_rows in (0, 1, 2, 6, 7, 16, 17, 32, 33, 48, 65, 130):
@@ -65,10 +69,11 @@ def test_products_are_exact_but_for_the_last_rounding(isa: str, num_outputs: int
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
 @pytest.mark.parametrize("num_inputs", [544, 4864])
-def test_rows_do_not_depend_on_their_company(isa: str, num_inputs: int) -> None:
+def test_rows_do_not_depend_on_their_company(quantization: str, isa: str, num_inputs: int) -> None:
     """Law 3: alone, in any batch, at any place, by any number of threads; 4,864 inputs take several passes."""
-    tensors = [channel_tensor(70, num_inputs), channel_tensor(33, num_inputs, seed=5)]
+    tensors = [channel_tensor(quantization, 70, num_inputs), channel_tensor(quantization, 33, num_inputs, seed=5)]
     x = some_rows(600, num_inputs)
     bias = np.random.default_rng(2).standard_normal(103, dtype=np.float32)
     kernels = native(isa)
@@ -88,10 +93,11 @@ def test_rows_do_not_depend_on_their_company(isa: str, num_inputs: int) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_rows_with_outliers_are_multiplied_twice(isa: str) -> None:
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_rows_with_outliers_are_multiplied_twice(quantization: str, isa: str) -> None:
     """One value a thousand times the others: in 8 bits alone, these would all be zeros."""
     kernels = native(isa, 2)
-    tensor = channel_tensor(70, 4864)
+    tensor = channel_tensor(quantization, 70, 4864)
     weight = kernels.make_linear_loader().load([tensor])
     bias = np.random.default_rng(2).standard_normal(70, dtype=np.float32)
     x = np.random.default_rng(6).standard_normal((300, 4864), dtype=np.float32)
@@ -106,18 +112,20 @@ def test_rows_with_outliers_are_multiplied_twice(isa: str) -> None:
         )
 
 
-def test_instruction_sets_agree() -> None:
-    tensor, x = channel_tensor(40, 512), some_rows(50, 512)
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_instruction_sets_agree(quantization: str) -> None:
+    tensor, x = channel_tensor(quantization, 40, 512), some_rows(50, 512)
     results = [native(isa).linear(x, native(isa).make_linear_loader().load([tensor])) for isa in ISAS]
     for result in results[1:]:
         np.testing.assert_allclose(result, results[0], rtol=3e-7, atol=1e-30)
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
 @pytest.mark.parametrize("num_rows", [1, 9, 40])
-def test_extreme_values_stay_in_their_row(isa: str, num_rows: int) -> None:
+def test_extreme_values_stay_in_their_row(quantization: str, isa: str, num_rows: int) -> None:
     kernels = native(isa)
-    tensor = channel_tensor(33, 256)
+    tensor = channel_tensor(quantization, 33, 256)
     weight = kernels.make_linear_loader().load([tensor])
     plain = np.random.default_rng(0).standard_normal((num_rows, 256), dtype=np.float32)
     expected = kernels.linear(plain, weight)
@@ -134,13 +142,14 @@ def test_extreme_values_stay_in_their_row(isa: str, num_rows: int) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
 @pytest.mark.parametrize("gelu", [False, True])
-def test_gated_layer(isa: str, gelu: bool) -> None:
+def test_gated_layer(quantization: str, isa: str, gelu: bool) -> None:
     """Of one op, beside its parts: what lies between may be rounded to bfloat16 there. And a row alone is the same."""
     kernels = native(isa, 2)
-    sides = [channel_tensor(192, 96, seed=seed) for seed in (1, 2)]
+    sides = [channel_tensor(quantization, 192, 96, seed=seed) for seed in (1, 2)]
     wide = kernels.make_linear_loader().load(sides)
-    narrow_tensor = channel_tensor(96, 192, seed=3)
+    narrow_tensor = channel_tensor(quantization, 96, 192, seed=3)
     narrow = kernels.make_linear_loader().load([narrow_tensor])
     x = np.random.default_rng(4).standard_normal((70, 96), dtype=np.float32)
 
@@ -162,12 +171,13 @@ def test_gated_layer(isa: str, gelu: bool) -> None:
         np.testing.assert_array_equal(fused(x[:num_rows].copy()), result[:num_rows])
 
 
-def test_stands_beside_no_other_format() -> None:
+@pytest.mark.parametrize(("quantization", "grouped"), [("w8a8", "INT8"), ("w4a8", "INT4")])
+def test_stands_beside_no_other_kind_of_format(quantization: str, grouped: str) -> None:
     kernels = NativeKernels(1)
-    tensors = [channel_tensor(5, 64), random_packed("Q8_0", 5, 64)]
+    tensors = [channel_tensor(quantization, 5, 64), random_packed("Q8_0", 5, 64)]
     weight = kernels.make_linear_loader().load(tensors)  # both in groups then
-    assert weight.num_bytes == sum(pelton_cpu.packed_num_bytes(name, 5, 64) for name in ("INT8", "Q8_0"))
+    assert weight.num_bytes == sum(pelton_cpu.packed_num_bytes(name, 5, 64) for name in (grouped, "Q8_0"))
     weight = pelton_cpu.LinearWeight(64)
     kernels.packed_weights.add_to(weight, tensors[0])
-    with pytest.raises(ValueError, match="no other format"):
+    with pytest.raises(ValueError, match="no other kind"):
         kernels.packed_weights.add_to(weight, tensors[1])

@@ -28,6 +28,7 @@ from tests.worker.native import (
 pytestmark = pytest.mark.torch
 
 GROUP = 32
+TILE_FORMATS = [*PACKED_FORMATS, "BF16"]  # bfloat16 where there are tiles, 8 bits (BF16: float32) elsewhere
 
 
 @pytest.fixture(params=ISAS)
@@ -73,7 +74,7 @@ def test_float_products_see_the_very_weights(isa: str, format_name: str) -> None
 def test_float_products_do_not_depend_on_their_company(isa: str, format_name: str) -> None:
     torch.manual_seed(0)
     tensors = [random_packed(format_name, 70, 512), random_packed("Q8_0", 33, 512)]
-    kernels = on_tensors(isa) if format_name in DENSE_FORMATS else dense_kernels(isa)
+    kernels = dense_kernels(isa)
     x, bias = torch.randn(600, 512) * torch.logspace(-3, 3, 600)[:, None], torch.randn(103)
     weight = load(kernels, tensors)
     expected = kernels.linear(x, weight, bias)
@@ -82,7 +83,7 @@ def test_float_products_do_not_depend_on_their_company(isa: str, format_name: st
         first = 13 * num_rows
         part = kernels.linear(x[first : first + num_rows], weight, bias)
         assert torch.equal(part, expected[first : first + num_rows])
-    threaded = on_tensors(isa, 3) if format_name in DENSE_FORMATS else dense_kernels(isa, 3)
+    threaded = dense_kernels(isa, 3)
     assert torch.equal(threaded.linear(x, weight, bias), expected)
     assert torch.equal(threaded.linear(x[:9], load(threaded, tensors), bias), expected[:9])
 
@@ -133,7 +134,7 @@ def assert_within_bound(
 
 
 @pytest.mark.parametrize("num_outputs", [1, 31, 33, 100])
-@pytest.mark.parametrize("format_name", PACKED_FORMATS)
+@pytest.mark.parametrize("format_name", TILE_FORMATS)
 def test_repacking_loses_nothing(kernels: OnTensors, format_name: str, num_outputs: int) -> None:
     """127 in one column is exact in 8 bits and in bfloat16: what comes out is the column's weights."""
     tensor = random_packed(format_name, num_outputs, 256)
@@ -149,7 +150,7 @@ def test_repacking_loses_nothing(kernels: OnTensors, format_name: str, num_outpu
 @pytest.mark.parametrize("num_outputs", [1, 31, 33, 100])
 @pytest.mark.parametrize(
     ("format_name", "num_groups"),
-    [(name, n) for name in PACKED_FORMATS for n in (1, 2, 8, 16) if n * GROUP % input_width(name) == 0],
+    [(name, n) for name in TILE_FORMATS for n in (1, 2, 8, 16) if n * GROUP % input_width(name) == 0],
 )
 def test_products(kernels: OnTensors, format_name: str, num_outputs: int, num_groups: int) -> None:
     num_inputs = num_groups * GROUP
@@ -162,7 +163,7 @@ def test_products(kernels: OnTensors, format_name: str, num_outputs: int, num_gr
 
 
 def test_matrices_of_many_formats_side_by_side(kernels: OnTensors) -> None:
-    tensors = [random_packed(name, 7 + 23 * i, 256, seed=i) for i, name in enumerate(PACKED_FORMATS)]
+    tensors = [random_packed(name, 7 + 23 * i, 256, seed=i) for i, name in enumerate(TILE_FORMATS)]
     matrix, weight = decoded(tensors), load(kernels, tensors)
     bias = torch.randn(len(matrix)) * 10
     for num_rows in (1, 9, 60):
@@ -182,7 +183,7 @@ def test_one_loader_makes_independent_weights(kernels: OnTensors) -> None:
         assert_within_bound(kernels, x, decoded([tensor]), kernels.linear(x, weight))
 
 
-@pytest.mark.parametrize("format_name", PACKED_FORMATS)
+@pytest.mark.parametrize("format_name", TILE_FORMATS)
 def test_extreme_values_stay_in_their_row(kernels: OnTensors, format_name: str) -> None:
     tensor = random_packed(format_name, 33, 256)
     matrix, weight = decoded([tensor]), load(kernels, [tensor])
@@ -214,7 +215,7 @@ def test_extreme_values_stay_in_their_row(kernels: OnTensors, format_name: str) 
                 assert_within_bound(kernels, row[None], matrix, own, bias)
 
 
-@pytest.mark.parametrize("format_name", PACKED_FORMATS)
+@pytest.mark.parametrize("format_name", TILE_FORMATS)
 def test_rows_do_not_depend_on_their_company(kernels: OnTensors, format_name: str) -> None:
     """Law 3: alone, in any batch, at any place, by any number of threads."""
     tensors = [random_packed(format_name, 70, 512), random_packed("Q6_K", 33, 512)]

@@ -1,11 +1,22 @@
-"""Weights rounded to 8 bits as they are loaded, one scale per output channel.
+"""Weights rounded as they are loaded, with one scale per output channel.
 
-The scale is the largest absolute weight of a channel over 127 (round to nearest). Kernels round activations to 8 bits,
-too, one scale per token, as LLM.int8() does (Dettmers et al., arXiv:2208.07339); where it keeps outlier columns apart,
-a token with an outlier is multiplied twice here, rounded and what rounding left.
+w8a8: the scale is the largest absolute weight of a channel over 127 (round to nearest). Kernels round activations to 8
+bits, too, one scale per token, as LLM.int8() does (Dettmers et al., arXiv:2208.07339); where it keeps outlier columns
+apart, a token with an outlier is multiplied twice here, rounded and what rounding left.
+
+w4a8: the codes of w8a8 in groups of 32, each on a line of 16 points, base + step * q, all of them integers as in QServe
+(Lin et al., arXiv:2405.04532): products are those of 8 bits, of half the bytes.
+
+Legend: O outputs, I inputs, G groups of 32 inputs.
 """
 
 from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -14,18 +25,25 @@ from pelton.weights.dequantize import dequantize
 from pelton.weights.gguf.formats import FORMATS
 from pelton.weights.tensors import ModelFiles, WeightTensor
 
+F32 = npt.NDArray[np.float32]
+U8 = npt.NDArray[np.uint8]
+
 GROUP = 32
-# Most of a model's work. Queries, keys and values lose too much with one scale per token (perplexity +0.4%, of 7% of
-# the products), and so do embeddings and the output: they keep what they have.
+# Most of a layer's work. Queries, keys and values lose too much with one scale per token (perplexity +0.4%, of 7% of
+# the products) and keep what they have.
 _SUFFIXES = ("o_proj.weight", "gate_proj.weight", "up_proj.weight", "down_proj.weight")
-_ROWS_AT_ONCE = 256
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_ROWS_AT_ONCE = 128
+_ZERO = 128  # the code of a weight of 0
+CHANNEL_QUANTIZATIONS = ("w8a8", "w4a8")
 
 
-class ChannelQuantizedFiles:
-    """Implements `ModelFiles`: those of another, with the matrices of its layers as INT8_CHANNEL."""
+class ChangedFiles:
+    """Implements `ModelFiles`: those of another, with each tensor as `change` makes it."""
 
-    def __init__(self, files: ModelFiles) -> None:
+    def __init__(self, files: ModelFiles, change: Callable[[WeightTensor], WeightTensor]) -> None:
         self._files = files
+        self._change = change
         self.path = files.path
         self.spec = files.spec
         self.generation_defaults = files.generation_defaults
@@ -36,70 +54,147 @@ class ChannelQuantizedFiles:
         return self._files.tensor_names()
 
     def tensor(self, name: str) -> WeightTensor:
-        tensor = self._files.tensor(name)
-        is_layer = name.endswith(_SUFFIXES) and len(tensor.shape) == 2 and tensor.shape[1] % GROUP == 0
-        return ChannelQuantizedTensor(tensor) if is_layer else tensor
+        return self._change(self._files.tensor(name))
 
     def drop_pages(self) -> None:
         self._files.drop_pages()
 
 
-class GroupedFiles(ChannelQuantizedFiles):
-    """The same files with INT8 in place of INT8_CHANNEL: the same weights, but finer rounded activations."""
+class QuantizedFiles(ChangedFiles):
+    """Those of another with the matrices of layers and the output rounded as `quantization` says. An output that is the
+    embedding becomes a matrix of its own, and the embedding stays as it is."""
+
+    def __init__(self, files: ModelFiles, quantization: str) -> None:
+        super().__init__(files, partial(_round_layer, quantization=quantization))
+        self._quantization = quantization
+        self._is_tied = files.spec.tie_word_embeddings
+        self.spec = dataclasses.replace(files.spec, tie_word_embeddings=False)
+
+    def tensor_names(self) -> list[str]:
+        return [*super().tensor_names(), *([_HEAD] if self._is_tied else ())]
 
     def tensor(self, name: str) -> WeightTensor:
-        return in_groups(self._files.tensor(name))
+        if name == _HEAD and self._is_tied:
+            return round_channels(self._files.tensor(_EMBEDDING), self._quantization, name)
+        return super().tensor(name)
+
+
+class _MadeTensor(WeightTensor):
+    """A matrix in another format, whose blocks [O, G, block bytes] are made each time that `data` is read."""
+
+    __slots__ = ("_make", "_source")
+
+    _source: WeightTensor
+    _make: Callable[[WeightTensor], U8]
+
+    def __init__(self, source: WeightTensor, format_name: str, make: Callable[[WeightTensor], U8], name: str = "") -> None:
+        fields = {"name": name or source.name, "shape": source.shape, "format": format_name, "_source": source, "_make": make}
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def data(self) -> U8:
+        return self._make(self._source).reshape(-1)
+
+
+def _round_layer(tensor: WeightTensor, quantization: str) -> WeightTensor:
+    return round_channels(tensor, quantization) if tensor.name.endswith((*_SUFFIXES, _HEAD)) else tensor
+
+
+def round_channels(tensor: WeightTensor, quantization: str, name: str = "") -> WeightTensor:
+    """The matrix [O, I] as INT8_CHANNEL (w8a8) or INT4_CHANNEL (w4a8), or itself where I is no multiple of 32."""
+    if tensor.shape[-1] % GROUP:
+        return tensor
+    format_name, make = {"w8a8": ("INT8_CHANNEL", _round_to_int8), "w4a8": ("INT4_CHANNEL", _round_to_int4)}[quantization]
+    return _MadeTensor(tensor, format_name, make, name)
 
 
 def in_groups(tensor: WeightTensor) -> WeightTensor:
-    return GroupedTensor(tensor) if tensor.format == "INT8_CHANNEL" else tensor
+    """The same weights for finer rounded activations: INT8_CHANNEL as INT8, INT4_CHANNEL as INT4, others as they are."""
+    if tensor.format == "INT8_CHANNEL":
+        return _MadeTensor(tensor, "INT8", lambda source: source.data)
+    return _MadeTensor(tensor, "INT4", _regroup_int4) if tensor.format == "INT4_CHANNEL" else tensor
 
 
-class GroupedTensor(WeightTensor):
-    """An INT8_CHANNEL matrix as INT8, whose blocks are the same."""
+def _round_to_int8(source: WeightTensor) -> U8:
+    """A scale and codes. A row of zeros has the scale 0."""
+    blocks = _empty_blocks(source, "INT8_CHANNEL")
 
-    __slots__ = ("_source",)
+    def fill(rows: slice) -> None:
+        scales, codes = _scaled_rows(source, rows)
+        blocks[rows, :, :4] = scales[:, None].view(np.uint8)
+        rounded = np.clip(np.rint(codes), -127, 127).astype(np.int8).view(np.uint8)
+        blocks[rows, :, 4:] = rounded.reshape(len(rounded), -1, GROUP)
 
-    _source: WeightTensor
-
-    def __init__(self, source: WeightTensor) -> None:
-        _set_fields(self, source, "INT8")
-
-    @property
-    def data(self) -> npt.NDArray[np.uint8]:
-        return self._source.data
-
-
-class ChannelQuantizedTensor(WeightTensor):
-    """A matrix whose INT8_CHANNEL blocks are made each time that `data` is read."""
-
-    __slots__ = ("_source",)
-
-    _source: WeightTensor
-
-    def __init__(self, source: WeightTensor) -> None:
-        _set_fields(self, source, "INT8_CHANNEL")
-
-    @property
-    def data(self) -> npt.NDArray[np.uint8]:
-        num_outputs, num_inputs = self.shape
-        blocks = np.empty((num_outputs, num_inputs // GROUP, FORMATS[self.format].block_bytes), np.uint8)
-        for start in range(0, num_outputs, _ROWS_AT_ONCE):
-            rows = slice(start, min(start + _ROWS_AT_ONCE, num_outputs))
-            _quantize(dequantize(self._source, rows=rows), blocks[rows])
-        return blocks.reshape(-1)
+    _for_some_rows(source.shape[0], fill)
+    return blocks
 
 
-def _set_fields(tensor: WeightTensor, source: WeightTensor, format_name: str) -> None:
-    for name, value in (("name", source.name), ("shape", source.shape), ("format", format_name), ("_source", source)):
-        object.__setattr__(tensor, name, value)
+def _round_to_int4(source: WeightTensor) -> U8:
+    """A scale, step and base, and codes in pairs."""
+    blocks = _empty_blocks(source, "INT4_CHANNEL")
+
+    def fill(rows: slice) -> None:
+        scales, codes = _scaled_rows(source, rows)
+        step, base, q = _fit_lines(codes.reshape(-1, GROUP) + np.float32(_ZERO))
+        own = blocks[rows]
+        own[..., :4] = scales[:, None].view(np.uint8)
+        own[..., 4] = step.reshape(own.shape[:2])
+        own[..., 5] = base.reshape(own.shape[:2])
+        own[..., 6:] = (q[:, :16] | q[:, 16:] << np.uint8(4)).reshape(*own.shape[:2], 16)
+
+    _for_some_rows(source.shape[0], fill)
+    return blocks
 
 
-def _quantize(values: npt.NDArray[np.float32], blocks: npt.NDArray[np.uint8]) -> None:
-    """float32 [O, I] into blocks [O, I / 32, 4 + 32]: a scale and codes. A row of zeros has the scale 0."""
+def _regroup_int4(source: WeightTensor) -> U8:
+    """scale * (base + step * q - 128) as factor * q - minimum."""
+    blocks = _empty_blocks(source, "INT4")
+    own = source.data.reshape(*blocks.shape[:2], -1)
+    scales = np.ascontiguousarray(own[..., :4]).view(np.float32)
+    step, base = own[..., 4:5].astype(np.float32), own[..., 5:6].astype(np.float32)
+    blocks[..., :4] = (scales * step).view(np.uint8)
+    blocks[..., 4:8] = (scales * (np.float32(_ZERO) - base)).view(np.uint8)
+    blocks[..., 8:] = own[..., 6:]
+    return blocks
+
+
+def _empty_blocks(source: WeightTensor, format_name: str) -> U8:
+    num_outputs, num_inputs = source.shape
+    return np.empty((num_outputs, num_inputs // GROUP, FORMATS[format_name].block_bytes), np.uint8)
+
+
+def _for_some_rows(num_rows: int, fill: Callable[[slice], None]) -> None:
+    """Parts of all rows, on as many threads as there are cores: numpy works without the interpreter's lock."""
+    parts = [slice(start, min(start + _ROWS_AT_ONCE, num_rows)) for start in range(0, num_rows, _ROWS_AT_ONCE)]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        list(pool.map(fill, parts))
+
+
+def _scaled_rows(source: WeightTensor, rows: slice) -> tuple[F32, F32]:
+    """Scales [n, 1] of some rows and their values over scales [n, I], from -127 to 127."""
+    values = dequantize(source, rows=rows)
     scales = np.abs(values).max(axis=1, keepdims=True) / np.float32(127)
     with np.errstate(divide="ignore"):
         inverse = np.where(scales > 0, np.float32(1) / scales, np.float32(0))
-    codes = np.clip(np.rint(values * inverse), -127, 127).astype(np.int8)
-    blocks[..., :4] = scales[:, None].view(np.uint8)
-    blocks[..., 4:] = codes.view(np.uint8).reshape(*blocks.shape[:2], GROUP)
+    return scales, values * inverse
+
+
+def _fit_lines(codes: F32) -> tuple[U8, U8, U8]:
+    """Step [n], base [n] and q [n, 32] of the nearest of some lines for each group of codes [n, 32] from 1 to 255.
+
+    The widest reaches both ends of the group; a narrower one, which cuts them off, may be nearer to the rest.
+    """
+    low, high = codes.min(axis=1), codes.max(axis=1)
+    least = np.full(len(codes), np.inf, np.float32)
+    steps, bases, qs = (np.empty(shape, np.uint8) for shape in (len(codes), len(codes), codes.shape))
+    for narrower in range(3):
+        step = np.maximum(np.ceil((high - low) / np.float32(15)) - narrower, 1)
+        base = np.clip(np.rint((low + high - 15 * step) / 2), 0, 255 - 15 * step)
+        q = np.clip(np.rint((codes - base[:, None]) / step[:, None]), 0, 15)
+        error = np.square(q * step[:, None] + base[:, None] - codes).sum(axis=1)
+        is_nearer = error < least
+        least = np.where(is_nearer, error, least)
+        steps[is_nearer], bases[is_nearer] = step[is_nearer], base[is_nearer]
+        qs[is_nearer] = q[is_nearer]
+    return steps, bases, qs

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pelton.weights.channel_quantization import ChannelQuantizedTensor
+from pelton.weights.channel_quantization import round_channels
 from pelton.weights.dequantize import dequantize
 from pelton.weights.gguf.codes import bits_of, grouped_codes
 from pelton.weights.gguf.formats import FORMATS
@@ -32,7 +32,7 @@ def random_tensor(name: str, num_outputs: int, num_inputs: int, seed: int = 0) -
     if name in ("F32", "INT8_CHANNEL"):
         values = rng.standard_normal((num_outputs, num_inputs), np.float32) * np.float32(0.1)
         tensor = WeightTensor("w", (num_outputs, num_inputs), "F32", values.reshape(-1).view(np.uint8))
-        return tensor if name == "F32" else ChannelQuantizedTensor(tensor)
+        return tensor if name == "F32" else round_channels(tensor, "w8a8")
     block = FORMATS[name]
     blocks = rng.integers(0, 256, (num_outputs * num_inputs // block.block_size, block.block_bytes), np.uint8)
     for field, dtype, offset in _scale_fields(name):

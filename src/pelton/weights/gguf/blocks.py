@@ -39,6 +39,7 @@ _Q6_K = _fields(("ql", "u1", 128), ("qh", "u1", 64), ("scales", "i1", 16), _D)
 _IQ4_XS = _fields(_D, ("scales_h", "<u2"), ("scales_l", "u1", 4), ("qs", "u1", 128))
 _INT4 = _fields(("d", "<f4"), ("m", "<f4"), ("qs", "u1", 16))
 _INT8 = _fields(("d", "<f4"), ("qs", "i1", 32))
+_INT4_CHANNEL = _fields(("d", "<f4"), ("step", "u1"), ("base", "u1"), ("qs", "u1", 16))
 # Of the formats that are whole numbers times a scale.
 FIELDS = {
     "Q4_0": _Q4_0,
@@ -244,6 +245,14 @@ def _decode_fp8(blocks: U8, out: F32) -> None:
     out *= _INT8(blocks)["d"][:, None]
 
 
+def _decode_int4_channel(blocks: U8, out: F32) -> None:
+    block = _INT4_CHANNEL(blocks)
+    out[...] = _nibbles(block["qs"], 16).reshape(out.shape)
+    out *= block["step"][:, None]
+    out += block["base"][:, None].astype(np.float32) - np.float32(128)
+    out *= block["d"][:, None]
+
+
 DECODERS: dict[str, Callable[[U8, F32], None]] = {
     "F32": _decode_f32,
     "F16": _decode_f16,
@@ -264,6 +273,7 @@ DECODERS: dict[str, Callable[[U8, F32], None]] = {
     "INT8": _decode_int8,
     "INT8_CHANNEL": _decode_int8,
     "FP8": _decode_fp8,
+    "INT4_CHANNEL": _decode_int4_channel,
 }
 
 

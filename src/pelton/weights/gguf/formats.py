@@ -1,5 +1,5 @@
-"""Sizes of the tensor formats that Pelton reads. Names and numbers are those of ggml, but for INT4, INT8(_CHANNEL),
-FP8."""
+"""Sizes of the tensor formats that Pelton reads. Names and numbers are those of ggml, but for INT4, INT8, FP8 and those
+by channel."""
 
 from __future__ import annotations
 
@@ -38,6 +38,8 @@ FORMATS: dict[str, TensorFormat] = {
         TensorFormat("INT8", 32, 36),
         TensorFormat("FP8", 32, 36),  # float8 e4m3, likewise
         TensorFormat("INT8_CHANNEL", 32, 36),  # as INT8, with the same scale in all blocks of a row
+        # The same scale in all blocks of a row, step and base of 8 bits, codes: scale * (base + step * q - 128).
+        TensorFormat("INT4_CHANNEL", 32, 22),
     )
 }
 

@@ -19,7 +19,7 @@ from pelton.core.lora import LoraAdapter
 from pelton.core.model_spec import ModelSpec
 from pelton.core.protocols import TokenDecoder
 from pelton.engine.config import EngineConfig
-from pelton.weights.channel_quantization import ChannelQuantizedFiles, GroupedFiles
+from pelton.weights.channel_quantization import CHANNEL_QUANTIZATIONS, ChangedFiles, QuantizedFiles, in_groups
 from pelton.weights.config import ModelConfig, parse_lora_modules
 from pelton.weights.packed_files import content_identity, packed_folder, packed_path
 from pelton.weights.tensors import ModelFiles
@@ -149,7 +149,7 @@ def _weight_cache_path(files: ModelFiles, model_config: ModelConfig, config: Wor
 
 def load_weights(files: ModelFiles, model_config: ModelConfig, worker_config: WorkerConfig, kernels: Kernels) -> Model:
     """Checked by size first: Linux grants memory that it does not have, and kills the process later."""
-    if model_config.quantization in ("fp8", "int4"):
+    if model_config.quantization is not None and model_config.quantization not in CHANNEL_QUANTIZATIONS:
         kernels.round_weights(model_config.quantization)
     if model_config.load_format == "dummy":
         try:
@@ -178,9 +178,9 @@ def load_weights(files: ModelFiles, model_config: ModelConfig, worker_config: Wo
 
 def _as_multiplied(files: ModelFiles, model_config: ModelConfig, worker_config: WorkerConfig) -> ModelFiles:
     """With the rounding that was asked for, of weights and of activations."""
-    if model_config.quantization == "w8a8":
-        files = ChannelQuantizedFiles(files)
-    return GroupedFiles(files) if worker_config.activation_dtype in ("bfloat16", "float32") else files
+    if model_config.quantization in CHANNEL_QUANTIZATIONS:
+        files = QuantizedFiles(files, model_config.quantization)
+    return ChangedFiles(files, in_groups) if worker_config.activation_dtype in ("bfloat16", "float32") else files
 
 
 def _allocate_kv(spec: ModelSpec, plan: KVPlan, block_size: int, dtype: str, kernels: Kernels) -> KVStorage:

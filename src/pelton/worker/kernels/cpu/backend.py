@@ -134,7 +134,7 @@ class NativeKernels:
         return None
 
     def round_weights(self, quantization: str) -> None:
-        raise ConfigError(f"quantization {quantization} needs a GPU; native kernels round to w8a8")
+        raise ConfigError(f"quantization {quantization} needs a GPU; native kernels round to w8a8 and w4a8")
 
     def load_embedding(self, table: WeightTensor) -> WeightTensor:
         """As it is: rows are decoded from the file's own bytes."""

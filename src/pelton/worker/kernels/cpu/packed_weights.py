@@ -41,7 +41,7 @@ def packed_format(tensor: WeightTensor) -> str:
 
 
 def is_kept_dense(tensor: WeightTensor) -> bool:
-    """Whether its products are float32 whatever the activations are rounded to."""
+    """Whether its values are floats: there is nothing to unpack."""
     return packed_format(tensor) in _DENSE_FORMATS
 
 

@@ -74,7 +74,7 @@ class ReferenceKernels:
         return None
 
     def round_weights(self, quantization: str) -> None:
-        raise ConfigError(f"quantization {quantization} needs a GPU; the reference rounds to w8a8")
+        raise ConfigError(f"quantization {quantization} needs a GPU; the reference rounds to w8a8 and w4a8")
 
     def load_embedding(self, table: WeightTensor) -> WeightTensor:
         """As it is: rows are decoded from the file's own bytes."""

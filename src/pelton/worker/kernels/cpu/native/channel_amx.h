@@ -1,4 +1,4 @@
-// Products of INT8_CHANNEL weights in tiles of 8 bits: one scale per output, one per row of activations.
+// Products of weights by channel in tiles of 8 bits: one scale per output, one per row of activations.
 #pragma once
 
 #include "channel_avx512.h"
@@ -9,7 +9,7 @@ namespace pelton::amx {
 constexpr int kChunkWeightBytes = kChunk * kPanel;
 constexpr int kSumStride = kPanel * 4;
 constexpr int kBlockSums = 2 * kTileHeight * kPanel;  // of a pair of blocks
-constexpr int kStripChunks = 16;                      // whose weights stay in L1 while all rows pass by
+constexpr int kMadeChunks = 4;                        // made of 4 bits, that wait for a few rows
 
 // sums [rows, 16] of 32 bits += a [rows, 64], signed, times b [16 fours of inputs, 16, 4], unsigned.
 template <int kSums, int kA, int kB>
@@ -54,19 +54,46 @@ struct PendingSums {
     }
 };
 
-template <bool kTwoBlocks>
+// The next chunk of a panel as tiles take it.
+template <Format kFormat>
+inline void make_chunk(avx512::ChannelGroups<kFormat>& groups, uint8_t* to) {
+    for (int group = 0; group < kChunk / kGroup; ++group, groups.next()) {
+        groups.start();
+        for (int pair = 0; pair < 4; ++pair, to += 4 * 64) {
+            for (int half = 0; half < 2; ++half) {
+                __m512i codes[2];
+                groups.load_pair(pair, half, codes[0], codes[1]);
+                _mm512_store_si512(to + half * 64, codes[0]);
+                _mm512_store_si512(to + (2 + half) * 64, codes[1]);
+            }
+        }
+    }
+}
+
+// Up to 32 rows: codes that are made are multiplied a little later, as a tile that was just stored is slow to load.
+template <Format kFormat, bool kTwoBlocks>
 void channel_few(const PackedMatrix& matrix, PanelRange panels, const ByteRows& rows, const LinearResult& result,
-                 int32_t* sums) {
+                 int32_t* sums, uint8_t* made) {
+    using Groups = avx512::ChannelGroups<kFormat>;
+    constexpr int kBehind = Groups::kHasSteps ? kMadeChunks / 2 : 0;
     const int num_chunks = rows.num_chunks();
     for (int panel = panels.first; panel < panels.last; ++panel) {
-        const uint8_t* weights = matrix.panel(panel);
         zero_sums();
-        for (int chunk = 0; chunk < num_chunks; ++chunk, weights += kChunkWeightBytes) {
-            for (int line = 0; line < kChunkWeightBytes; line += 64) {
-                _mm_prefetch(reinterpret_cast<const char*>(weights + 4 * kChunkWeightBytes + line), _MM_HINT_T0);
+        Groups groups(matrix.panel(panel));
+        const int8_t* values = rows.values;
+        for (int chunk = 0; chunk < num_chunks + kBehind; ++chunk) {
+            if (chunk >= kBehind) {
+                const uint8_t* weights = groups.group;
+                if constexpr (Groups::kHasSteps) weights = made + (chunk - kBehind) % kMadeChunks * kChunkWeightBytes;
+                add_chunk<kTwoBlocks, false>(values, rows.block_bytes(), weights);
+                values += ByteRows::kTileBytes;
             }
-            add_chunk<kTwoBlocks, false>(rows.values + static_cast<int64_t>(chunk) * ByteRows::kTileBytes, rows.block_bytes(),
-                                         weights);
+            if constexpr (!Groups::kHasSteps) {
+                groups.next();
+                groups.next();
+            } else if (chunk < num_chunks) {
+                make_chunk(groups, made + chunk % kMadeChunks * kChunkWeightBytes);
+            }
         }
         store_sums<kTwoBlocks>(reinterpret_cast<float*>(sums), kPanel);
         const avx512::ChannelColumns columns(matrix, panel, result);
@@ -76,15 +103,24 @@ void channel_few(const PackedMatrix& matrix, PanelRange panels, const ByteRows& 
     }
 }
 
-inline void channel_many(const PackedMatrix& matrix, int panel, const ByteRows& rows, const LinearResult& result,
-                         int32_t* sums) {
+template <Format kFormat>
+void channel_many(const PackedMatrix& matrix, int panel, const ByteRows& rows, const LinearResult& result, int32_t* sums,
+                  uint8_t* made) {
     const int num_chunks = rows.num_chunks();
     const int num_strips = (num_chunks + kStripChunks - 1) / kStripChunks;
     const avx512::ChannelColumns columns(matrix, panel, result);
     PendingSums pending{&columns, rows};
+    avx512::ChannelGroups<kFormat> groups(matrix.panel(panel));
     for (int strip = 0; strip < num_strips; ++strip) {
         const int first = num_chunks * strip / num_strips, last = num_chunks * (strip + 1) / num_strips;
         const int rows_at_once = (2 * kTileHeight + last - first - 1) / (last - first);
+        const uint8_t* strip_weights = groups.group;
+        if constexpr (avx512::ChannelGroups<kFormat>::kHasSteps) {
+            strip_weights = made;
+            for (int chunk = first; chunk < last; ++chunk) make_chunk(groups, made + (chunk - first) * kChunkWeightBytes);
+        } else {
+            groups.group += static_cast<int64_t>(last - first) * kChunkWeightBytes;
+        }
         for (int row = 0; row < rows.num_rows; row += 2 * kTileHeight) {
             // One strip: two places in turn. More: one for every pair of blocks.
             const int pair = row / (2 * kTileHeight);
@@ -95,7 +131,7 @@ inline void channel_many(const PackedMatrix& matrix, int panel, const ByteRows& 
                 load_sums<true>(reinterpret_cast<const float*>(own), kPanel);
             }
             const int8_t* values = rows.row(row) + static_cast<int64_t>(first) * ByteRows::kTileBytes;
-            const uint8_t* weights = matrix.panel(panel) + static_cast<int64_t>(first) * kChunkWeightBytes;
+            const uint8_t* weights = strip_weights;
             for (int chunk = first; chunk < last; ++chunk) {
                 add_chunk<true, true>(values, rows.block_bytes(), weights);
                 pending.store(rows_at_once);
@@ -109,19 +145,29 @@ inline void channel_many(const PackedMatrix& matrix, int panel, const ByteRows& 
     pending.store(2 * kTileHeight);
 }
 
-inline void channel_panels(const PackedMatrix& matrix, PanelRange panels, const ByteRows& rows, const LinearResult& result,
-                           uint8_t* scratch) {
-    auto* sums = reinterpret_cast<int32_t*>(scratch);
-    if (rows.num_rows == 1) return avx512::channel_panels(matrix, panels, rows, result, scratch);
+template <Format kFormat>
+void multiply_channels(const PackedMatrix& matrix, PanelRange panels, const ByteRows& rows, const LinearResult& result,
+                       uint8_t* made, int32_t* sums) {
     if (rows.is_few()) {
         configure(std::min(rows.num_rows, kTileHeight), std::max(rows.num_rows - kTileHeight, 1));
-        const auto few = rows.num_rows > kTileHeight ? channel_few<true> : channel_few<false>;
-        few(matrix, panels, rows, result, sums);
+        const auto few = rows.num_rows > kTileHeight ? channel_few<kFormat, true> : channel_few<kFormat, false>;
+        few(matrix, panels, rows, result, sums, made);
     } else {
         configure(kTileHeight, kTileHeight);
-        for (int panel = panels.first; panel < panels.last; ++panel) channel_many(matrix, panel, rows, result, sums);
+        for (int panel = panels.first; panel < panels.last; ++panel) {
+            channel_many<kFormat>(matrix, panel, rows, result, sums, made);
+        }
     }
     release_tiles();
+}
+
+inline void channel_panels(const PackedMatrix& matrix, PanelRange panels, const ByteRows& rows, const LinearResult& result,
+                           uint8_t* scratch) {
+    if (rows.num_rows == 1) return avx512::channel_panels(matrix, panels, rows, result, scratch);
+    auto* sums = reinterpret_cast<int32_t*>(scratch + kStripChunks * kChunkWeightBytes);
+    const bool is_int8 = matrix.format == Format::INT8_CHANNEL;
+    const auto multiply = is_int8 ? multiply_channels<Format::INT8_CHANNEL> : multiply_channels<Format::INT4_CHANNEL>;
+    multiply(matrix, panels, rows, result, scratch, sums);
 }
 
 // Values [num_inputs / 32][16][32] of tiles of bfloat16, of which `row` is the first of a row.

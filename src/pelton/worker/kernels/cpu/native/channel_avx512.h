@@ -1,4 +1,4 @@
-// Products of INT8_CHANNEL weights with AVX-512 VNNI: one scale per output, one per row of activations.
+// Products of weights by channel with AVX-512 VNNI: one scale per output, one per row of activations.
 //
 // A row's sum of integers is exact, and becomes a float in one fused multiply-add (law 3).
 #pragma once
@@ -14,7 +14,8 @@
 namespace pelton::avx512 {
 
 constexpr int kChannelRows = 6;
-constexpr int kChannelBytesAhead = 4096;
+// Into the second level: the first has too few places for lines under way.
+constexpr int kChannelBytesAhead = 9216;
 
 // What turns the sums of a panel's columns into a result.
 struct ChannelColumns {
@@ -46,35 +47,86 @@ struct ChannelColumns {
     }
 };
 
-template <int kRows>
+// A panel's codes of 8 bits, a group at a time: as they lie, or made of 4 bits.
+template <Format kFormat>
+struct ChannelGroups {
+    static constexpr int kGroupBytes = traits_of(kFormat).group_bytes();
+    static constexpr bool kHasSteps = traits_of(kFormat).bits == 4;
+    const uint8_t* group;
+    __m512i steps[2];  // of each half; 16 bits, two to an output
+    __m512i bases[2];  // 8 bits, four to an output
+
+    explicit ChannelGroups(const uint8_t* panel) : group(panel) {}
+    void next() {
+        group += kGroupBytes;
+        for (int line = 0; line < kGroupBytes; line += 64) {
+            _mm_prefetch(reinterpret_cast<const char*>(group + kChannelBytesAhead + line), _MM_HINT_T1);
+        }
+    }
+
+    // Before the pairs of a group.
+    void start() {
+        if constexpr (!kHasSteps) return;
+        const __m512i first_byte = _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0);
+        for (int half = 0; half < 2; ++half) {
+            const auto* at = reinterpret_cast<const __m128i*>(group + traits_of(kFormat).low_bytes() + 16 * half);
+            const __m512i step = _mm512_cvtepu8_epi32(_mm_loadu_si128(at));
+            steps[half] = _mm512_or_si512(step, _mm512_slli_epi32(step, 16));
+            bases[half] = _mm512_shuffle_epi8(_mm512_cvtepu8_epi32(_mm_loadu_si128(at + 2)), first_byte);
+        }
+    }
+
+    // Codes of k4 = 2 * pair and 2 * pair + 1.
+    void load_pair(int pair, int half, __m512i& first, __m512i& second) const {
+        if constexpr (kHasSteps) {
+            const __m512i low = _mm512_set1_epi8(15), nibbles = _mm512_loadu_si512(group + (2 * pair + half) * 64);
+            first = code(_mm512_and_si512(nibbles, low), half);
+            second = code(_mm512_and_si512(_mm512_srli_epi16(nibbles, 4), low), half);
+        } else {
+            first = _mm512_loadu_si512(group + (4 * pair + half) * 64);
+            second = _mm512_loadu_si512(group + (4 * pair + 2 + half) * 64);
+        }
+    }
+
+private:
+    // step * q has 8 bits, so that of two in a product of 16 neither reaches the other.
+    __m512i code(__m512i q, int half) const {
+        return _mm512_add_epi8(_mm512_mullo_epi16(q, steps[half]), bases[half]);
+    }
+};
+
+template <Format kFormat, int kRows>
 void channel_tile(const PackedMatrix& matrix, int panel, const ByteRows& rows, int first_row, const ChannelColumns& columns) {
-    const uint8_t* weights = matrix.panel(panel);
+    ChannelGroups<kFormat> groups(matrix.panel(panel));
     const int8_t* x[kRows];
     for (int r = 0; r < kRows; ++r) x[r] = rows.row(first_row + r);
     __m512i sum[kRows][2];
     for (int r = 0; r < kRows; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_si512();
-    for (int chunk = 0; chunk < rows.num_chunks(); ++chunk) {
-        for (int k4 = 0; k4 < kChunk / 4; ++k4, weights += 128) {
-            _mm_prefetch(reinterpret_cast<const char*>(weights + kChannelBytesAhead), _MM_HINT_T0);
-            _mm_prefetch(reinterpret_cast<const char*>(weights + kChannelBytesAhead + 64), _MM_HINT_T0);
-            const __m512i first = _mm512_loadu_si512(weights), second = _mm512_loadu_si512(weights + 64);
+    for (int group = 0; group < 2 * rows.num_chunks(); ++group, groups.next()) {
+        groups.start();
+        const int at = group / 2 * ByteRows::kTileBytes + group % 2 * kGroup;
+        for (int pair = 0; pair < 4; ++pair) {
+            __m512i codes[2][2];
+            for (int half = 0; half < 2; ++half) groups.load_pair(pair, half, codes[0][half], codes[1][half]);
             for (int r = 0; r < kRows; ++r) {
-                int32_t four;
-                std::memcpy(&four, x[r] + 4 * k4, 4);
-                const __m512i own = _mm512_set1_epi32(four);
-                sum[r][0] = _mm512_dpbusd_epi32(sum[r][0], first, own);
-                sum[r][1] = _mm512_dpbusd_epi32(sum[r][1], second, own);
+                for (int second = 0; second < 2; ++second) {
+                    int32_t four;
+                    std::memcpy(&four, x[r] + at + 8 * pair + 4 * second, 4);
+                    const __m512i own = _mm512_set1_epi32(four);
+                    for (int half = 0; half < 2; ++half) {
+                        sum[r][half] = _mm512_dpbusd_epi32(sum[r][half], codes[second][half], own);
+                    }
+                }
             }
         }
-        for (int r = 0; r < kRows; ++r) x[r] += ByteRows::kTileBytes;
     }
     for (int r = 0; r < kRows; ++r) {
         for (int half = 0; half < 2; ++half) columns.store(rows, first_row + r, half, sum[r][half]);
     }
 }
 
-inline void channel_panels(const PackedMatrix& matrix, PanelRange panels, const ByteRows& rows, const LinearResult& result,
-                           uint8_t*) {
+template <Format kFormat>
+void multiply_channels(const PackedMatrix& matrix, PanelRange panels, const ByteRows& rows, const LinearResult& result) {
     const int num_tiles = (rows.num_rows + kChannelRows - 1) / kChannelRows;
     for (int panel = panels.first; panel < panels.last; ++panel) {
         const ChannelColumns columns(matrix, panel, result);
@@ -82,15 +134,22 @@ inline void channel_panels(const PackedMatrix& matrix, PanelRange panels, const 
             const int first = static_cast<int>(static_cast<int64_t>(rows.num_rows) * tile / num_tiles);
             const int last = static_cast<int>(static_cast<int64_t>(rows.num_rows) * (tile + 1) / num_tiles);
             switch (last - first) {
-                case 1: channel_tile<1>(matrix, panel, rows, first, columns); break;
-                case 2: channel_tile<2>(matrix, panel, rows, first, columns); break;
-                case 3: channel_tile<3>(matrix, panel, rows, first, columns); break;
-                case 4: channel_tile<4>(matrix, panel, rows, first, columns); break;
-                case 5: channel_tile<5>(matrix, panel, rows, first, columns); break;
-                default: channel_tile<6>(matrix, panel, rows, first, columns); break;
+                case 1: channel_tile<kFormat, 1>(matrix, panel, rows, first, columns); break;
+                case 2: channel_tile<kFormat, 2>(matrix, panel, rows, first, columns); break;
+                case 3: channel_tile<kFormat, 3>(matrix, panel, rows, first, columns); break;
+                case 4: channel_tile<kFormat, 4>(matrix, panel, rows, first, columns); break;
+                case 5: channel_tile<kFormat, 5>(matrix, panel, rows, first, columns); break;
+                default: channel_tile<kFormat, 6>(matrix, panel, rows, first, columns); break;
             }
         }
     }
+}
+
+inline void channel_panels(const PackedMatrix& matrix, PanelRange panels, const ByteRows& rows, const LinearResult& result,
+                           uint8_t*) {
+    const bool is_int8 = matrix.format == Format::INT8_CHANNEL;
+    const auto multiply = is_int8 ? multiply_channels<Format::INT8_CHANNEL> : multiply_channels<Format::INT4_CHANNEL>;
+    multiply(matrix, panels, rows, result);
 }
 
 // A row's codes, 16 at a time, from floats that `load(start)` gives: those past the end are not asked for.

@@ -1,4 +1,4 @@
-// Products of INT8_CHANNEL weights for the instruction sets below AVX-512: one scale per output, one per row.
+// Products of weights by channel for the instruction sets below AVX-512: one scale per output, one per row.
 //
 // A row's sum of integers is exact, and becomes a float in one multiply-add (law 3).
 #pragma once
@@ -9,24 +9,59 @@
 
 #include "dot_products.h"
 #include "kernel_table.h"
+#include "packed_groups.h"
 #include "quantized_group.h"
 
 namespace pelton::PELTON_ISA {
 
-template <int kRows>
+// A panel's codes of 8 bits, a group at a time: as they lie, or made of 4 bits.
+template <Format kFormat>
+struct ChannelGroups : PackedGroups<kFormat> {
+    typedef uint8_t Narrow __attribute__((vector_size(kLanes)));
+    typedef uint16_t Pairs __attribute__((vector_size(4 * kLanes)));
+    static constexpr bool kHasSteps = traits_of(kFormat).bits == 4;
+    Pairs steps[kPanel / kLanes];  // two to an output
+    Bytes bases[kPanel / kLanes];  // four
+
+    explicit ChannelGroups(const uint8_t* panel) : PackedGroups<kFormat>(panel) {}
+
+    // Before the pairs of a group.
+    void start() {
+        if constexpr (!kHasSteps) return;
+        const uint8_t* at = this->group + traits_of(kFormat).low_bytes();
+        for (int vector = 0; vector < kPanel / kLanes; ++vector, at += kLanes) {
+            steps[vector] = bits_as<Pairs>(__builtin_convertvector(load<Narrow>(at), Words) * 0x00010001u);
+            bases[vector] = bits_as<Bytes>(__builtin_convertvector(load<Narrow>(at + kPanel), Words) * 0x01010101u);
+        }
+    }
+
+    void load_pair(int pair, int vector, Bytes& first, Bytes& second) const {
+        PackedGroups<kFormat>::load_pair(pair, vector / kHalfVectors, vector % kHalfVectors, first, second);
+        if constexpr (kHasSteps) {
+            first = code(first, vector);
+            second = code(second, vector);
+        }
+    }
+
+private:
+    // step * q has 8 bits, so that of two in a product of 16 neither reaches the other.
+    Bytes code(Bytes q, int vector) const { return bits_as<Bytes>(bits_as<Pairs>(q) * steps[vector]) + bases[vector]; }
+};
+
+template <Format kFormat, int kRows>
 void channel_tile(const PackedMatrix& matrix, int panel, const ByteRows& rows, int first_row, const LinearResult& result) {
-    constexpr int kVectors = kPanel / kLanes, kBytes = 4 * kLanes;
+    constexpr int kVectors = kPanel / kLanes;
     const int num_columns = std::min(kPanel, matrix.num_outputs - panel * kPanel);
     Dot<8> dots[kRows][kVectors];
-    const uint8_t* weights = matrix.panel(panel);
-    for (int chunk = 0; chunk < rows.num_chunks(); ++chunk) {
-        for (int k4 = 0; k4 < kChunk / 4; k4 += 2, weights += 4 * 64) {
+    ChannelGroups<kFormat> groups(matrix.panel(panel));
+    for (int group = 0; group < 2 * rows.num_chunks(); ++group, groups.next()) {
+        groups.start();
+        const int at = group / 2 * ByteRows::kTileBytes + group % 2 * kGroup;
+        for (int pair = 0; pair < 4; ++pair) {
             for (int vector = 0; vector < kVectors; ++vector) {
-                const Bytes first = load<Bytes>(weights + vector * kBytes);
-                const Bytes second = load<Bytes>(weights + 2 * 64 + vector * kBytes);
-                for (int r = 0; r < kRows; ++r) {
-                    dots[r][vector].add(first, rows.row(first_row + r) + chunk * ByteRows::kTileBytes + 4 * k4, second);
-                }
+                Bytes first, second;
+                groups.load_pair(pair, vector, first, second);
+                for (int r = 0; r < kRows; ++r) dots[r][vector].add(first, rows.row(first_row + r) + at + 8 * pair, second);
             }
         }
     }
@@ -44,13 +79,20 @@ void channel_tile(const PackedMatrix& matrix, int panel, const ByteRows& rows, i
     }
 }
 
-inline void channel_panels(const PackedMatrix& matrix, PanelRange panels, const ByteRows& rows, const LinearResult& result,
-                           uint8_t*) {
+template <Format kFormat>
+void multiply_channels(const PackedMatrix& matrix, PanelRange panels, const ByteRows& rows, const LinearResult& result) {
     for (int panel = panels.first; panel < panels.last; ++panel) {
         int row = 0;
-        for (; row + 2 <= rows.num_rows; row += 2) channel_tile<2>(matrix, panel, rows, row, result);
-        if (row < rows.num_rows) channel_tile<1>(matrix, panel, rows, row, result);
+        for (; row + 2 <= rows.num_rows; row += 2) channel_tile<kFormat, 2>(matrix, panel, rows, row, result);
+        if (row < rows.num_rows) channel_tile<kFormat, 1>(matrix, panel, rows, row, result);
     }
+}
+
+inline void channel_panels(const PackedMatrix& matrix, PanelRange panels, const ByteRows& rows, const LinearResult& result,
+                           uint8_t*) {
+    const bool is_int8 = matrix.format == Format::INT8_CHANNEL;
+    const auto multiply = is_int8 ? multiply_channels<Format::INT8_CHANNEL> : multiply_channels<Format::INT4_CHANNEL>;
+    multiply(matrix, panels, rows, result);
 }
 
 inline GroupScale scale_of_row(const float* x, int num_inputs) {

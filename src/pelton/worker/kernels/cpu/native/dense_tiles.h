@@ -169,7 +169,8 @@ inline void dense_panel(const PackedMatrix& matrix, int panel, const FloatRows& 
         case Format::Q6_K: return multiply(decode_panel<Format::Q6_K>(matrix, panel, scratch));
         case Format::INT4: return multiply(decode_panel<Format::INT4>(matrix, panel, scratch));
         case Format::INT8: return multiply(decode_panel<Format::INT8>(matrix, panel, scratch));
-        case Format::INT8_CHANNEL: return;  // its activations always have 8 bits
+        case Format::INT8_CHANNEL:
+        case Format::INT4_CHANNEL: return;  // their activations always have 8 bits
         case Format::BF16: return multiply(DenseBF16{matrix.panel(panel)});
         case Format::F16: return multiply(DenseF16{matrix.panel(panel)});
         case Format::F32: return multiply(DenseF32{matrix.panel(panel)});

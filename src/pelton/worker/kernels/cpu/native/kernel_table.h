@@ -72,8 +72,7 @@ struct KernelTable {
     // The same of what that leaves.
     void (*quantize_channel_rest)(const float* x, int num_inputs, int8_t* to, float* scale, int32_t* sum);
 
-    // result = rows times the `panels` of an INT8_CHANNEL matrix: sums of integers are exact, so their order is
-    // free. Rows go to their targets, rests are added there. `scratch`: channel_scratch_bytes(num_rows), aligned to 64.
+    // result = rows times the `panels` of a matrix by channel: sums of integers are exact, so their order is free. Rows go to their targets, rests are added there. `scratch`: channel_scratch_bytes(num_rows), aligned to 64.
     void (*channel_panels)(const PackedMatrix& matrix, PanelRange panels, const ByteRows& rows, const LinearResult& result,
                            uint8_t* scratch);
 
@@ -86,10 +85,14 @@ inline size_t linear_scratch_bytes(int num_inputs) {
     return static_cast<size_t>(num_inputs / kGroup) * (1024 + 4 * kPanel * 4);
 }
 
-// Sums of all rows in 32 bits.
+// Chunks of weights that stay in the first-level cache while all rows pass by.
+constexpr int kStripChunks = 16;
+
+// Sums of all rows in 32 bits, and a strip of weights made of fewer than 8.
 inline size_t channel_scratch_bytes(int num_rows) {
     const int height = 2 * ByteRows::kHeight;
-    return static_cast<size_t>(std::max((num_rows + height - 1) / height, 2)) * height * kPanel * 4;
+    return static_cast<size_t>(std::max((num_rows + height - 1) / height, 2)) * height * kPanel * 4 +
+           static_cast<size_t>(kStripChunks) * kChunk * kPanel;
 }
 
 // A panel of quantized weights as float32 [inputs][32].

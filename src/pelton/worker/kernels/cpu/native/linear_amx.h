@@ -88,22 +88,40 @@ inline void store_rows(__m512i bytes, const Scales& scales, uint8_t* to) {
     _mm512_store_si512(to + kRowBytes, cut_pairs(input[1], input[2]));
 }
 
+// A group of BF16, whose pairs of inputs are (0, 1) and (2, 3).
+inline void reorder_group(const uint8_t* from, uint8_t* to) {
+    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+    for (int half = 0; half < 2; ++half, from += kRowBytes, to += kTileBytes) {
+        for (int row = 0; row < kTileHeight; row += 2) {
+            const __m512i first = _mm512_loadu_si512(from + row * 2 * kRowBytes);
+            const __m512i second = _mm512_loadu_si512(from + (row + 1) * 2 * kRowBytes);
+            _mm512_store_si512(to + row * kRowBytes, _mm512_ternarylogic_epi32(upper, second, first, 0xca));
+            _mm512_store_si512(to + (row + 1) * kRowBytes,
+                               _mm512_or_si512(_mm512_srli_epi32(first, 16), _mm512_slli_epi32(second, 16)));
+        }
+    }
+}
+
 // A group of a panel to two tiles [2 halves][16 pairs of inputs][16 outputs][2].
 template <Format kFormat>
 inline void unpack_group(const avx512::PackedSource<kFormat>& source, uint8_t* to) {
-    constexpr FormatTraits traits = traits_of(kFormat);
-    const avx512::GroupScales all = source.scales();
-    for (int half = 0; half < 2; ++half) {
-        for (int sub = 0; sub < traits.subgroups; ++sub) {
-            Scales scales;
-            load_scales<kFormat>(all, sub, half, scales);
-            constexpr int kPairs = 4 / traits.subgroups;
-            for (int pair = sub * kPairs; pair < (sub + 1) * kPairs; ++pair) {
-                __m512i first, second;
-                source.load_pair(pair, half, first, second);
-                uint8_t* rows = to + half * kTileBytes + 4 * pair * kRowBytes;
-                store_rows<kFormat>(first, scales, rows);
-                store_rows<kFormat>(second, scales, rows + 2 * kRowBytes);
+    if constexpr (kFormat == Format::BF16) {
+        reorder_group(source.group, to);
+    } else {
+        constexpr FormatTraits traits = traits_of(kFormat);
+        const avx512::GroupScales all = source.scales();
+        for (int half = 0; half < 2; ++half) {
+            for (int sub = 0; sub < traits.subgroups; ++sub) {
+                Scales scales;
+                load_scales<kFormat>(all, sub, half, scales);
+                constexpr int kPairs = 4 / traits.subgroups;
+                for (int pair = sub * kPairs; pair < (sub + 1) * kPairs; ++pair) {
+                    __m512i first, second;
+                    source.load_pair(pair, half, first, second);
+                    uint8_t* rows = to + half * kTileBytes + 4 * pair * kRowBytes;
+                    store_rows<kFormat>(first, scales, rows);
+                    store_rows<kFormat>(second, scales, rows + 2 * kRowBytes);
+                }
             }
         }
     }
@@ -386,6 +404,7 @@ inline void linear_panels(const PackedMatrix& matrix, PanelRange panels, GroupRa
         case Format::Q6_K: return multiply_panels<Format::Q6_K>(matrix, panels, groups, rows, result, scratch);
         case Format::INT4: return multiply_panels<Format::INT4>(matrix, panels, groups, rows, result, scratch);
         case Format::INT8: return multiply_panels<Format::INT8>(matrix, panels, groups, rows, result, scratch);
+        case Format::BF16: return multiply_panels<Format::BF16>(matrix, panels, groups, rows, result, scratch);
         default: return;  // dense: dense_panel's
     }
 }

@@ -35,7 +35,8 @@ T* at(Address address) {
 }
 
 constexpr const char* kFormatNames[kNumFormats] = {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K",
-                                                "Q6_K", "INT4", "INT8", "INT8_CHANNEL", "BF16", "F16", "F32"};
+                                                "Q6_K", "INT4", "INT8", "INT8_CHANNEL", "INT4_CHANNEL",
+                                                "BF16", "F16", "F32"};
 
 ActivationType activation_of(const std::string& name) {
     if (name == "auto") return ActivationType::Auto;
@@ -67,7 +68,7 @@ size_t packed_num_bytes(const std::string& format_name, int num_outputs, int num
 void add_matrix(LinearWeight& weight, PackedMatrix matrix) {
     const auto by_channel = [](const PackedMatrix& part) { return traits_of(part.format).by_channel; };
     if (!weight.parts.empty() && by_channel(weight.parts.front()) != by_channel(matrix)) {
-        throw std::invalid_argument("INT8_CHANNEL stands beside no other format");
+        throw std::invalid_argument("a format by channel stands beside no other kind");
     }
     weight.num_outputs += matrix.num_outputs;
     weight.parts.push_back(std::move(matrix));

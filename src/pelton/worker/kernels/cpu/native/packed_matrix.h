@@ -14,8 +14,11 @@
 //   BF16       [16 pairs of inputs][32 outputs][2 inputs], as products of bfloat16 pairs want it
 // and the last group of a row is filled up with zeros.
 //
-// INT8_CHANNEL has one scale per output: its groups hold codes only, in an even number (the last may be of zeros),
-// and the scales [32] float32 of a panel follow its groups.
+// Formats by channel have one scale per output: value = scale * (code - 128), codes of 8 bits. Their groups come in
+// an even number (the last may be of zeros), and the scales [32] float32 of a panel follow them.
+//   INT8_CHANNEL  groups hold codes
+//   INT4_CHANNEL  low bits q, then steps [32] and bases [32] of 8 bits: code = base + step * q, which fits in 8 bits
+//                 (QServe's progressive groups, Lin et al., arXiv:2405.04532)
 #pragma once
 
 #include <cstddef>
@@ -27,10 +30,10 @@ namespace pelton {
 
 constexpr int kPanel = 32;
 constexpr int kGroup = 32;
-constexpr int kChunk = 64;  // inputs of INT8_CHANNEL that are multiplied at once
+constexpr int kChunk = 64;  // inputs of formats by channel that are multiplied at once
 
-enum class Format { Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, INT4, INT8, INT8_CHANNEL, BF16, F16, F32 };
-constexpr int kNumFormats = 14;
+enum class Format { Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, INT4, INT8, INT8_CHANNEL, INT4_CHANNEL, BF16, F16, F32 };
+constexpr int kNumFormats = 15;
 
 struct FormatTraits {
     int bits;       // 16 and 32: dense
@@ -47,7 +50,7 @@ struct FormatTraits {
     constexpr int high_bytes() const { return bits >= 8 ? 0 : (bits - 4) * 128; }
     constexpr int scale_bytes() const { return subgroups * kPanel * (f16_scales ? 2 : 4); }
     constexpr int group_bytes() const {
-        if (by_channel) return low_bytes();
+        if (by_channel) return low_bytes() + (bits == 4 ? 2 * kPanel : 0);
         return low_bytes() + high_bytes() + scale_bytes() * (has_min ? 2 : 1);
     }
 };
@@ -65,6 +68,7 @@ constexpr FormatTraits traits_of(Format format) {
         case Format::INT4: return {4, 1, false, true, 0, 32, 24};
         case Format::INT8: return {8, 1, false, false, 128, 32, 36};
         case Format::INT8_CHANNEL: return {8, 1, false, false, 128, 32, 36, true};
+        case Format::INT4_CHANNEL: return {4, 1, false, false, 128, 32, 22, true};
         case Format::BF16: return {16, 0, false, false, 0, 1, 2};
         case Format::F16: return {16, 0, false, false, 0, 1, 2};
         case Format::F32: return {32, 0, false, false, 0, 1, 4};
@@ -86,13 +90,14 @@ struct PackedMatrix {
     int num_panels() const { return (num_outputs + kPanel - 1) / kPanel; }
     size_t panel_bytes() const {
         const FormatTraits traits = traits_of(format);
-        if (traits.by_channel) return kPanel * (static_cast<size_t>(num_chunks()) * kChunk + sizeof(float));
+        if (traits.by_channel) return codes_bytes() + kPanel * sizeof(float);
         return static_cast<size_t>(num_groups()) * traits.group_bytes();
     }
-    // INT8_CHANNEL only.
+    // Formats by channel only.
     int num_chunks() const { return (num_inputs + kChunk - 1) / kChunk; }
+    size_t codes_bytes() const { return static_cast<size_t>(num_chunks()) * (kChunk / kGroup) * traits_of(format).group_bytes(); }
     const float* channel_scales(int index) const {
-        return reinterpret_cast<const float*>(panel(index) + static_cast<size_t>(num_chunks()) * kChunk * kPanel);
+        return reinterpret_cast<const float*>(panel(index) + codes_bytes());
     }
     size_t num_bytes() const { return num_panels() * panel_bytes(); }
     const uint8_t* panel(int index) const { return data.get() + index * panel_bytes(); }

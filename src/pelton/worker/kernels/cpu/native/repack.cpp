@@ -14,6 +14,7 @@ namespace {
 struct DecodedGroup {
     alignas(64) uint8_t q[kPanel][kGroup];
     uint8_t* scales;  // of the packed group; minima follow
+    uint8_t* steps;   // likewise, of INT4_CHANNEL; bases follow
 };
 
 uint16_t load_u16(const uint8_t* p) {
@@ -110,20 +111,26 @@ void decode_k6(const uint8_t* block, int group, int output, DecodedGroup& out) {
     }
 }
 
-// Blocks of compressed safetensors as weights/ writes them: float32 scale (INT4: and minimum), then codes.
-// All scales of an output of INT8_CHANNEL are the same.
+// Blocks of compressed safetensors as weights/ writes them: float32 scale (INT4: and minimum; INT4_CHANNEL: and step and
+// base of 8 bits), then codes. All scales of an output by channel are the same.
 template <Format kFormat>
 void decode_integers(const uint8_t* block, int output, DecodedGroup& out) {
     uint8_t* q = out.q[output];
     std::memcpy(out.scales + 4 * output, block, 4);
     if constexpr (traits_of(kFormat).bits == 8) {
         for (int k = 0; k < kGroup; ++k) q[k] = block[4 + k] ^ 128;  // + 128
+        return;
+    }
+    const uint8_t* codes = block + traits_of(kFormat).file_block_bytes - kGroup / 2;
+    if constexpr (kFormat == Format::INT4_CHANNEL) {
+        out.steps[output] = block[4];
+        out.steps[kPanel + output] = block[5];
     } else {
         std::memcpy(out.scales + traits_of(kFormat).scale_bytes() + 4 * output, block + 4, 4);
-        for (int k = 0; k < 16; ++k) {
-            q[k] = block[8 + k] & 15;
-            q[k + 16] = block[8 + k] >> 4;
-        }
+    }
+    for (int k = 0; k < 16; ++k) {
+        q[k] = codes[k] & 15;
+        q[k + 16] = codes[k] >> 4;
     }
 }
 
@@ -132,7 +139,7 @@ void decode_group(const uint8_t* row, int group, int output, DecodedGroup& out) 
     constexpr FormatTraits traits = traits_of(kFormat);
     constexpr int kGroupsPerBlock = traits.file_block_values / kGroup;
     const uint8_t* block = row + static_cast<size_t>(group / kGroupsPerBlock) * traits.file_block_bytes;
-    if constexpr (kFormat == Format::INT4 || kFormat == Format::INT8 || kFormat == Format::INT8_CHANNEL) {
+    if constexpr (kFormat == Format::INT4 || kFormat == Format::INT8 || traits.by_channel) {
         decode_integers<kFormat>(block, output, out);
     } else if constexpr (kGroupsPerBlock == 1) {
         decode_legacy<kFormat>(block, output, out);
@@ -186,17 +193,28 @@ template <Format kFormat>
 void repack_panel(const uint8_t* source, size_t row_bytes, int num_rows, int num_groups, uint8_t* target) {
     constexpr FormatTraits traits = traits_of(kFormat);
     DecodedGroup decoded{};
-    const int num_chunks = (num_groups * kGroup + kChunk - 1) / kChunk;
-    uint8_t* channel_scales = target + static_cast<size_t>(num_chunks) * kChunk * kPanel;
+    const int num_padded = (num_groups + kChunk / kGroup - 1) / (kChunk / kGroup) * (kChunk / kGroup);
+    uint8_t* channel_scales = target + static_cast<size_t>(num_padded) * traits.group_bytes();
     for (int group = 0; group < num_groups; ++group, target += traits.group_bytes()) {
         decoded.scales = traits.by_channel ? channel_scales : target + traits.low_bytes() + traits.high_bytes();
-        if (num_rows < kPanel) std::memset(decoded.scales, 0, traits.scale_bytes() * (traits.has_min ? 2 : 1));
+        decoded.steps = target + traits.low_bytes();
+        if (num_rows < kPanel) {
+            std::memset(decoded.scales, 0, traits.scale_bytes() * (traits.has_min ? 2 : 1));
+            if constexpr (kFormat == Format::INT4_CHANNEL) std::memset(decoded.steps, 0, 2 * kPanel);
+        }
         for (int output = 0; output < num_rows; ++output) {
             decode_group<kFormat>(source + output * row_bytes, group, output, decoded);
         }
         place_codes<traits.bits>(decoded.q, target);
     }
-    if constexpr (traits.by_channel) std::memset(target, traits.zero_point, channel_scales - target);
+    if constexpr (traits.by_channel) {
+        for (; target < channel_scales; target += traits.group_bytes()) {
+            // Steps of 0 and codes of 128, whatever the bits.
+            if constexpr (traits.bits == 4) std::memset(target, 0, traits.low_bytes() + kPanel);
+            constexpr int kZeros = traits.bits == 4 ? traits.low_bytes() + kPanel : 0;
+            std::memset(target + kZeros, traits.zero_point, traits.group_bytes() - kZeros);
+        }
+    }
 }
 
 // Values as they are: [inputs][32 outputs], or with pairs of inputs together.
@@ -230,6 +248,7 @@ RepackPanel repack_panel_of(Format format) {
         case Format::INT4: return repack_panel<Format::INT4>;
         case Format::INT8: return repack_panel<Format::INT8>;
         case Format::INT8_CHANNEL: return repack_panel<Format::INT8_CHANNEL>;
+        case Format::INT4_CHANNEL: return repack_panel<Format::INT4_CHANNEL>;
         case Format::BF16: return repack_dense_panel<uint16_t, true>;
         case Format::F16: return repack_dense_panel<uint16_t, false>;
         case Format::F32: return repack_dense_panel<uint32_t, false>;

@@ -59,8 +59,10 @@ void Runtime::linear(const LinearWeight& weight, const float* x, int num_rows, c
 
 bool Runtime::multiplies_tiles(const LinearWeight& weight) const {
     if (kernels_.tiles == nullptr || activation_ == ActivationType::INT8 || is_by_channel(weight)) return false;
-    return std::none_of(weight.parts.begin(), weight.parts.end(),
-                        [this](const PackedMatrix& part) { return multiplies_floats(part); });
+    return std::all_of(weight.parts.begin(), weight.parts.end(), [this](const PackedMatrix& part) {
+        const bool whole_groups = part.format == Format::BF16 && part.num_inputs % kGroup == 0;
+        return !multiplies_floats(part) || (whole_groups && activation_ != ActivationType::F32);
+    });
 }
 
 QuantizedRows Runtime::quantize(const float* x, int num_rows, int num_inputs) {

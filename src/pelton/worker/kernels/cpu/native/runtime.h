@@ -44,7 +44,7 @@ struct GatedWeights {
     bool gelu;
 };
 
-// What activations are rounded to as they enter a product with quantized weights.
+// What activations are rounded to as they enter a product with quantized weights, and in tiles with those of BF16.
 enum class ActivationType {
     Auto,  // the fastest
     INT8,
@@ -113,7 +113,7 @@ public:
                 const AttentionSchedule& schedule, const void* key_cache, const void* value_cache);
 
 private:
-    // Float32 products, of decoded weights where need be.
+    // Float32 products, of decoded weights where need be, unless all of the weight is multiplied in tiles.
     bool multiplies_floats(const PackedMatrix& part) const {
         return activation_ == ActivationType::F32 || traits_of(part.format).is_dense();
     }
@@ -122,7 +122,7 @@ private:
     void multiply_panels(const LinearWeight& weight, const float* x, int num_rows, const float* bias, float* out);
     // Rows in 8 bits, in memory that the next call reuses.
     QuantizedRows quantize(const float* x, int num_rows, int num_inputs);
-    // All parts of a weight are INT8_CHANNEL or none is.
+    // All parts of a weight have formats by channel or none has.
     static bool is_by_channel(const LinearWeight& weight) {
         return !weight.parts.empty() && traits_of(weight.parts.front().format).by_channel;
     }
