@@ -44,7 +44,7 @@ def test_4_bits_lie_between_the_ends_of_their_group() -> None:
     groups = values.reshape(300, 3, 32)
     widest = np.maximum(np.ceil(np.ptp(groups, axis=2, keepdims=True) / np.where(unit > 0, unit, 1) / 15), 1) * unit
     errors = np.abs(rounded.reshape(groups.shape) - groups)
-    # Inside half a step of the widest line, and half a unit for its base; what a narrower line cuts off is a step or two.
+    # Half a step of the widest line, and half a unit for its base; what a narrower line cuts off is a step or two.
     assert (np.sqrt(np.square(errors).mean(axis=2, keepdims=True)) <= 0.5 * widest + 0.5 * unit).all()
     assert errors.max() <= (16 * widest).max()
     codes = rounded.reshape(groups.shape) / np.where(unit > 0, unit, 1)

@@ -57,7 +57,9 @@ def assert_near(result: F32, expected: npt.NDArray[np.float64], x: F32, tensor: 
 @pytest.mark.parametrize(
     ("num_outputs", "num_inputs"), [(1, 32), (31, 64), (33, 96), (100, 512), (64, 1056), (40, 4864)]
 )
-def test_products_are_exact_but_for_the_last_rounding(quantization: str, isa: str, num_outputs: int, num_inputs: int) -> None:
+def test_products_are_exact_but_for_the_last_rounding(
+    quantization: str, isa: str, num_outputs: int, num_inputs: int
+) -> None:
     kernels = native(isa)
     tensor = channel_tensor(quantization, num_outputs, num_inputs)
     weight = kernels.make_linear_loader().load([tensor])

@@ -87,8 +87,16 @@ class _MadeTensor(WeightTensor):
     _source: WeightTensor
     _make: Callable[[WeightTensor], U8]
 
-    def __init__(self, source: WeightTensor, format_name: str, make: Callable[[WeightTensor], U8], name: str = "") -> None:
-        fields = {"name": name or source.name, "shape": source.shape, "format": format_name, "_source": source, "_make": make}
+    def __init__(
+        self, source: WeightTensor, format_name: str, make: Callable[[WeightTensor], U8], name: str = ""
+    ) -> None:
+        fields = {
+            "name": name or source.name,
+            "shape": source.shape,
+            "format": format_name,
+            "_source": source,
+            "_make": make,
+        }
         for name, value in fields.items():
             object.__setattr__(self, name, value)
 
@@ -105,12 +113,13 @@ def round_channels(tensor: WeightTensor, quantization: str, name: str = "") -> W
     """The matrix [O, I] as INT8_CHANNEL (w8a8) or INT4_CHANNEL (w4a8), or itself where I is no multiple of 32."""
     if tensor.shape[-1] % GROUP:
         return tensor
-    format_name, make = {"w8a8": ("INT8_CHANNEL", _round_to_int8), "w4a8": ("INT4_CHANNEL", _round_to_int4)}[quantization]
-    return _MadeTensor(tensor, format_name, make, name)
+    if quantization == "w4a8":
+        return _MadeTensor(tensor, "INT4_CHANNEL", _round_to_int4, name)
+    return _MadeTensor(tensor, "INT8_CHANNEL", _round_to_int8, name)
 
 
 def in_groups(tensor: WeightTensor) -> WeightTensor:
-    """The same weights for finer rounded activations: INT8_CHANNEL as INT8, INT4_CHANNEL as INT4, others as they are."""
+    """The same weights for finer rounded activations: INT8_CHANNEL as INT8, INT4_CHANNEL as INT4."""
     if tensor.format == "INT8_CHANNEL":
         return _MadeTensor(tensor, "INT8", lambda source: source.data)
     return _MadeTensor(tensor, "INT4", _regroup_int4) if tensor.format == "INT4_CHANNEL" else tensor
@@ -167,7 +176,7 @@ def _empty_blocks(source: WeightTensor, format_name: str) -> U8:
 def _for_some_rows(num_rows: int, fill: Callable[[slice], None]) -> None:
     """Parts of all rows, on as many threads as there are cores: numpy works without the interpreter's lock."""
     parts = [slice(start, min(start + _ROWS_AT_ONCE, num_rows)) for start in range(0, num_rows, _ROWS_AT_ONCE)]
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(fill, parts))
 
 

@@ -30,9 +30,9 @@ class ModelConfig:
     quantization: str | None = setting(
         None,
         "round weights as they are loaded, most of a layer's and the output's to one scale per output and their "
-        "activations to one per token: w8a8 to 8 bits, faster in batches and prompts, w4a8 to 4 bits in steps of 8, faster "
-        "everywhere, less exact; on a GPU fp8: all matrices, a scale per output, activations one per token; int4: a scale "
-        "per 128 inputs",
+        "activations to one per token: w8a8 to 8 bits, faster in batches and prompts; w4a8 to 4 bits in steps of 8, "
+        "faster everywhere, less exact; on a GPU fp8: all matrices, a scale per output, activations one per token, "
+        "or int4: a scale per 128 inputs",
         choices=QUANTIZATIONS,
     )
     lora_modules: tuple[str, ...] = setting(

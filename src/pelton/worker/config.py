@@ -35,8 +35,8 @@ class WorkerConfig:
     weight_cache_dir: str | None = setting(None, "where they are kept; default: .packed beside the pulled models")
     activation_dtype: str = setting(
         "auto",
-        "type that activations are rounded to in products (native kernels) with quantized weights, and in AMX tiles with "
-        "bfloat16 ones; auto: the fastest",
+        "type that activations are rounded to in products (native kernels) with quantized weights, and in AMX tiles "
+        "with bfloat16 ones; auto: the fastest",
         choices=("auto", "int8", "bfloat16", "float32"),
     )
     threads: int | None = setting(None, "compute threads; default: the cores this process may use")

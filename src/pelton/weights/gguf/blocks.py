@@ -247,7 +247,7 @@ def _decode_fp8(blocks: U8, out: F32) -> None:
 
 def _decode_int4_channel(blocks: U8, out: F32) -> None:
     block = _INT4_CHANNEL(blocks)
-    out[...] = _nibbles(block["qs"], 16).reshape(out.shape)
+    out[...] = nibbles(block["qs"], 16).reshape(out.shape)
     out *= block["step"][:, None]
     out += block["base"][:, None].astype(np.float32) - np.float32(128)
     out *= block["d"][:, None]
