@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import gguf
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from pelton.weights.gguf.blocks import DECODERS
 from pelton.weights.gguf.formats import FILE_TYPE_NAMES, FORMATS, GGML_TYPE_NAMES
 from pelton.weights.tensors import WeightTensor
 
-OWN_FORMATS = ("INT4", "INT8", "INT8_CHANNEL")
+OWN_FORMATS = ("INT4", "INT8", "FP8", "INT8_CHANNEL", "INT4_CHANNEL")
 ENCODABLE = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 
 
@@ -36,18 +38,35 @@ def own_reference(name: str, packed: np.ndarray) -> np.ndarray:
         values: list[np.float32] = []
         for block in row.reshape(-1, size):
             scale = block[:4].view(np.float32)[0]
-            if name != "INT4":
+            if name == "FP8":
+                values += [np.float32(float8(int(code))) * scale for code in block[4:]]
+            elif name.startswith("INT8"):
                 values += [np.float32(code) * scale for code in block[4:].view(np.int8)]
-                continue
-            minimum = block[4:8].view(np.float32)[0]
-            codes = [code & 15 for code in block[8:]] + [code >> 4 for code in block[8:]]
-            values += [np.float32(code) * scale - minimum for code in codes]
+            else:
+                codes = [int(code) & 15 for code in block[-16:]] + [int(code) >> 4 for code in block[-16:]]
+                if name == "INT4":
+                    minimum = block[4:8].view(np.float32)[0]
+                    values += [np.float32(code) * scale - minimum for code in codes]
+                else:
+                    step, base = int(block[4]), int(block[5])
+                    values += [np.float32(base + step * code - 128) * scale for code in codes]
         rows.append(values)
     return np.array(rows, dtype=np.float32)
 
 
+def float8(code: int) -> float:
+    """e4m3 without infinities: one sign, four exponent and three mantissa bits; all ones are NaN."""
+    sign, exponent, mantissa = (-1 if code & 128 else 1), code >> 3 & 15, code & 7
+    if code & 127 == 127:
+        return math.nan
+    return sign * (mantissa / 8 * 2.0**-6 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7))
+
+
 def assert_same_bits(actual: np.ndarray, expected: np.ndarray) -> None:
-    np.testing.assert_array_equal(actual.view(np.uint32), expected.view(np.uint32))
+    """One NaN is as good as another."""
+    np.testing.assert_array_equal(np.isnan(actual), np.isnan(expected))
+    numbers = ~np.isnan(expected)
+    np.testing.assert_array_equal(actual.view(np.uint32)[numbers], expected.view(np.uint32)[numbers])
 
 
 def tensor_of(name: str, packed: np.ndarray, num_columns: int) -> WeightTensor:

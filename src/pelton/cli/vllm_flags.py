@@ -11,7 +11,6 @@ _MISSING: dict[str, str] = {
     "pipeline_parallel_size": f"{_NOT_YET}; it runs on one device",
     "data_parallel_size": f"{_NOT_YET}; it runs on one device",
     "distributed_executor_backend": f"{_NOT_YET}; it runs on one device",
-    "device": f"{_NOT_YET}; it runs on the CPU",
     "guided_decoding_backend": "there is one: llguidance",
     "structured_outputs_config": "there is nothing to set: grammars are checked and masked by llguidance",
     "speculative_config": _NOT_YET,
