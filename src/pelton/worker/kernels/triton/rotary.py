@@ -104,7 +104,7 @@ def _rotate_and_store_kernel(
     else:
         slot = tl.load(slot_mapping + token).to(tl.int64)
         heads = (part - query_parts) * HEADS + tl.arange(0, HEADS)
-        kept = (heads < num_kv_heads) & (slot >= 0)
+        kept = heads < tl.where(slot >= 0, num_kv_heads, 0)
         source = key + token * key_token_stride + heads[:, None] * key_head_stride + columns[None, :]
         offsets = (slot * num_kv_heads + heads[:, None]) * HEAD_DIM + columns[None, :]
         _rotate(source, key_cache + offsets, cosines, sines, kept, HEAD_DIM, HALF, BLOCK)
