@@ -37,7 +37,7 @@ from pelton.worker.sampling.grammar import GrammarMatchers
 
 _GIB = 2**30
 # Raised whenever kernels change how a block's bytes lie, or what they are.
-_KV_LAYOUT_VERSION = 1
+_KV_LAYOUT_VERSION = 2
 _MAX_DEFAULT_BYTES = 4 * _GIB
 _DEVICE_RESERVE_BYTES = 2 * _GIB
 

@@ -22,6 +22,7 @@
 namespace pelton::amx {
 
 constexpr int kBlockPositions = 16;  // positions a tile of keys has
+constexpr int kTilePositions = 32;   // and one of values
 constexpr int kChunkBlocks = kChunkPositions / kBlockPositions;
 constexpr int kColumns = 16;
 constexpr float kHidden = -1e30f;  // the score of what a column does not see: finite, so that it subtracts
@@ -110,9 +111,7 @@ public:
         for (auto& probabilities : probabilities_) {
             probabilities = reinterpret_cast<uint16_t*>(take(kChunkPositions * kColumns / 2));
         }
-        for (auto& edge : edges_) {
-            edge.values = reinterpret_cast<uint16_t*>(take(static_cast<int64_t>(dim_) * kBlockPositions / 2));
-        }
+        chunk_values_ = reinterpret_cast<uint16_t*>(take(static_cast<int64_t>(dim_) * kChunkPositions / 2));
         first_position_ = last_position_ = run.columns[0].position;
         for (int i = 1; i < run.num_columns; ++i) {
             if (run.columns[i].query == nullptr) continue;
@@ -124,7 +123,7 @@ public:
     static int64_t scratch_floats(int dim, int num_columns) {
         const int64_t tiles = (num_columns + kColumns - 1) / kColumns;
         return tiles * dim * kColumns / 2 + (tiles + 2) * PartialSums::num_floats(dim) +
-               kChunkPositions * kColumns * 3 + 2 * dim * kBlockPositions / 2;
+               kChunkPositions * kColumns * 3 + dim * kChunkPositions / 2;
     }
 
     // All that the columns see; writes their results.
@@ -132,10 +131,9 @@ public:
         begin();
         for (int tile = 0; tile < num_tiles_; ++tile) total(tile).clear();
         const int first = first_visible(first_position_);
-        load_edge(edges_[0], first / kBlockPositions * kBlockPositions);
-        load_edge(edges_[1], last_position_ / kBlockPositions * kBlockPositions);
         const PartialSums parts[2] = {{parts_[0], dim_}, {parts_[1], dim_}};
         for (int start = first / kChunkPositions * kChunkPositions; start <= last_position_; start += kChunkPositions) {
+            load_values(start);
             for (int tile = 0; tile < num_tiles_; tile += 2) {
                 const int count = std::min(2, num_tiles_ - tile);
                 add_chunk(tile, count, start, parts);
@@ -151,8 +149,7 @@ public:
     // What the chunk at `start` adds, to parts [tiles].
     void run_chunk(int start, float* parts) {
         begin();
-        load_edge(edges_[0], std::max(first_visible(first_position_), start) / kBlockPositions * kBlockPositions);
-        load_edge(edges_[1], std::min(last_position_, start + kChunkPositions - 1) / kBlockPositions * kBlockPositions);
+        load_values(start);
         for (int tile = 0; tile < num_tiles_; tile += 2) {
             const PartialSums pair[2] = {{parts + tile * PartialSums::num_floats(dim_), dim_},
                                          {parts + (tile + 1) * PartialSums::num_floats(dim_), dim_}};
@@ -162,18 +159,10 @@ public:
     }
 
 private:
-    // A copy of 16 positions' values [D][16].
-    struct Edge {
-        int start;
-        uint16_t* values;
-    };
-
     // Registers 0..3 sum; 4 and 5 are keys and queries, 6 and 7 values and probabilities.
     void begin() {
         TileConfig config;
-        for (int tile = 0; tile < 6; ++tile) config.set(tile, 16, 64);
-        config.set(6, 16, 2 * kBlockPositions);
-        config.set(7, kBlockPositions / 2, 64);
+        for (int tile = 0; tile < 8; ++tile) config.set(tile, 16, 64);
         config.load();
         for (int tile = 0; tile < num_tiles_; ++tile) load_queries(tile);
     }
@@ -213,17 +202,38 @@ private:
                position % shape_.block_size;
     }
 
-    // Slots out of the columns' window or not written yet may hold anything, NaN too, and 0 times NaN would reach
-    // the result: the first and the last positions are read from a copy.
-    void load_edge(Edge& edge, int start) {
-        const uint32_t before = (1u << std::clamp(first_visible(first_position_) - start, 0, kBlockPositions)) - 1;
-        const uint32_t written = (1u << std::clamp(run_.seq_len - start, 0, kBlockPositions)) - 1;
+    // Values of the chunk at `start` that any column sees, [kChunkPositions / 32][D][32], with zeros around them to whole
+    // tiles. Slots out of the columns' window or not written yet may hold anything, NaN too, and 0 times NaN would
+    // reach the result.
+    void load_values(int start) {
+        const int first = std::max(0, first_visible(first_position_) - start);
+        const int end = std::min(last_position_ + 1 - start, kChunkPositions);
+        for (int at = first / kTilePositions * kTilePositions; at < end; at += kBlockPositions) {
+            uint16_t* to = tile_values(at / kTilePositions) + at % kTilePositions;
+            fill_values(start + at, to);
+        }
+        const int last = (end + kBlockPositions - 1) / kBlockPositions * kBlockPositions;
+        if (last % kTilePositions != 0) clear_values(tile_values(last / kTilePositions) + kBlockPositions);
+    }
+
+    uint16_t* tile_values(int tile) const { return chunk_values_ + static_cast<int64_t>(tile) * dim_ * kTilePositions; }
+
+    // 16 positions of a tile.
+    void fill_values(int position, uint16_t* to) const {
+        const uint32_t before =
+            (1u << std::clamp(first_visible(first_position_) - position, 0, kBlockPositions)) - 1;
+        const uint32_t written = (1u << std::clamp(last_position_ + 1 - position, 0, kBlockPositions)) - 1;
         const auto mask = static_cast<__mmask16>(written & ~before);
-        edge.start = start;
-        const uint16_t* from = values_at(start);
-        for (int d = 0; d < dim_; ++d) {
-            _mm256_store_si256(reinterpret_cast<__m256i*>(edge.values + d * kBlockPositions),
-                               _mm256_maskz_loadu_epi16(mask, from + d * shape_.block_size));
+        if (mask == 0) return clear_values(to);
+        const uint16_t* from = values_at(position);
+        for (int d = 0; d < dim_; ++d, from += shape_.block_size, to += kTilePositions) {
+            _mm256_store_si256(reinterpret_cast<__m256i*>(to), _mm256_maskz_loadu_epi16(mask, from));
+        }
+    }
+
+    void clear_values(uint16_t* to) const {
+        for (int d = 0; d < dim_; ++d, to += kTilePositions) {
+            _mm256_store_si256(reinterpret_cast<__m256i*>(to), _mm256_setzero_si256());
         }
     }
 
@@ -272,33 +282,26 @@ private:
                 score_blocks(tile, start, block, std::min(block + 4, end_block));
             }
         }
+        const int first_tile = first_block / 2, end_tile = (end_block + 1) / 2;
         for (int i = 0; i < num_tiles; ++i) {
             hide(scores_[i], sights[i], start, first_block * kBlockPositions, end_block * kBlockPositions);
             soften(i, first_block, end_block, parts[i]);
+            if (first_block % 2 != 0) clear_probabilities(i, first_block - 1);
+            if (end_block % 2 != 0) clear_probabilities(i, end_block);
         }
         if (num_tiles == 2) {
-            for (int d = 0; d < dim_; d += 2 * kColumns) add_values_pair(start, first_block, end_block, d, parts);
+            for (int d = 0; d < dim_; d += 2 * kColumns) add_values_pair(first_tile, end_tile, d, parts);
         } else {
-            for (int d = 0; d < dim_; d += 4 * kColumns) add_values(start, first_block, end_block, d, parts[0].data);
+            for (int d = 0; d < dim_; d += 4 * kColumns) add_values(first_tile, end_tile, d, parts[0].data);
         }
     }
 
-    // Values of four blocks and keys of the next four. Only where a tile is alone: others read from the caches.
+    // Keys of the next four blocks. Only where a tile is alone: others read from the caches.
     void prefetch(int start, int first, int end) const {
-        for (int block = first; block < end; ++block) {
-            const int position = start + block * kBlockPositions;
-            if (block < first + 4) {
-                const uint16_t* values = values_at(position);
-                for (int d = 0; d < dim_; ++d) {
-                    if (shape_.block_size > kBlockPositions || d % 2 == 0) {
-                        _mm_prefetch(reinterpret_cast<const char*>(values + d * shape_.block_size), _MM_HINT_T0);
-                    }
-                }
-            } else {
-                const uint16_t* keys = keys_at(position);
-                for (int i = 0; i < kBlockPositions * dim_; i += 32) {
-                    _mm_prefetch(reinterpret_cast<const char*>(keys + i), _MM_HINT_T0);
-                }
+        for (int block = first + 4; block < end; ++block) {
+            const uint16_t* keys = keys_at(start + block * kBlockPositions);
+            for (int i = 0; i < kBlockPositions * dim_; i += 32) {
+                _mm_prefetch(reinterpret_cast<const char*>(keys + i), _MM_HINT_T0);
             }
         }
     }
@@ -412,34 +415,26 @@ private:
         }
     }
 
-    struct StridedValues {
-        const uint16_t* values;
-        int64_t stride;  // from one dimension to the next
-    };
-
-    StridedValues readable_values(int position) const {
-        for (const Edge& edge : edges_) {
-            if (position == edge.start) return {edge.values, kBlockPositions};
-        }
-        return {values_at(position), shape_.block_size};
+    // Of a block that no column sees, beside one that some do.
+    void clear_probabilities(int tile, int block) const {
+        std::memset(probabilities_[tile] + block * kBlockPositions * kColumns, 0, kBlockPositions * kColumns * 2);
     }
 
-    // part [64 dimensions from d on][16] = values times probabilities.
-    void add_values(int start, int first, int end, int d, float* part) const {
+    // part [64 dimensions from d on][16] = values times probabilities, of tiles [first, end) of 32 positions.
+    void add_values(int first, int end, int d, float* part) const {
         const int count = std::min(4, (dim_ - d) / 16);
         zero_sums();
-        for (int block = first; block < end; ++block) {
-            const auto [base, stride] = readable_values(start + block * kBlockPositions);
-            const uint16_t* values = base + d * stride;
-            load_tile<7>(probabilities_[0] + block * kBlockPositions * kColumns, 64);
-            load_tile<6>(values, 2 * stride);
+        for (int tile = first; tile < end; ++tile) {
+            const uint16_t* values = tile_values(tile) + d * kTilePositions;
+            load_tile<7>(probabilities_[0] + tile * kTilePositions * kColumns, 64);
+            load_tile<6>(values, 64);
             multiply_tiles<0, 6, 7>();
-            load_tile<6>(values + 16 * stride, 2 * stride);
+            load_tile<6>(values + 16 * kTilePositions, 64);
             multiply_tiles<1, 6, 7>();
             if (count == 2) continue;
-            load_tile<6>(values + 32 * stride, 2 * stride);
+            load_tile<6>(values + 32 * kTilePositions, 64);
             multiply_tiles<2, 6, 7>();
-            load_tile<6>(values + 48 * stride, 2 * stride);
+            load_tile<6>(values + 48 * kTilePositions, 64);
             multiply_tiles<3, 6, 7>();
         }
         float* to = part + d * kColumns;
@@ -450,22 +445,20 @@ private:
         store_tile<3>(to + 768, 64);
     }
 
-    // The same for two tiles: parts [32 dimensions from d on][16] of each.
-    void add_values_pair(int start, int first, int end, int d, const PartialSums* parts) const {
+    // The same for two tiles of columns: parts [32 dimensions from d on][16] of each.
+    void add_values_pair(int first, int end, int d, const PartialSums* parts) const {
         zero_sums();
-        for (int block = first; block < end; ++block) {
-            const auto [base, stride] = readable_values(start + block * kBlockPositions);
-            const uint16_t* values = base + d * stride;
-            const int at = block * kBlockPositions * kColumns;
-            load_tile<6>(values, 2 * stride);
-            load_tile<7>(probabilities_[0] + at, 64);
-            multiply_tiles<0, 6, 7>();
+        for (int tile = first; tile < end; ++tile) {
+            const uint16_t* values = tile_values(tile) + d * kTilePositions;
+            const int at = tile * kTilePositions * kColumns;
+            load_tile<4>(values, 64);
+            load_tile<6>(probabilities_[0] + at, 64);
+            multiply_tiles<0, 4, 6>();
             load_tile<7>(probabilities_[1] + at, 64);
-            multiply_tiles<1, 6, 7>();
-            load_tile<6>(values + 16 * stride, 2 * stride);
-            multiply_tiles<3, 6, 7>();
-            load_tile<7>(probabilities_[0] + at, 64);
-            multiply_tiles<2, 6, 7>();
+            multiply_tiles<1, 4, 7>();
+            load_tile<5>(values + 16 * kTilePositions, 64);
+            multiply_tiles<2, 5, 6>();
+            multiply_tiles<3, 5, 7>();
         }
         store_tile<0>(parts[0].data + d * kColumns, 64);
         store_tile<1>(parts[1].data + d * kColumns, 64);
@@ -488,7 +481,7 @@ private:
     float* parts_[2];
     float* scores_[2];            // [kChunkPositions][16]
     uint16_t* probabilities_[2];  // [kChunkPositions / 2][16][2]
-    Edge edges_[2];
+    uint16_t* chunk_values_;  // see load_values
 };
 
 inline bool can_attend(const AttentionShape& shape) {
