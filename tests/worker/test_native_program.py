@@ -24,7 +24,9 @@ from pelton.worker.models.registry import compile_model, make_dummy_model
 KERNELS = NativeKernels(2)
 
 
-@pytest.mark.parametrize("format_name", [name for name in FORMATS if not name.startswith(("INT", "FP8"))])  # never tables
+@pytest.mark.parametrize(
+    "format_name", [name for name in FORMATS if not name.startswith(("INT", "FP8"))]
+)  # never tables
 @pytest.mark.parametrize("scale", [1.0, 33.94112549695428])
 def test_embedding_gives_the_bits_of_dequantize(format_name: str, scale: float) -> None:
     """Random bytes: every code, and scales that are NaN, infinite or subnormal."""
