@@ -174,7 +174,7 @@ async def test_a_json_schema_holds(server: Server) -> None:
         message: Any = await other.messages.create(
             model="m",
             max_tokens=100,
-            temperature=0,  # drawn numbers may have too many digits to end
+            extra_body={"temperature": 0},  # drawn numbers may have too many digits to end
             messages=[{"role": "user", "content": "Tell me about Oslo."}],
             output_config=config,
         )
