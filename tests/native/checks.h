@@ -74,11 +74,18 @@ inline void add_random_part(LinearWeight& weight, Format format, int num_outputs
     const int num_blocks = num_outputs * (weight.num_inputs / traits.file_block_values);
     auto source = random_bytes(static_cast<size_t>(num_blocks) * traits.file_block_bytes);
     // Not so float32: most random bits are numbers whose products overflow on one path before they do on another.
-    const int num_floats = format == Format::INT4 ? 2 : traits_of(format).file_block_bytes == 36 || format == Format::F32 ? 1 : 0;
+    const bool has_float = traits.file_block_bytes == 36 || traits.by_channel || format == Format::F32;
+    const int num_floats = format == Format::INT4 ? 2 : has_float ? 1 : 0;
     for (int i = 0; i < num_blocks * num_floats; ++i) {
         const float value = std::normal_distribution<float>()(generator);
         const size_t block = static_cast<size_t>(i / num_floats) * traits.file_block_bytes;
         std::memcpy(source.data() + block + 4 * (i % num_floats), &value, 4);
+    }
+    for (int i = 0; format == Format::INT4_CHANNEL && i < num_blocks; ++i) {
+        // base + step * 15 has 8 bits.
+        uint8_t* step = source.data() + static_cast<size_t>(i) * traits.file_block_bytes + 4;
+        step[0] %= 18;
+        step[1] %= 256 - 15 * step[0];
     }
     PackedMatrix matrix = make_packed_matrix(format, num_outputs, weight.num_inputs);
     repack(matrix, source.data(), pool);

@@ -53,6 +53,7 @@ inline Weight weight_of(const PackedMatrix& matrix, int output, int input) {
         }
     }
     if (traits.by_channel) {
+        if (traits.bits == 4) code = group[traits.low_bytes() + kPanel + lane] + group[traits.low_bytes() + lane] * code;
         const double value = (code - traits.zero_point) * double{matrix.channel_scales(output / kPanel)[lane]};
         return {value, std::abs(value)};
     }

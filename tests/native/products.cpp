@@ -54,7 +54,7 @@ void check_channels(const std::vector<Runtime*>& runtimes) {
         {32, 1, {1, 4}}, {512, 33, {1, 2, 11, 12, 13, 22, 25, 40}}, {1056, 70, {1, 3, 24, 50}}, {4096, 33, {250}}};
     for (const auto& [num_inputs, num_outputs, rows] : sizes) {
         LinearWeight weight(num_inputs);
-        add_random_part(weight, Format::INT8_CHANNEL, num_outputs, runtimes.back()->pool());
+        add_random_part(weight, Format::INT4_CHANNEL, num_outputs, runtimes.back()->pool());
         add_random_part(weight, Format::INT8_CHANNEL, 5, runtimes.back()->pool());
         const auto bias = random_floats(weight.num_outputs);
         for (int num_rows : rows) {
@@ -80,7 +80,7 @@ void check_channels(const std::vector<Runtime*>& runtimes) {
 }
 
 void check_gated_mlp(const std::vector<Runtime*>& runtimes) {
-    for (Format format : {Format::Q4_0, Format::Q8_0, Format::INT8_CHANNEL, Format::BF16, Format::F32}) {
+    for (Format format : {Format::Q4_0, Format::Q8_0, Format::INT8_CHANNEL, Format::INT4_CHANNEL, Format::BF16, Format::F32}) {
         // The last with more rows than one pass takes.
         const struct { int num_inputs, size; std::vector<int> num_rows; } sizes[] = {
             {32, 32, {1, 5}}, {96, 288, {1, 16, 17, 33, 70}}, {2048, 64, {300}}};
