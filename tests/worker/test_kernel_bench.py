@@ -97,7 +97,7 @@ def test_what_is_multiplied_in_float32_is_named(
 ) -> None:
     monkeypatch.setattr("pelton.worker.kernels.cpu.packed_weights._FORMATS", {"Q4_0"})
     report = measure(tmp_path, "llama", ceilings)
-    assert report.skipped[0] == "qkv: Q8_0 of 64 inputs is multiplied in float32"
+    assert report.skipped[0] == "qkv: Q8_0 of 64 inputs is kept in floats"
     assert len(report.skipped) == 5
     assert report.figures[0].work.kernel == "attention decode"
 

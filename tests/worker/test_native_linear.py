@@ -314,6 +314,20 @@ def test_what_has_no_kernel_is_kept_in_float32(kernels: OnTensors) -> None:
         kernels.linear(x[:, :32], load(kernels, tensors))
 
 
+def test_bfloat16_weights_are_multiplied_in_tiles() -> None:
+    """Which round the activations; whole groups only, and not where float32 is asked for."""
+    if "amx" not in ISAS:
+        return
+    for num_inputs, is_rounded in ((256, True), (250, False)):
+        tensors, x = [random_packed("BF16", 40, num_inputs)], torch.randn(9, num_inputs)
+        rounded = x.bfloat16().float()
+        for activation_dtype in ("auto", "bfloat16", "float32", "int8"):
+            kernels = on_tensors("amx", 1, activation_dtype)
+            weight = load(kernels, tensors)
+            same = torch.equal(kernels.linear(x, weight), kernels.linear(rounded, weight))
+            assert same == (is_rounded and activation_dtype in ("auto", "bfloat16")), (num_inputs, activation_dtype)
+
+
 def test_tiles_are_left_out_for_8_bits() -> None:
     if "amx" not in ISAS:
         return

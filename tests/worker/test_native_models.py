@@ -11,8 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from pelton.weights.channel_quantization import CHANNEL_QUANTIZATIONS, QuantizedFiles
+from pelton.weights.config import ModelConfig
 from pelton.weights.model_files import open_model
 from pelton.weights.tokenizer import load_tokenizer
+from pelton.worker.config import WorkerConfig
+from pelton.worker.executors.build_worker import load_weights
 from pelton.worker.kernels.cpu import pelton_cpu
 from pelton.worker.kernels.cpu.backend import NativeKernels
 from pelton.worker.kernels.cpu.recorder import Recorder, Value
@@ -105,6 +109,23 @@ def test_compressed_models_are_close_to_the_reference(tmp_path: Path, layout: st
     for isa in ISAS:
         rounded = all_logits(load_model(files, native(isa)), "bfloat16", prompt())
         assert 0 < (rounded - expected).square().mean().sqrt() / expected.std() < 0.03
+
+
+@pytest.mark.parametrize("quantization", CHANNEL_QUANTIZATIONS)
+def test_quantization_reaches_the_products(tiny_path: Path, quantization: str) -> None:
+    """The output, too, where it is the embedding. The reference rounds no activations."""
+    files = open_model(tiny_path)
+    settings = ModelConfig(quantization=quantization)
+    plain = all_logits(load_model(files, REFERENCE), "float32", prompt())
+    expected = all_logits(load_model(QuantizedFiles(files, quantization), REFERENCE), "float32", prompt())
+    assert (expected - plain).abs().max() > 1e-3 * plain.abs().max()
+    exact = WorkerConfig(activation_dtype="float32", enable_weight_cache=False)
+    logits = all_logits(load_weights(files, settings, exact, native(ISAS[0], 1, "float32")), "float32", prompt())
+    assert (logits - expected).abs().max() <= 2e-5 * expected.abs().max()
+    for isa in ISAS:
+        loaded = load_weights(files, settings, WorkerConfig(enable_weight_cache=False), native(isa))
+        rounded = all_logits(loaded, "bfloat16", prompt())
+        assert 0 < (rounded - expected).square().mean().sqrt() / expected.std() < 0.05
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -13,7 +13,6 @@ Legend: O outputs, I inputs, G groups of 32 inputs.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -21,7 +20,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from pelton.weights.dequantize import dequantize
+from pelton.weights.dequantize import dequantize, num_cores
 from pelton.weights.gguf.formats import FORMATS
 from pelton.weights.tensors import ModelFiles, WeightTensor
 
@@ -102,7 +101,8 @@ class _MadeTensor(WeightTensor):
 
     @property
     def data(self) -> U8:
-        return self._make(self._source).reshape(-1)
+        source = self._source  # whose data may be made, too: once, however many parts of it are asked for
+        return self._make(WeightTensor(source.name, source.shape, source.format, source.data)).reshape(-1)
 
 
 def _round_layer(tensor: WeightTensor, quantization: str) -> WeightTensor:
@@ -176,13 +176,13 @@ def _empty_blocks(source: WeightTensor, format_name: str) -> U8:
 def _for_some_rows(num_rows: int, fill: Callable[[slice], None]) -> None:
     """Parts of all rows, on as many threads as there are cores: numpy works without the interpreter's lock."""
     parts = [slice(start, min(start + _ROWS_AT_ONCE, num_rows)) for start in range(0, num_rows, _ROWS_AT_ONCE)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(num_cores()) as pool:
         list(pool.map(fill, parts))
 
 
 def _scaled_rows(source: WeightTensor, rows: slice) -> tuple[F32, F32]:
     """Scales [n, 1] of some rows and their values over scales [n, I], from -127 to 127."""
-    values = dequantize(source, rows=rows)
+    values = dequantize(source, rows=rows, num_threads=1)
     scales = np.abs(values).max(axis=1, keepdims=True) / np.float32(127)
     with np.errstate(divide="ignore"):
         inverse = np.where(scales > 0, np.float32(1) / scales, np.float32(0))
@@ -196,7 +196,7 @@ def _fit_lines(codes: F32) -> tuple[U8, U8, U8]:
     """
     low, high = codes.min(axis=1), codes.max(axis=1)
     least = np.full(len(codes), np.inf, np.float32)
-    steps, bases, qs = (np.empty(shape, np.uint8) for shape in (len(codes), len(codes), codes.shape))
+    steps, bases, qs = (np.zeros(shape, np.uint8) for shape in (len(codes), len(codes), codes.shape))
     for narrower in range(3):
         step = np.maximum(np.ceil((high - low) / np.float32(15)) - narrower, 1)
         base = np.clip(np.rint((low + high - 15 * step) / 2), 0, 255 - 15 * step)

@@ -57,7 +57,7 @@ def dequantize(
         tensor_format,
         blocks,
         out.reshape(len(blocks), tensor_format.block_size),
-        num_threads or _num_cores(),
+        num_threads or num_cores(),
     )
     return out
 
@@ -75,7 +75,7 @@ def dequantize_rows(tensor: WeightTensor, row_ids: npt.NDArray[np.integer], out:
     return dequantize(picked, out=out, num_threads=1)
 
 
-def _num_cores() -> int:
+def num_cores() -> int:
     """Cores this process may use; where the system cannot say (macOS), all."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

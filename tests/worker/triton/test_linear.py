@@ -23,16 +23,20 @@ from pelton.worker.kernels.triton.weights import num_weight_bytes
 pytestmark = pytest.mark.torch
 
 DEVICE = find_device()
-PACKED = ("Q4_0", "Q4_1", "INT4", "Q4_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0", "INT8")
+PACKED = ("Q4_0", "Q4_1", "INT4", "INT4_CHANNEL", "Q4_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0", "INT8")
 
 
 def random_tensor(name: str, num_outputs: int, num_inputs: int, seed: int = 0) -> WeightTensor:
     """A matrix with random codes and small random scales."""
     rng = np.random.default_rng(seed)
-    if name in ("F32", "INT8_CHANNEL"):
+    by_channel = {"INT8_CHANNEL": "w8a8", "INT4_CHANNEL": "w4a8"}
+    if name == "F32" or name in by_channel:
         values = rng.standard_normal((num_outputs, num_inputs), np.float32) * np.float32(0.1)
         tensor = WeightTensor("w", (num_outputs, num_inputs), "F32", values.reshape(-1).view(np.uint8))
-        return tensor if name == "F32" else round_channels(tensor, "w8a8")
+        if name == "F32":
+            return tensor
+        made = round_channels(tensor, by_channel[name])
+        return WeightTensor("w", made.shape, name, made.data)
     block = FORMATS[name]
     blocks = rng.integers(0, 256, (num_outputs * num_inputs // block.block_size, block.block_bytes), np.uint8)
     for field, dtype, offset in _scale_fields(name):

@@ -52,6 +52,7 @@ FIELDS = {
     "Q6_K": _Q6_K,
     "INT4": _INT4,
     "INT8": _INT8,
+    "INT4_CHANNEL": _INT4_CHANNEL,
 }
 
 # The 16 levels of IQ4_NL and IQ4_XS.

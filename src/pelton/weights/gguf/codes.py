@@ -38,6 +38,7 @@ _GROUPS = {
     "Q4_0": (4, 32),
     "Q4_1": (4, 32),
     "INT4": (4, 32),
+    "INT4_CHANNEL": (4, 32),
     "Q4_K": (4, 32),
     "Q5_0": (8, 32),
     "Q5_1": (8, 32),
@@ -78,6 +79,10 @@ def _read(name: str, data: U8) -> tuple[U8, F32, F32 | None]:
             return codes, scales, None
         minimum = block["m"].astype(np.float32)
         return codes, scales, -minimum if name == "Q4_1" else minimum
+    if name == "INT4_CHANNEL":
+        block = layout.FIELDS[name](data)
+        to_zero = np.float32(128) - block["base"].astype(np.float32)
+        return layout.nibbles(block["qs"], 16), block["d"] * block["step"].astype(np.float32), block["d"] * to_zero
     if name in ("Q8_0", "INT8"):
         block = layout.FIELDS[name](data)
         return block["qs"].view(np.uint8) ^ np.uint8(128), block["d"].astype(np.float32), None

@@ -48,9 +48,7 @@ def load_matrices(files: ModelFiles, runtime: pelton_cpu.Runtime) -> tuple[list[
         for tensors in layers:
             matrix.formats.update(dict.fromkeys(tensor.format for tensor in tensors))
         if any(is_kept_dense(tensor) for tensors in layers for tensor in tensors):
-            skipped.append(
-                f"{kernel}: {'+'.join(matrix.formats)} of {matrix.num_inputs} inputs is multiplied in float32"
-            )
+            skipped.append(f"{kernel}: {'+'.join(matrix.formats)} of {matrix.num_inputs} inputs is kept in floats")
         else:
             matrix.weights = [_pack(tensors, runtime) for tensors in layers]
             matrices.append(matrix)

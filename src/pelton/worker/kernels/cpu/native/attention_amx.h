@@ -481,7 +481,7 @@ private:
     float* parts_[2];
     float* scores_[2];            // [kChunkPositions][16]
     uint16_t* probabilities_[2];  // [kChunkPositions / 2][16][2]
-    uint16_t* chunk_values_;  // see load_values
+    uint16_t* chunk_values_;      // see load_values
 };
 
 inline bool can_attend(const AttentionShape& shape) {
