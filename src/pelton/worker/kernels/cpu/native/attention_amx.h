@@ -16,6 +16,7 @@
 
 #include "attention_avx512.h"
 #include "attention_schedule.h"
+#include "partial_sums_amx.h"
 #include "tile_registers.h"
 #include "tiles.h"
 
@@ -23,71 +24,52 @@ namespace pelton::amx {
 
 constexpr int kBlockPositions = 16;  // positions a tile of keys has
 constexpr int kTilePositions = 32;   // and one of values
-constexpr int kChunkBlocks = kChunkPositions / kBlockPositions;
-constexpr int kColumns = 16;
-constexpr float kHidden = -1e30f;  // the score of what a column does not see: finite, so that it subtracts
 constexpr float kLog2E = 1.44269504f;
 
-// 2^x for x <= 0 within 3e-6: probabilities are rounded to bfloat16 anyway. Exactly 1 at 0.
-inline __m512 exp2_negative(__m512 x) {
-    const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512 r = _mm512_sub_ps(x, n);
-    __m512 p = _mm512_fmadd_ps(r, _mm512_set1_ps(9.582853193e-3f), _mm512_set1_ps(5.590642771e-2f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.402409863e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.931241931e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(p, n);
-}
+// Every processor with tiles has these instructions. Not a flag for the whole file: what it shares with the file of plain
+// AVX-512 could then come out with them.
+#define PELTON_VBMI __attribute__((target("avx512vbmi")))
 
-// Sums of 16 columns over one chunk or more: results [D][16], then maxima (powers of 2) and sums [16].
-struct PartialSums {
-    float* data;
-    int dim;
-
-    float* maxima() const { return data + static_cast<int64_t>(dim) * kColumns; }
-    float* sums() const { return maxima() + kColumns; }
-
-    void clear() const {
-        std::fill_n(data, static_cast<int64_t>(dim) * kColumns, 0.0f);
-        std::fill_n(maxima(), kColumns, kHidden);
-        std::fill_n(sums(), kColumns, 0.0f);
+// Powers of 2 for x <= 0 as bfloat16, made of integers: while tiles multiply, one port is left for vectors of floats, and
+// two for integers.
+//
+// x rounded to 1/256 has its whole part where a bfloat16 has its exponent, one bit higher; a table bends the straight
+// line between two powers. Within 0.7%, 0.2% on average (rounding to bfloat16: 0.4% and 0.16%), and exactly 1 at 0.
+// What is smaller than 2^-126 counts as 0 wherever bfloat16 is multiplied.
+class PowersOfTwo {
+public:
+    // Of 16 columns at two positions: pairs [16][2].
+    PELTON_VBMI __m512i operator()(__m512 even, __m512 odd) const {
+        const __m512i both = _mm512_mask_blend_epi16(0xaaaaaaaa, fixed(even), _mm512_bslli_epi128(fixed(odd), 2));
+        const __m512i index = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(kBits2To7), both);
+        const __m512i bend = _mm512_maskz_permutexvar_epi8(0x5555555555555555, index, table_);
+        return _mm512_srli_epi16(_mm512_add_epi16(both, bend), 1);
     }
 
-    // Adds columns [lane, ...) of `part` under `mask` to the first ones here.
-    void add(const PartialSums& part, int lane, __mmask16 mask) const {
-        const __m512 before = _mm512_load_ps(maxima());
-        const __m512 largest = _mm512_mask_loadu_ps(_mm512_set1_ps(kHidden), mask, part.maxima() + lane);
-        const __m512 maximum = _mm512_max_ps(before, largest);
-        const __m512 keep = exp2_negative(_mm512_sub_ps(before, maximum));
-        const __m512 take = exp2_negative(_mm512_sub_ps(largest, maximum));
-        _mm512_store_ps(maxima(), maximum);
-        const auto merge = [&](float* to, const float* from) {
-            const __m512 added = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, from + lane), take);
-            _mm512_store_ps(to, _mm512_fmadd_ps(_mm512_load_ps(to), keep, added));
-        };
-        merge(sums(), part.sums());
-        for (int d = 0; d < dim; ++d) merge(data + d * kColumns, part.data + d * kColumns);
+private:
+    static constexpr int kLift = 32;  // makes what the table holds positive
+    static constexpr int64_t kBits2To7 = 0x0032002200120002;  // of every word, into its low byte
+    // 256 * (2^(f / 256) - 1) - f + 1 + kLift, for the last 8 bits f of 256 * x, four to an entry, from f = kLift on.
+    alignas(64) static constexpr uint8_t kTable[64] = {
+        23, 22, 21, 21, 20, 19, 18, 17, 17, 16, 15, 15, 14, 14, 13, 13, 12, 12, 12, 11, 11, 11,
+        11, 11, 11, 10, 10, 11, 11, 11, 11, 11, 11, 12, 12, 13, 13, 13, 14, 15, 15, 16, 17, 18,
+        18, 19, 20, 21, 22, 24, 25, 26, 27, 29, 30, 32, 32, 31, 30, 29, 27, 26, 25, 24};
+
+    // 256 * (x + 127) - kLift in the low half of each word.
+    static __m512i fixed(__m512 x) {
+        constexpr float kUnit = 49152.0f;  // 2^15 and a half: the last bit of a sum is 1/256
+        const __m512 sum = _mm512_add_ps(x, _mm512_set1_ps(kUnit + 127.0f - kLift / 256.0f));
+        return _mm512_max_epi32(_mm512_castps_si512(sum), _mm512_castps_si512(_mm512_set1_ps(kUnit)));
     }
 
-    // Results over sums, where the columns want them.
-    void store(const AttentionColumn* columns, int count) const {
-        const __m512 inverse = _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_load_ps(sums()));
-        for (int d = 0; d < dim; d += 16) {
-            __m512i rows[16];
-            for (int i = 0; i < 16; ++i) {
-                rows[i] = _mm512_castps_si512(_mm512_mul_ps(_mm512_load_ps(data + (d + i) * kColumns), inverse));
-            }
-            avx512::transpose(rows);
-            for (int i = 0; i < count; ++i) {
-                if (columns[i].out != nullptr) _mm512_storeu_si512(columns[i].out + d, rows[i]);
-            }
-        }
-    }
-
-    static constexpr int64_t num_floats(int dim) { return static_cast<int64_t>(dim + 2) * kColumns; }
+    __m512i table_ = _mm512_load_si512(kTable);
 };
 
 // Columns that see the same blocks.
+//
+// Tiles of columns are taken in pairs, which share what is loaded of keys and values. Vector units and tiles work at the
+// same time: a pair's scores turn into probabilities while tiles write the next pair's in their place, 32 positions
+// behind, and its values are added up while the next pair's maxima are found.
 class HeadColumns {
 public:
     HeadColumns(const AttentionShape& shape, const ColumnRun& run, const void* keys, const void* values, int kv_head,
@@ -98,7 +80,8 @@ public:
           values_(static_cast<const uint16_t*>(values)),
           kv_head_(kv_head),
           num_tiles_((run.num_columns + kColumns - 1) / kColumns),
-          dim_(shape.head_dim) {
+          dim_(shape.head_dim),
+          scale_(_mm512_set1_ps(shape.softcap > 0.0f ? 1.0f : shape.scale * kLog2E)) {
         const auto take = [&scratch](int64_t num_floats) {
             float* part = scratch;
             scratch += num_floats;
@@ -106,7 +89,7 @@ public:
         };
         queries_ = reinterpret_cast<uint16_t*>(take(static_cast<int64_t>(num_tiles_) * dim_ * kColumns / 2));
         totals_ = take(num_tiles_ * PartialSums::num_floats(dim_));
-        for (auto& part : parts_) part = take(PartialSums::num_floats(dim_));
+        parts_ = take(2 * PartialSums::num_floats(dim_));
         for (auto& scores : scores_) scores = take(kChunkPositions * kColumns);
         for (auto& probabilities : probabilities_) {
             probabilities = reinterpret_cast<uint16_t*>(take(kChunkPositions * kColumns / 2));
@@ -130,15 +113,11 @@ public:
     void run() {
         begin();
         for (int tile = 0; tile < num_tiles_; ++tile) total(tile).clear();
-        const int first = first_visible(first_position_);
-        const PartialSums parts[2] = {{parts_[0], dim_}, {parts_[1], dim_}};
-        for (int start = first / kChunkPositions * kChunkPositions; start <= last_position_; start += kChunkPositions) {
-            load_values(start);
-            for (int tile = 0; tile < num_tiles_; tile += 2) {
-                const int count = std::min(2, num_tiles_ - tile);
-                add_chunk(tile, count, start, parts);
-                for (int i = 0; i < count; ++i) total(tile + i).add(parts[i], 0, 0xffff);
-            }
+        for (int start = first_visible(first_position_) / kChunkPositions * kChunkPositions; start <= last_position_;
+             start += kChunkPositions) {
+            add_chunk(
+                start, [this](int tile) { return part_at(parts_, tile % 2); },
+                [this](int tile, const PartialSums& part) { total(tile).add(part, 0, 0xffff); });
         }
         for (int tile = 0; tile < num_tiles_; ++tile) {
             total(tile).store(run_.columns + tile * kColumns, num_columns(tile));
@@ -149,17 +128,37 @@ public:
     // What the chunk at `start` adds, to parts [tiles].
     void run_chunk(int start, float* parts) {
         begin();
-        load_values(start);
-        for (int tile = 0; tile < num_tiles_; tile += 2) {
-            const PartialSums pair[2] = {{parts + tile * PartialSums::num_floats(dim_), dim_},
-                                         {parts + (tile + 1) * PartialSums::num_floats(dim_), dim_}};
-            add_chunk(tile, std::min(2, num_tiles_ - tile), start, pair);
-        }
+        add_chunk(
+            start, [this, parts](int tile) { return part_at(parts, tile); }, [](int, const PartialSums&) {});
         release_tiles();
     }
 
 private:
-    // Registers 0..3 sum; 4 and 5 are keys and queries, 6 and 7 values and probabilities.
+    // Tiles of 32 positions of a chunk that any column sees.
+    struct Extent {
+        int start;
+        int first;
+        int end;
+
+        int num_tiles() const { return end - first; }
+    };
+
+    // The largest scores of up to two tiles of columns, in two strands.
+    struct Peaks {
+        __m512 of[2][2];
+
+        Peaks() {
+            for (auto& tile : of) tile[0] = tile[1] = _mm512_set1_ps(kHidden);
+        }
+    };
+
+    // Of up to two tiles of columns: the maxima to subtract, and the probabilities' sums in order of position.
+    struct Softmax {
+        __m512 largest[2];
+        __m512 sums[2];
+    };
+
+    // Registers 0..3 sum; 4 and 5 are keys and queries, or values, 6 and 7 values and probabilities.
     void begin() {
         TileConfig config;
         for (int tile = 0; tile < 8; ++tile) config.set(tile, 16, 64);
@@ -171,8 +170,12 @@ private:
         return shape_.sliding_window > 0 ? std::max(0, position - shape_.sliding_window + 1) : 0;
     }
     int num_columns(int tile) const { return std::min(kColumns, run_.num_columns - tile * kColumns); }
-    PartialSums total(int tile) const { return {totals_ + tile * PartialSums::num_floats(dim_), dim_}; }
+    PartialSums part_at(float* parts, int index) const {
+        return {parts + index * PartialSums::num_floats(dim_), dim_};
+    }
+    PartialSums total(int tile) const { return part_at(totals_, tile); }
     uint16_t* query_tiles(int tile) const { return queries_ + static_cast<int64_t>(tile) * dim_ * kColumns; }
+    uint16_t* value_tile(int tile) const { return chunk_values_ + static_cast<int64_t>(tile) * dim_ * kTilePositions; }
 
     // [D / 32] tiles of 16 pairs of dimensions x 16 columns x 2; columns that do not exist are 0.
     void load_queries(int tile) {
@@ -202,200 +205,169 @@ private:
                position % shape_.block_size;
     }
 
-    // Values of the chunk at `start` that any column sees, [kChunkPositions / 32][D][32], with zeros around them to whole
-    // tiles. Slots out of the columns' window or not written yet may hold anything, NaN too, and 0 times NaN would
-    // reach the result.
-    void load_values(int start) {
-        const int first = std::max(0, first_visible(first_position_) - start);
-        const int end = std::min(last_position_ + 1 - start, kChunkPositions);
-        for (int at = first / kTilePositions * kTilePositions; at < end; at += kBlockPositions) {
-            uint16_t* to = tile_values(at / kTilePositions) + at % kTilePositions;
-            fill_values(start + at, to);
+    // Where a chunk's keys are. Next to blocks that some column sees: one of those, whose scores will be hidden.
+    void find_keys(const Extent& extent) {
+        const int first = first_visible(first_position_) / kBlockPositions, last = last_position_ / kBlockPositions;
+        for (int i = 2 * extent.first; i < 2 * extent.end; ++i) {
+            const int block = std::clamp(extent.start / kBlockPositions + i, first, last);
+            chunk_keys_[i] = keys_at(block * kBlockPositions);
         }
-        const int last = (end + kBlockPositions - 1) / kBlockPositions * kBlockPositions;
-        if (last % kTilePositions != 0) clear_values(tile_values(last / kTilePositions) + kBlockPositions);
     }
 
-    uint16_t* tile_values(int tile) const { return chunk_values_ + static_cast<int64_t>(tile) * dim_ * kTilePositions; }
+    Extent extent_of(int start) const {
+        const int first = std::max(0, first_visible(first_position_) - start);
+        const int end = std::min(last_position_ + 1 - start, kChunkPositions);
+        return {start, first / kTilePositions, std::max(end + kTilePositions - 1, 0) / kTilePositions};
+    }
+
+    // Values of a chunk, [kChunkPositions / 32][D][32], with zeros around those that some column sees. Slots out of the
+    // columns' window or not written yet may hold anything, NaN too, and 0 times NaN would reach the result.
+    void load_values(const Extent& extent) {
+        for (int tile = extent.first; tile < extent.end; ++tile) {
+            for (int half = 0; half < 2; ++half) {
+                const int at = tile * kTilePositions + half * kBlockPositions;
+                load_values(extent.start + at, value_tile(tile) + half * kBlockPositions);
+            }
+        }
+    }
 
     // 16 positions of a tile.
-    void fill_values(int position, uint16_t* to) const {
+    void load_values(int position, uint16_t* to) const {
         const uint32_t before =
             (1u << std::clamp(first_visible(first_position_) - position, 0, kBlockPositions)) - 1;
         const uint32_t written = (1u << std::clamp(last_position_ + 1 - position, 0, kBlockPositions)) - 1;
         const auto mask = static_cast<__mmask16>(written & ~before);
-        if (mask == 0) return clear_values(to);
+        if (mask == 0) {
+            for (int d = 0; d < dim_; ++d, to += kTilePositions) {
+                _mm256_store_si256(reinterpret_cast<__m256i*>(to), _mm256_setzero_si256());
+            }
+            return;
+        }
         const uint16_t* from = values_at(position);
         for (int d = 0; d < dim_; ++d, from += shape_.block_size, to += kTilePositions) {
             _mm256_store_si256(reinterpret_cast<__m256i*>(to), _mm256_maskz_loadu_epi16(mask, from));
         }
     }
 
-    void clear_values(uint16_t* to) const {
-        for (int d = 0; d < dim_; ++d, to += kTilePositions) {
-            _mm256_store_si256(reinterpret_cast<__m256i*>(to), _mm256_setzero_si256());
-        }
-    }
-
-    // What a tile's columns see.
-    struct Sight {
-        int first;  // positions of the columns
-        int last;
-        alignas(64) int positions[kColumns];  // -1 where there is no column
-        alignas(64) int oldest[kColumns];
-    };
-
-    void look(int tile, Sight& sight) const {
-        sight.first = last_position_;
-        sight.last = -1;
-        for (int i = 0; i < kColumns; ++i) {
-            const bool is_column = i < num_columns(tile) && run_.columns[tile * kColumns + i].query != nullptr;
-            sight.positions[i] = is_column ? run_.columns[tile * kColumns + i].position : -1;
-            sight.oldest[i] = is_column ? first_visible(sight.positions[i]) : 0;
-            if (!is_column) continue;
-            sight.first = std::min(sight.first, sight.positions[i]);
-            sight.last = std::max(sight.last, sight.positions[i]);
-        }
-    }
-
-    // The sums of one or two neighbouring tiles over a chunk. Two share what is loaded of keys and values.
-    void add_chunk(int tile, int num_tiles, int start, const PartialSums* parts) {
-        Sight sights[2];
-        int first = kChunkPositions, end = 0;  // of the chunk, what any column sees
-        for (int i = 0; i < num_tiles; ++i) {
-            look(tile + i, sights[i]);
-            first = std::min(first, std::max(0, first_visible(sights[i].first) - start));
-            end = std::max(end, std::min(sights[i].last - start + 1, kChunkPositions));
-        }
-        const int first_block = first / kBlockPositions, end_block = (end + kBlockPositions - 1) / kBlockPositions;
-        if (first_block >= end_block) {
-            for (int i = 0; i < num_tiles; ++i) parts[i].clear();
+    // What the chunk adds to each tile: to `part_of` it, then `done` with it.
+    template <class PartOf, class Done>
+    void add_chunk(int start, const PartOf& part_of, const Done& done) {
+        const Extent extent = extent_of(start);
+        if (extent.num_tiles() <= 0) {
+            for (int tile = 0; tile < num_tiles_; ++tile) {
+                part_of(tile).clear();
+                done(tile, part_of(tile));
+            }
             return;
         }
-        if (num_tiles == 2) {
-            for (int block = first_block; block < end_block; block += 2) {
-                score_pair(tile, start, block, block + 1 < end_block);
+        find_keys(extent);
+        load_values(extent);
+        const int num_paired = num_tiles_ / 2 * 2;
+        Peaks peaks;
+        if (num_paired > 0) {
+            for (int i = extent.first; i < extent.end; ++i) {
+                for (int d = 0; d < dim_; d += 32) score_pair(0, i, d);
             }
-        } else {
-            for (int block = first_block; block < end_block; block += 4) {
-                if (num_tiles_ == 1) prefetch(start, block, std::min(block + 8, end_block));
-                score_blocks(tile, start, block, std::min(block + 4, end_block));
+            for (int i = 0; i < 2; ++i) hide(i, i, extent);
+            find_peaks(2, extent.first * kTilePositions, extent.end * kTilePositions, peaks);
+        }
+        for (int tile = 0; tile < num_paired; tile += 2) {
+            const PartialSums parts[2] = {part_of(tile), part_of(tile + 1)};
+            const bool has_next = tile + 2 < num_paired;
+            Softmax softmax = begin_softmax(2, peaks);
+            for (int i = extent.first; i < extent.end; ++i) {
+                for (int d = 0; d < dim_; d += 32) {
+                    for (int side = 0; side < 2; ++side) soften(side, share_of(i, d), share_of(i, d + 32), softmax);
+                    if (has_next) score_pair(tile + 2, i, d);
+                }
             }
+            end_softmax(2, peaks, softmax, parts);
+            peaks = Peaks();
+            for (int i = 0; has_next && i < 2; ++i) hide(i, tile + 2 + i, extent);
+            for (int d = 0; d < dim_; d += 32) {
+                zero_sums();
+                for (int i = extent.first; i < extent.end; ++i) {
+                    add_values_pair(i, d);
+                    if (has_next) find_peaks(2, share_of(i, d), share_of(i, d + 32), peaks);
+                }
+                store_values_pair(d, parts);
+            }
+            for (int i = 0; i < 2; ++i) done(tile + i, parts[i]);
         }
-        const int first_tile = first_block / 2, end_tile = (end_block + 1) / 2;
-        for (int i = 0; i < num_tiles; ++i) {
-            hide(scores_[i], sights[i], start, first_block * kBlockPositions, end_block * kBlockPositions);
-            soften(i, first_block, end_block, parts[i]);
-            if (first_block % 2 != 0) clear_probabilities(i, first_block - 1);
-            if (end_block % 2 != 0) clear_probabilities(i, end_block);
-        }
-        if (num_tiles == 2) {
-            for (int d = 0; d < dim_; d += 2 * kColumns) add_values_pair(first_tile, end_tile, d, parts);
-        } else {
-            for (int d = 0; d < dim_; d += 4 * kColumns) add_values(first_tile, end_tile, d, parts[0].data);
+        if (num_paired < num_tiles_) {
+            add_single(num_paired, extent, part_of(num_paired));
+            done(num_paired, part_of(num_paired));
         }
     }
 
-    // Keys of the next four blocks. Only where a tile is alone: others read from the caches.
-    void prefetch(int start, int first, int end) const {
-        for (int block = first + 4; block < end; ++block) {
-            const uint16_t* keys = keys_at(start + block * kBlockPositions);
-            for (int i = 0; i < kBlockPositions * dim_; i += 32) {
-                _mm_prefetch(reinterpret_cast<const char*>(keys + i), _MM_HINT_T0);
-            }
-        }
+    // One tile of columns alone, as decodes have it: bound by memory.
+    void add_single(int tile, const Extent& extent, const PartialSums& part) {
+        const int first = extent.first * kTilePositions, end = extent.end * kTilePositions;
+        for (int i = extent.first; i < extent.end; i += 2) score_single(tile, i, std::min(i + 2, extent.end));
+        hide(0, tile, extent);
+        Peaks peaks;
+        find_peaks(1, first, end, peaks);
+        Softmax softmax = begin_softmax(1, peaks);
+        soften(0, first, end, softmax);
+        end_softmax(1, peaks, softmax, &part);
+        for (int d = 0; d < dim_; d += 4 * kColumns) add_values(extent, d, part.data);
     }
 
-    // Scores [positions, 16] of up to four blocks.
-    void score_blocks(int tile, int start, int first, int end) {
+    // Vector units' share of a tile of positions while tiles take 32 dimensions: from which position on.
+    int share_of(int tile, int d) const { return tile * kTilePositions + d * (kTilePositions / 2) / dim_ * 2; }
+
+    // Scores [positions, 16] of up to two tiles of positions.
+    void score_single(int tile, int first, int end) {
         const int64_t row_bytes = dim_ * 2;
-        const uint16_t* keys[4];
-        for (int i = 0; i < 4; ++i) keys[i] = keys_at(start + std::min(first + i, end - 1) * kBlockPositions);
+        const bool has_second = first + 1 < end;
+        const uint16_t* const* keys = chunk_keys_ + 2 * first;
         zero_sums();
         const uint16_t* queries = query_tiles(tile);
         for (int d = 0; d < dim_; d += 32) {
             load_tile<5>(queries + d * kColumns, 64);
             load_tile<4>(keys[0] + d, row_bytes);
             multiply_tiles<0, 4, 5>();
-            if (end - first > 1) {
-                load_tile<4>(keys[1] + d, row_bytes);
-                multiply_tiles<1, 4, 5>();
-            }
-            if (end - first > 2) {
-                load_tile<4>(keys[2] + d, row_bytes);
-                multiply_tiles<2, 4, 5>();
-            }
-            if (end - first > 3) {
-                load_tile<4>(keys[3] + d, row_bytes);
-                multiply_tiles<3, 4, 5>();
-            }
+            load_tile<4>(keys[1] + d, row_bytes);
+            multiply_tiles<1, 4, 5>();
+            if (!has_second) continue;
+            load_tile<4>(keys[2] + d, row_bytes);
+            multiply_tiles<2, 4, 5>();
+            load_tile<4>(keys[3] + d, row_bytes);
+            multiply_tiles<3, 4, 5>();
         }
-        float* to = scores_[0] + first * kBlockPositions * kColumns;
+        float* to = scores_[0] + first * kTilePositions * kColumns;
         store_tile<0>(to, 64);
-        if (end - first > 1) store_tile<1>(to + 256, 64);
-        if (end - first > 2) store_tile<2>(to + 512, 64);
-        if (end - first > 3) store_tile<3>(to + 768, 64);
+        store_tile<1>(to + 256, 64);
+        if (!has_second) return;
+        store_tile<2>(to + 512, 64);
+        store_tile<3>(to + 768, 64);
     }
 
-    // Scores of one or two blocks for two tiles of columns.
-    void score_pair(int tile, int start, int block, bool has_second) {
+    // Scores of a tile of positions for two tiles of columns, 32 dimensions of them at a time.
+    void score_pair(int tile, int i, int d) {
         const int64_t row_bytes = dim_ * 2;
-        const uint16_t* first = keys_at(start + block * kBlockPositions);
-        const uint16_t* second = has_second ? keys_at(start + (block + 1) * kBlockPositions) : first;
-        const uint16_t *left = query_tiles(tile), *right = query_tiles(tile + 1);
-        zero_sums();
-        for (int d = 0; d < dim_; d += 32) {
-            load_tile<4>(first + d, row_bytes);
-            load_tile<5>(left + d * kColumns, 64);
-            multiply_tiles<0, 4, 5>();
-            load_tile<5>(right + d * kColumns, 64);
-            multiply_tiles<1, 4, 5>();
-            load_tile<4>(second + d, row_bytes);
-            multiply_tiles<3, 4, 5>();
-            load_tile<5>(left + d * kColumns, 64);
-            multiply_tiles<2, 4, 5>();
-        }
-        const int at = block * kBlockPositions * kColumns;
+        if (d == 0) zero_sums();
+        load_tile<4>(chunk_keys_[2 * i] + d, row_bytes);
+        load_tile<6>(query_tiles(tile) + d * kColumns, 64);
+        multiply_tiles<0, 4, 6>();
+        load_tile<7>(query_tiles(tile + 1) + d * kColumns, 64);
+        multiply_tiles<1, 4, 7>();
+        load_tile<5>(chunk_keys_[2 * i + 1] + d, row_bytes);
+        multiply_tiles<2, 5, 6>();
+        multiply_tiles<3, 5, 7>();
+        if (d + 32 < dim_) return;
+        const int at = i * kTilePositions * kColumns;
         store_tile<0>(scores_[0] + at, 64);
         store_tile<1>(scores_[1] + at, 64);
-        if (!has_second) return;
         store_tile<2>(scores_[0] + at + 256, 64);
         store_tile<3>(scores_[1] + at + 256, 64);
     }
 
-    // Scores to probabilities relative to the chunk's own maximum.
-    void soften(int tile, int first_block, int end_block, const PartialSums& part) {
-        const int begin = first_block * kBlockPositions, end = end_block * kBlockPositions;
-        __m512 maxima[4];
-        for (auto& maximum : maxima) maximum = _mm512_set1_ps(kHidden);
-        for (int i = begin; i < end; i += 4) {
-            for (int j = 0; j < 4; ++j) maxima[j] = _mm512_max_ps(maxima[j], _mm512_load_ps(scores_[tile] + (i + j) * kColumns));
-        }
-        const __m512 scale = _mm512_set1_ps(shape_.softcap > 0.0f ? 1.0f : shape_.scale * kLog2E);
-        const __m512 most = _mm512_max_ps(_mm512_max_ps(maxima[0], maxima[1]), _mm512_max_ps(maxima[2], maxima[3]));
-        // A column that sees nothing here gets probabilities of 0 and leaves its maximum as it is.
-        const __mmask16 sees = _mm512_cmp_ps_mask(most, _mm512_set1_ps(kHidden), _CMP_NLE_UQ);
-        const __m512 largest = _mm512_maskz_mul_ps(sees, most, scale);
-        alignas(64) static const uint16_t kInterleave[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                             8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-        const __m512i interleave = _mm512_load_si512(kInterleave);
-        // The sum's order is that of positions, two strands of it, whatever block comes first.
-        __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-        for (int i = begin; i < end; i += 2) {
-            const float* scores = scores_[tile] + i * kColumns;
-            const __m512 even = exp2_negative(_mm512_fmsub_ps(_mm512_load_ps(scores), scale, largest));
-            const __m512 odd = exp2_negative(_mm512_fmsub_ps(_mm512_load_ps(scores + kColumns), scale, largest));
-            sums[0] = _mm512_add_ps(sums[0], even);
-            sums[1] = _mm512_add_ps(sums[1], odd);
-            const auto pairs = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even));
-            _mm512_store_si512(probabilities_[tile] + i * kColumns, _mm512_permutexvar_epi16(interleave, pairs));
-        }
-        _mm512_storeu_ps(part.sums(), _mm512_add_ps(sums[0], sums[1]));
-        _mm512_storeu_ps(part.maxima(), _mm512_mask_mov_ps(_mm512_set1_ps(kHidden), sees, largest));
-    }
-
-    // Caps scores (and scales them, as powers of 2), and overwrites those of positions that a column does not see.
-    void hide(float* scores, const Sight& sight, int start, int begin, int end) const {
+    // Caps the scores at `place` (and scales them, as powers of 2), and overwrites those of positions that a column of
+    // `tile` does not see.
+    void hide(int place, int tile, const Extent& extent) const {
+        float* scores = scores_[place];
+        const int begin = extent.first * kTilePositions, end = extent.end * kTilePositions;
         if (shape_.softcap > 0.0f) {
             const __m512 in = _mm512_set1_ps(shape_.scale / shape_.softcap);
             const __m512 out = _mm512_set1_ps(shape_.softcap * kLog2E);
@@ -404,28 +376,89 @@ private:
                 _mm512_store_ps(scores + i * kColumns, _mm512_mul_ps(avx512::tanh_of(score), out));
             }
         }
-        if (start + end - 1 <= sight.first && start + begin >= first_visible(sight.last)) return;
-        const __m512i last = _mm512_load_si512(sight.positions), first = _mm512_load_si512(sight.oldest);
+        const bool sees_all = extent.start + end - 1 <= first_position_ &&
+                              extent.start + begin >= first_visible(last_position_);
+        if (sees_all) return;
+        alignas(64) int newest[kColumns], oldest[kColumns];
+        for (int i = 0; i < kColumns; ++i) {
+            const bool is_column = i < num_columns(tile) && run_.columns[tile * kColumns + i].query != nullptr;
+            newest[i] = is_column ? run_.columns[tile * kColumns + i].position : -1;
+            oldest[i] = is_column ? first_visible(newest[i]) : 0;
+        }
+        const __m512i last = _mm512_load_si512(newest), first = _mm512_load_si512(oldest);
         const __m512 hidden = _mm512_set1_ps(kHidden);
         for (int i = begin; i < end; ++i) {
-            const __m512i position = _mm512_set1_epi32(start + i);
+            const __m512i position = _mm512_set1_epi32(extent.start + i);
             const __mmask16 seen = _mm512_cmple_epi32_mask(position, last) & _mm512_cmpge_epi32_mask(position, first);
             float* score = scores + i * kColumns;
             _mm512_store_ps(score, _mm512_mask_mov_ps(hidden, seen, _mm512_load_ps(score)));
         }
     }
 
-    // Of a block that no column sees, beside one that some do.
-    void clear_probabilities(int tile, int block) const {
-        std::memset(probabilities_[tile] + block * kBlockPositions * kColumns, 0, kBlockPositions * kColumns * 2);
+    void find_peaks(int num_tiles, int begin, int end, Peaks& peaks) const {
+        for (int tile = 0; tile < num_tiles; ++tile) {
+            __m512 even = peaks.of[tile][0], odd = peaks.of[tile][1];
+            for (int i = begin; i < end; i += 2) {
+                const float* scores = scores_[tile] + i * kColumns;
+                even = _mm512_max_ps(even, _mm512_load_ps(scores));
+                odd = _mm512_max_ps(odd, _mm512_load_ps(scores + kColumns));
+            }
+            peaks.of[tile][0] = even;
+            peaks.of[tile][1] = odd;
+        }
     }
 
-    // part [64 dimensions from d on][16] = values times probabilities, of tiles [first, end) of 32 positions.
-    void add_values(int first, int end, int d, float* part) const {
+    // A column that sees nothing here gets probabilities of 0 and leaves its maximum as it is.
+    static __mmask16 sees_any(__m512 peak) {
+        return _mm512_cmp_ps_mask(peak, _mm512_set1_ps(kHidden), _CMP_NLE_UQ);
+    }
+
+    Softmax begin_softmax(int num_tiles, const Peaks& peaks) const {
+        Softmax softmax;
+        for (int tile = 0; tile < num_tiles; ++tile) {
+            const __m512 peak = _mm512_max_ps(peaks.of[tile][0], peaks.of[tile][1]);
+            softmax.largest[tile] = _mm512_maskz_mul_ps(sees_any(peak), peak, scale_);
+            softmax.sums[tile] = _mm512_setzero_ps();
+        }
+        return softmax;
+    }
+
+    // Scores of positions [begin, end), both even, to probabilities relative to the chunk's own maximum.
+    PELTON_VBMI void soften(int tile, int begin, int end, Softmax& softmax) const {
+        const PowersOfTwo powers;
+        const auto ones = reinterpret_cast<__m512bh>(_mm512_set1_epi32(0x3f803f80));
+        // In registers: stores below may, for all a compiler knows, change what is in memory.
+        const __m512 scale = scale_, largest = softmax.largest[tile];
+        __m512 sum = softmax.sums[tile];
+        const float* scores = scores_[tile];
+        uint16_t* probabilities = probabilities_[tile];
+#pragma GCC unroll 4
+        for (int i = begin; i < end; i += 2) {
+            const auto exponent = [&](int position) {
+                return _mm512_fmsub_ps(_mm512_load_ps(scores + position * kColumns), scale, largest);
+            };
+            const __m512i pairs = powers(exponent(i), exponent(i + 1));
+            sum = _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(pairs), ones);
+            _mm512_store_si512(probabilities + i * kColumns, pairs);
+        }
+        softmax.sums[tile] = sum;
+    }
+
+    void end_softmax(int num_tiles, const Peaks& peaks, const Softmax& softmax, const PartialSums* parts) const {
+        for (int tile = 0; tile < num_tiles; ++tile) {
+            const __m512 peak = _mm512_max_ps(peaks.of[tile][0], peaks.of[tile][1]);
+            _mm512_store_ps(parts[tile].sums(), softmax.sums[tile]);
+            _mm512_store_ps(parts[tile].maxima(),
+                            _mm512_mask_mov_ps(_mm512_set1_ps(kHidden), sees_any(peak), softmax.largest[tile]));
+        }
+    }
+
+    // part [64 dimensions from d on][16] = values times probabilities.
+    void add_values(const Extent& extent, int d, float* part) const {
         const int count = std::min(4, (dim_ - d) / 16);
         zero_sums();
-        for (int tile = first; tile < end; ++tile) {
-            const uint16_t* values = tile_values(tile) + d * kTilePositions;
+        for (int tile = extent.first; tile < extent.end; ++tile) {
+            const uint16_t* values = value_tile(tile) + d * kTilePositions;
             load_tile<7>(probabilities_[0] + tile * kTilePositions * kColumns, 64);
             load_tile<6>(values, 64);
             multiply_tiles<0, 6, 7>();
@@ -445,21 +478,21 @@ private:
         store_tile<3>(to + 768, 64);
     }
 
-    // The same for two tiles of columns: parts [32 dimensions from d on][16] of each.
-    void add_values_pair(int first, int end, int d, const PartialSums* parts) const {
-        zero_sums();
-        for (int tile = first; tile < end; ++tile) {
-            const uint16_t* values = tile_values(tile) + d * kTilePositions;
-            const int at = tile * kTilePositions * kColumns;
-            load_tile<4>(values, 64);
-            load_tile<6>(probabilities_[0] + at, 64);
-            multiply_tiles<0, 4, 6>();
-            load_tile<7>(probabilities_[1] + at, 64);
-            multiply_tiles<1, 4, 7>();
-            load_tile<5>(values + 16 * kTilePositions, 64);
-            multiply_tiles<2, 5, 6>();
-            multiply_tiles<3, 5, 7>();
-        }
+    // Sums of 32 dimensions from d on for two tiles of columns: one tile of positions more.
+    void add_values_pair(int tile, int d) const {
+        const uint16_t* values = value_tile(tile) + d * kTilePositions;
+        const int at = tile * kTilePositions * kColumns;
+        load_tile<4>(values, 64);
+        load_tile<6>(probabilities_[0] + at, 64);
+        multiply_tiles<0, 4, 6>();
+        load_tile<7>(probabilities_[1] + at, 64);
+        multiply_tiles<1, 4, 7>();
+        load_tile<5>(values + 16 * kTilePositions, 64);
+        multiply_tiles<2, 5, 6>();
+        multiply_tiles<3, 5, 7>();
+    }
+
+    static void store_values_pair(int d, const PartialSums* parts) {
         store_tile<0>(parts[0].data + d * kColumns, 64);
         store_tile<1>(parts[1].data + d * kColumns, 64);
         store_tile<2>(parts[0].data + (d + 16) * kColumns, 64);
@@ -473,15 +506,16 @@ private:
     int kv_head_;
     int num_tiles_;
     int dim_;
+    __m512 scale_;
     int first_position_;
     int last_position_;
     uint16_t* queries_;
     float* totals_;
-    // Of the two tiles at hand.
-    float* parts_[2];
+    float* parts_;  // of the two tiles at hand
     float* scores_[2];            // [kChunkPositions][16]
     uint16_t* probabilities_[2];  // [kChunkPositions / 2][16][2]
     uint16_t* chunk_values_;      // see load_values
+    const uint16_t* chunk_keys_[kChunkPositions / kBlockPositions];
 };
 
 inline bool can_attend(const AttentionShape& shape) {
