@@ -110,6 +110,7 @@ def main() -> None:
     parser.add_argument("--checkout", type=Path, required=True)
     parser.add_argument("--model", required=True)
     parser.add_argument("--tokenizer", default="", help="folder with the model's tokenizer.json, for vLLM's tests")
+    parser.add_argument("--adapter", default="", help="folder of a LoRA adapter of the model, for vLLM's tests")
     parser.add_argument("--report", action="store_true", help="run nothing; print what --output holds")
     parser.add_argument("--only", action="append", help="a word in the path of the files to run")
     parser.add_argument("--test-timeout-s", type=float, default=60.0)
@@ -121,6 +122,7 @@ def main() -> None:
     settings = {
         "MODEL": arguments.model,
         "TOKENIZER": arguments.tokenizer,
+        "ADAPTER": arguments.adapter,
         "CHECKOUT": str(checkout),
         "RESULTS": str(arguments.output.resolve()),
         "MAX_MODEL_LEN": str(arguments.max_model_len),

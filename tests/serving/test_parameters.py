@@ -62,6 +62,18 @@ def test_the_last_tokens_of_a_prompt_are_kept(openai_client: openai.OpenAI, num_
     assert answer.usage.prompt_tokens == len(kept)
 
 
+def test_the_first_tokens_of_a_prompt_are_kept(openai_client: openai.OpenAI) -> None:
+    extra = {"truncate_prompt_tokens": 2, "truncation_side": "right", "return_token_ids": True}
+    answer = create(openai_client, prompt="abcdef", max_tokens=1, extra_body=extra)
+    assert answer.choices[0].prompt_token_ids == list(b"ab")
+
+
+def test_prompts_as_texts_and_token_ids(openai_client: openai.OpenAI) -> None:
+    extra = {"return_token_ids": True}
+    answer = create(openai_client, prompt=["ab", [99, 100]], max_tokens=1, extra_body=extra)
+    assert [choice.prompt_token_ids for choice in answer.choices] == [[97, 98], [99, 100]]
+
+
 def test_a_prompt_beyond_the_context_can_be_truncated(openai_client: openai.OpenAI) -> None:
     for prompt in ("x" * 3000, [120] * 3000):
         answer = create(openai_client, prompt=prompt, max_tokens=8, extra_body={"truncate_prompt_tokens": -1})

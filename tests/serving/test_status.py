@@ -10,8 +10,10 @@ import httpx2
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from pelton.core.errors import ConfigError
 from pelton.core.events import EngineStats, EventKind, RequestEvent
 from pelton.engine.wire import EngineUpdate
+from pelton.serving.config import ServerConfig
 from pelton.serving.metrics import MAX_TENANTS, ServerMetrics
 from tests.serving.make import ANSWER, running_server
 
@@ -71,6 +73,24 @@ def test_version_models_probes(http: httpx2.Client) -> None:
     assert http.get("/docs").status_code == 200
 
 
+def test_a_proxy_that_leaves_its_path() -> None:
+    with running_server(config=ServerConfig(root_path="/llm", api_key="k")) as server:
+        for base in (server.url, f"{server.url}/llm"):
+            with httpx2.Client(base_url=base) as http:
+                assert http.get("/health").status_code == 200
+                assert http.get("/v1/models").status_code == 401
+                http.headers["authorization"] = "Bearer k"
+                assert http.get("/v1/models").status_code == 200
+                error = http.post("/v1/messages", json={}).json()
+                assert error["type"] == "error"  # Anthropic's envelope
+                assert http.get("/openapi.json").json()["servers"] == [{"url": "/llm"}]
+                assert "/llm/openapi.json" in http.get("/docs").text
+        assert httpx2.get(f"{server.url}/llmv1/models", headers={"authorization": "Bearer k"}).status_code == 404
+    for wrong in ("llm", "/llm/", "/"):
+        with pytest.raises(ConfigError, match="root_path"):
+            ServerConfig(root_path=wrong)
+
+
 @pytest.mark.parametrize(
     ("body", "tokens"),
     [
@@ -88,7 +108,16 @@ def test_tokenize_and_back(http: httpx2.Client, body: Any, tokens: list[int]) ->
     assert answer["max_model_len"] == 2048
     assert http.post("/tokenize", json=body).json()["token_strs"] is None
     if "prompt" in body:
-        assert http.post("/detokenize", json={"tokens": tokens}).json() == {"prompt": body["prompt"]}
+        assert http.post("/detokenize", json={"tokens": tokens}).json() == {
+            "prompt": body["prompt"],
+            "content": body["prompt"],
+        }
+
+
+def test_tokenize_as_llama_cpp_does(http: httpx2.Client) -> None:
+    assert http.post("/tokenize", json={"content": "aé"}).json()["tokens"] == [97, 195, 169]
+    pieces = http.post("/tokenize", json={"content": "aé", "with_pieces": True}).json()["tokens"]
+    assert pieces == [{"id": 97, "piece": "a"}, {"id": 195, "piece": [195]}, {"id": 169, "piece": [169]}]
 
 
 @pytest.mark.parametrize(
@@ -96,6 +125,8 @@ def test_tokenize_and_back(http: httpx2.Client, body: Any, tokens: list[int]) ->
     [
         ("/tokenize", {}, 400, "prompt"),
         ("/tokenize", {"prompt": "a", "messages": USER}, 400, "prompt"),
+        ("/tokenize", {"prompt": "a", "content": "a"}, 400, "prompt"),
+        ("/tokenize", {"content": "a", "parse_special": False}, 400, "parse_special"),
         ("/tokenize", {"prompt": "a", "chat_template": "x"}, 400, "chat_template"),
         ("/tokenize", {"prompt": "a", "model": "other"}, 404, "model"),
         ("/tokenize", {"prompt": "a b " * 200_000}, 400, "prompt"),

@@ -190,15 +190,29 @@ class ModelList(Struct, kw_only=True):
     object: Literal["list"] = "list"
 
 
+class TokenPiece(Struct, kw_only=True):
+    id: int
+    piece: str | list[int]  # the bytes of a token that is no text by itself
+
+
 class TokenizeResponse(Struct, kw_only=True):
     count: int
     max_model_len: int
-    tokens: list[int]
+    tokens: list[int | TokenPiece]
     token_strs: list[str] | None = None
 
 
 class DetokenizeResponse(Struct, kw_only=True):
+    """The text under the names of vLLM and llama.cpp."""
+
     prompt: str
+    content: str
+
+
+class DeletedModel(Struct, kw_only=True):
+    id: str
+    object: Literal["model"] = "model"
+    deleted: Literal[True] = True
 
 
 class VersionInfo(Struct, kw_only=True):
