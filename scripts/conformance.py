@@ -71,7 +71,15 @@ OPENAI_PYTHON_FILES = tuple(
 
 # What the cause of a failure holds that is no matter of the server's.
 NOT_APPLICABLE = (
+    (
+        "output.0.ResponseOutputMessage.content.0.ResponseOutputText.annotations",
+        "the client's type of a compacted conversation has no message of a user, though its text says so",
+    ),
     ("embedding\n  Input should be a valid list", "the client asks for base64, then its strict mode wants a list"),
+    (
+        "data.0.role\n  Input should be 'assistant'",
+        "the client's type of messages that were sent has no role but assistant",
+    ),
     ("token_logprobs.0\n  Input should be a valid number", "the first token of an echoed prompt has no probability"),
 )
 

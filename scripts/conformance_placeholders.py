@@ -175,7 +175,7 @@ class Adapter:
             else:
                 continue
             self.journal.placed.append(f"{place} {placeholder}")
-        if body is not None and "input" not in body and url.path.endswith(("/responses", "/input_tokens")):
+        if body is not None and "input" not in body and url.path.endswith(("/responses", "/compact", "/input_tokens")):
             body["input"] = "Hi"
             self.journal.placed.append("input")
         return rebuilt(request, url, body) if self.journal.placed else request

@@ -98,6 +98,35 @@ def test_tokens_as_token_ids(openai_client: openai.OpenAI) -> None:
     assert chat.choices[0].logprobs.content[0].token == "token_id:71"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs_of_named_tokens(openai_client: openai.OpenAI, stream: bool) -> None:
+    extra = {"return_tokens_as_token_ids": True, "logprob_token_ids": [5, 250, 9]}
+    answer: Any = create(openai_client, logprobs=1, max_tokens=1, extra_body=extra, stream=stream)
+    answer = next(iter(answer)) if stream else answer
+    named = ["token_id:71", "token_id:5", "token_id:250", "token_id:9"]
+    assert list(answer.choices[0].logprobs.top_logprobs[0]) == named
+    options: Any = {"model": MODEL_NAME, "messages": USER, "max_tokens": 1, "logprobs": True, "stream": stream}
+    chat: Any = openai_client.chat.completions.create(**options, extra_body=extra)
+    choice = next(chunk for chunk in chat if chunk.choices[0].logprobs).choices[0] if stream else chat.choices[0]
+    assert [entry.token for entry in choice.logprobs.content[0].top_logprobs] == named
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"logprob_token_ids": [5]},
+        {"logprob_token_ids": [5], "best_of": 2},
+        {"logprob_token_ids": [5], "logprobs": 1, "echo": True},
+        {"logprob_token_ids": [5] * 129, "logprobs": 1},
+        {"logprob_token_ids": [1000], "logprobs": 1},
+        {"logprob_token_ids": [], "logprobs": 1},
+    ],
+)
+def test_named_tokens_that_cannot_be_reported(http: httpx2.Client, fields: dict[str, Any]) -> None:
+    response = http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1} | fields)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "logprob_token_ids"), response.text
+
+
 def test_bad_words_reach_the_worker(server: RunningServer, openai_client: openai.OpenAI) -> None:
     create(openai_client, max_tokens=1, extra_body={"bad_words": ["no", "x"]})
     sampling = server.executor.batches[-1].requests[0].sampling

@@ -48,6 +48,7 @@ def _check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
         ("banned_token_ids", list(sampling.banned_token_ids)),
         ("bad_words", [token_id for sequence in sampling.banned_sequences for token_id in sequence]),
         ("stop_token_ids", list(sampling.stop_token_ids)),
+        ("logprob_token_ids", list(sampling.logprob_token_ids)),
         ("labels", list(sampling.pooling.label_token_ids) if sampling.pooling is not None else []),
     ):
         _check_token_ids(name, token_ids, vocab_size)

@@ -246,6 +246,8 @@ async def _handle_http(request: Request, error: Exception) -> Response:
         problem, code = f"{request.method} is not allowed on {path}", "method_not_allowed"
     elif error.status_code == 404:
         problem, code = f"there is no {path} here", "not_found"
+        if f"/v1{path}" in {route.path for route in ROUTES}:
+            problem += f"; it is at /v1{path}: the base URL of a client ends with /v1"
     else:
         problem, code = str(error.detail), "invalid_request"
     answer = HTTPProblemError(error.status_code, problem, code=code, headers=dict(error.headers or {}))

@@ -131,7 +131,7 @@ def _answer_options(
         prompts=[turn.token_ids],
         n=sampling.n,
         spelling=context.spelling_of_ids if request.return_tokens_as_token_ids else context.spelling,
-        logprobs=sampling.logprobs,
+        logprobs=sampling.num_top_logprobs,
         skip_special_tokens=sampling.skip_special_tokens,
         return_token_ids=bool(request.return_token_ids),
         include_usage=include_usage,

@@ -104,7 +104,7 @@ def _answer_options(
         prompts=prompts,
         n=request.n or 1,
         spelling=context.spelling_of_ids if request.return_tokens_as_token_ids else context.spelling,
-        logprobs=request.logprobs,
+        logprobs=None if request.logprobs is None else sampling.num_top_logprobs,
         skip_special_tokens=sampling.skip_special_tokens,
         return_token_ids=bool(request.return_token_ids),
         include_usage=include_usage,

@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from pelton.core.errors import InvalidRequestError
-from pelton.core.sampling_params import MAX_LOGPROBS, MAX_N, MAX_SEED, MAX_STOP_STRINGS
+from pelton.core.sampling_params import MAX_LOGPROB_TOKEN_IDS, MAX_LOGPROBS, MAX_N, MAX_SEED, MAX_STOP_STRINGS
 from pelton.serving.openai.tools import ModeName, Tool, ToolChoice
 from pelton.serving.reasoning.options import Effort
 from pelton.serving.tools.choice import MAX_TOOLS
@@ -46,6 +46,10 @@ ShortText = Annotated[str, Meta(max_length=512)]
 StopString = Annotated[str, Meta(min_length=1)]
 BadWord = Annotated[str, Meta(min_length=1, max_length=256)]
 Logprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
+LogprobTokenIds = Annotated[
+    list[TokenId],
+    Meta(min_length=1, max_length=MAX_LOGPROB_TOKEN_IDS, description="Logprobs of these, not of the most likely."),
+]
 Seed = Annotated[int, Meta(extra_json_schema={"minimum": -(2**63), "maximum": MAX_SEED})]
 LogitBias = Annotated[
     # The keys are checked in sampling.py, whose error names those that are wrong.
@@ -141,6 +145,7 @@ class GenerationRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     min_tokens: Count | None = None
     skip_special_tokens: bool = True
     prompt_logprobs: Logprobs | None = None
+    logprob_token_ids: LogprobTokenIds | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: Annotated[bool, Meta(description="Logprobs spell tokens token_id:NUMBER.")] | None = (
         None
@@ -180,7 +185,6 @@ class GenerationRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     timings_per_token: Annotated[Any, neutral(False)] = None
     return_progress: Annotated[Any, neutral(False)] = None
 
-    logprob_token_ids: Annotated[Any, neutral()] = None
     store: Annotated[Any, neutral(False)] = None
     service_tier: Annotated[Any, neutral("auto", "default")] = None
     prompt_cache_retention: Annotated[Any, neutral("in_memory", "in-memory")] = None
@@ -352,7 +356,6 @@ _REASONS = {
     "id_slot": "there are no slots to choose from; X-Session-Id names the session whose KV is kept",
     "timings_per_token": "timings are at /metrics and /v1/requests/{request_id}/timeline",
     "return_progress": "the progress of a prompt is not reported",
-    "logprob_token_ids": "logprobs are of the sampled token and the most likely ones; see top_logprobs",
     "parse_special": "special tokens in a text are always read as such",
     "kv_transfer_params": "KV is not transferred between engines by a parameter of a request",
     "vllm_xargs": "there are no extra arguments beside the documented parameters",
