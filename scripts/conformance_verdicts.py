@@ -25,9 +25,11 @@ class Verdict:
 
 
 def verdict_of(suite: str, result: dict[str, str]) -> tuple[str, str]:
-    """`passed`, a verdict of the table, or `defect`, and why."""
+    """`passed`, a verdict of the table, or `defect`, and why. What fails on the server's side has no excuse."""
     if result["outcome"] == "passed":
         return "passed", ""
+    if re.search(r"Error code: 5\d\d|ServerError: \(5\d\d", result["reason"]):
+        return "defect", result["reason"]
     row = next((row for row in VERDICTS[suite] if row.explains(result)), None)
     return (row.verdict, row.why) if row else ("defect", result["reason"])
 

@@ -179,7 +179,7 @@ def _choice(options: AnswerOptions, index: int, sequence: SequenceResult, usage:
     answer = _parse(options.plan, sequence, usage)
     return ChatChoice(
         index=index,
-        message=response_message(answer, echo_text),
+        message=response_message(answer, echo_text, reports_reasoning=options.reports_reasoning),
         finish_reason=finish_reason_name(
             sequence.finish_reason, len(answer.tool_calls), is_named=options.is_named_tool
         ),

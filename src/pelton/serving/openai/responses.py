@@ -79,8 +79,8 @@ class ChatResponseMessage(Struct, kw_only=True):
     role: Literal["assistant"] = "assistant"
     refusal: None = None
     tool_calls: list[ResponseToolCall] | UnsetType = UNSET
-    reasoning_content: str | UnsetType = UNSET
-    reasoning: str | UnsetType = UNSET
+    reasoning_content: str | None | UnsetType = UNSET
+    reasoning: str | None | UnsetType = UNSET
 
 
 class ChatChoice(Struct, kw_only=True):
