@@ -15,7 +15,7 @@ from pelton.core.events import EngineStats, EventKind, RequestEvent
 from pelton.engine.wire import EngineUpdate
 from pelton.serving.config import ServerConfig
 from pelton.serving.metrics import MAX_TENANTS, ServerMetrics
-from tests.serving.make import ANSWER, running_server
+from tests.serving.make import ANSWER, MODEL_NAME, running_server
 
 USER: Any = [{"role": "user", "content": "hi"}]
 # Names and kinds that dashboards key on.
@@ -112,6 +112,8 @@ def test_tokenize_and_back(http: httpx2.Client, body: Any, tokens: list[int]) ->
             "prompt": body["prompt"],
             "content": body["prompt"],
         }
+        named = http.post("/detokenize", json={"tokens": tokens, "model": MODEL_NAME})
+        assert named.json() == {"prompt": body["prompt"]}
 
 
 def test_tokenize_as_llama_cpp_does(http: httpx2.Client) -> None:

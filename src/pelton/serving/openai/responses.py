@@ -203,10 +203,10 @@ class TokenizeResponse(Struct, kw_only=True):
 
 
 class DetokenizeResponse(Struct, kw_only=True):
-    """The text under the names of vLLM and llama.cpp."""
+    """vLLM's; `content` is the same as llama.cpp names it, for requests that name no model, as its clients do."""
 
     prompt: str
-    content: str
+    content: str | UnsetType = UNSET
 
 
 class DeletedModel(Struct, kw_only=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -59,7 +60,7 @@ async def detokenize(context: ServingContext, http_request: Request) -> Response
             f"tokens names token {highest}; token ids of this model are 0 to {vocab_size - 1}", param="tokens"
         )
     text = await context.prepare(_decode, context, request.tokens)
-    return json_response(DetokenizeResponse(prompt=text, content=text))
+    return json_response(DetokenizeResponse(prompt=text, content=text if request.model is None else UNSET))
 
 
 def _decode(context: ServingContext, token_ids: list[int]) -> str:
