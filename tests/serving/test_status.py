@@ -25,6 +25,10 @@ FAMILIES = {
     "vllm:num_requests_waiting_by_reason": "gauge",
     "vllm:kv_cache_usage_perc": "gauge",
     "vllm:cache_config_info": "gauge",
+    "vllm:admission_rejections": "counter",
+    "vllm:request_num_preemptions": "histogram",
+    "vllm:request_params_n": "histogram",
+    "vllm:request_params_max_tokens": "histogram",
     "vllm:prefix_cache_queries": "counter",
     "vllm:prefix_cache_hits": "counter",
     "vllm:num_preemptions": "counter",
@@ -164,6 +168,13 @@ def test_metrics_have_the_names_and_count_exactly() -> None:
     assert value["vllm:e2e_request_latency_seconds_count", ()] == 7
     assert value["vllm:time_to_first_token_seconds_count", ()] == 7
     assert value["vllm:request_generation_tokens_sum", ()] == num_tokens
+    assert value["vllm:request_params_n_sum", ()] == 3 * 2 + 1
+    assert value["vllm:request_params_n_count", ()] == value["vllm:request_params_max_tokens_count", ()] == 4
+    assert value["vllm:request_params_max_tokens_sum", ()] == 3 * 99 + 5
+    assert (value["vllm:request_num_preemptions_count", ()], value["vllm:request_num_preemptions_sum", ()]) == (7, 0)
+    assert value["vllm:admission_rejections_total", (("reason", "max_num_queued_reqs"),)] == 0
+    assert 'kv_cache_size_tokens="16384"' in text
+    assert 'kv_cache_max_concurrency="8.0"' in text
     assert value["vllm:inter_token_latency_seconds_count", ()] == num_tokens - 7
     assert value["pelton:tenant_tokens_total", (("kind", "generation"), ("tenant", "acme"))] == 2 * num_answer_tokens
     assert value["pelton:tenant_tokens_total", (("kind", "prompt"), ("tenant", "acme"))] == 2 * len(prompt)
@@ -191,6 +202,18 @@ def test_who_waits_for_what() -> None:
     assert value["vllm:num_requests_waiting", ()] == 5
     assert value["vllm:num_requests_waiting_by_reason", (("reason", "capacity"),)] == 3
     assert value["vllm:num_requests_waiting_by_reason", (("reason", "deferred"),)] == 2
+
+
+def test_preemptions_of_a_sequence_and_a_full_queue() -> None:
+    metrics = ServerMetrics("m")
+    kinds = [EventKind.QUEUED, EventKind.SCHEDULED, *[EventKind.PREEMPTED, EventKind.SCHEDULED] * 3]
+    events = [RequestEvent("a", kind, float(i), 3, "default") for i, kind in enumerate([*kinds, EventKind.FINISHED])]
+    metrics.take_update(EngineUpdate((), tuple(events), EngineStats()))
+    metrics.count_rejection("queue_full")
+    metrics.count_rejection("invalid_value")
+    value = samples(metrics.expose().decode())
+    assert value["vllm:request_num_preemptions_sum", ()] == 3
+    assert value["vllm:admission_rejections_total", (("reason", "max_num_queued_reqs"),)] == 1
 
 
 def test_counters_survive_a_new_engine() -> None:

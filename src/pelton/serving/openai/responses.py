@@ -79,8 +79,8 @@ class ChatResponseMessage(Struct, kw_only=True):
     role: Literal["assistant"] = "assistant"
     refusal: None = None
     tool_calls: list[ResponseToolCall] | UnsetType = UNSET
-    reasoning_content: str | None | UnsetType = UNSET
-    reasoning: str | None | UnsetType = UNSET
+    reasoning_content: str | UnsetType | None = UNSET
+    reasoning: str | UnsetType | None = UNSET
 
 
 class ChatChoice(Struct, kw_only=True):
