@@ -121,7 +121,8 @@ LLAMA = (
     not_applicable("", "__verbose|system_fingerprint|Process-Start-Time|None is not None", OWN_FIELD),
     not_applicable("correct_api_key", "'content' in", OWN_FIELD),
     not_applicable("test_context_size_exceeded", "", OWN_FLAG),
-    refused("", "unknown parameter", UNKNOWN),
+    not_applicable("", "= 'fp_", OWN_FIELD),
+    refused("", "unknown parameter|unsupported_parameter", UNKNOWN),
     refused(
         "response_format|json_schema|multiple_choices|verbose_debug|logit_bias|tei_|mixed_input|text_same_as",
         "400",

@@ -76,6 +76,8 @@ def test_dimensions_and_raw_values(openai_client: openai.OpenAI) -> None:
         ("/v1/embeddings", {"input": "a", "pooling": "max"}, "pooling"),
         ("/v1/embeddings", {"input": "a", "messages": []}, "messages"),
         ("/v1/embeddings", {"input": "a", "messages": USER}, "input"),
+        ("/v1/embeddings", {"input": "a", "add_generation_prompt": True}, "add_generation_prompt"),
+        ("/v1/rerank", {"query": "a", "documents": ["b"], "return_text": True}, "return_text"),
         ("/v1/embeddings", {"messages": USER, "chat_template": "x"}, "chat_template"),
         ("/v1/score", {"text_1": ["a", "b"], "text_2": ["a", "b", "c"]}, "text_1"),
         ("/v1/score", {"text_1": "a", "text_2": ""}, "text_2"),

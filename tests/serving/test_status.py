@@ -132,6 +132,8 @@ def test_tokenize_as_llama_cpp_does(http: httpx2.Client) -> None:
         ("/tokenize", {}, 400, "prompt"),
         ("/tokenize", {"prompt": "a", "messages": USER}, 400, "prompt"),
         ("/tokenize", {"prompt": "a", "content": "a"}, 400, "prompt"),
+        ("/tokenize", {"prompt": "a", "add_special": True}, 400, "add_special"),
+        ("/tokenize", {"content": "a", "add_special_tokens": True}, 400, "add_special_tokens"),
         ("/tokenize", {"content": "a", "parse_special": False}, 400, "parse_special"),
         ("/tokenize", {"prompt": "a", "chat_template": "x"}, 400, "chat_template"),
         ("/tokenize", {"prompt": "a", "model": "other"}, 404, "model"),

@@ -18,6 +18,7 @@ from pelton.core.pooling import PoolingParams
 from pelton.serving.config import ServerConfig
 from pelton.serving.context import CUT_SLACK_TOKENS, ServingContext, new_answer_id, now_unix_s
 from pelton.serving.openai.embeddings import as_floats
+from pelton.serving.openai.parameters import check_belongs
 from pelton.serving.openai.pooling_requests import (
     DocumentText,
     RankedDocument,
@@ -78,6 +79,8 @@ async def create_ranking(context: ServingContext, http_request: Request) -> Resp
         raise InvalidRequestError(
             "send either documents or texts", param="documents", code="missing_required_parameter"
         )
+    if request.texts is None:
+        check_belongs(request, ("return_text",), "texts")
     documents = [part if isinstance(part, str) else part.text for part in request.documents or request.texts or ()]
     name = "documents" if request.texts is None else "texts"
     answer_id = new_answer_id("rerank")

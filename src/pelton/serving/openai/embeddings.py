@@ -15,6 +15,7 @@ from pelton.core.pooling import PoolingParams
 from pelton.serving.context import ServingContext, new_answer_id, now_unix_s
 from pelton.serving.openai.chat import chat_token_ids
 from pelton.serving.openai.completions import prompt_parts
+from pelton.serving.openai.parameters import check_belongs
 from pelton.serving.openai.pooling_requests import MAX_INPUTS, Embedding, EmbeddingList, EmbeddingRequest
 from pelton.serving.openai.requests import check_supported
 from pelton.serving.pooling import ComputedAnswer, Pooling
@@ -55,6 +56,7 @@ async def _parts(context: ServingContext, request: EmbeddingRequest) -> tuple[Se
     if request.messages is not None:
         return [await context.prepare(chat_token_ids, context, request)], "messages"
     assert request.input is not None
+    check_belongs(request, ("add_generation_prompt", "continue_final_message", "chat_template_kwargs"), "messages")
     parts = prompt_parts(request.input, "input")
     if len(parts) > MAX_INPUTS:
         raise InvalidRequestError(f"{len(parts)} inputs in one request; at most {MAX_INPUTS}", param="input")

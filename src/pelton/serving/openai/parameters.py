@@ -6,11 +6,21 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
+from msgspec import Struct
+
+from pelton.core.errors import InvalidRequestError
 from pelton.core.sampling_params import SamplingParams
 from pelton.serving.context import ServingContext
 from pelton.serving.generation import SequenceResult
 from pelton.serving.openai.requests import GenerationRequest
 from pelton.weights.tokenizer import Tokenizer
+
+
+def check_belongs(request: Struct, names: tuple[str, ...], owner: str) -> None:
+    """Raise for one of `names` that was sent, though `owner`, without which it says nothing, was not."""
+    for name in names:
+        if getattr(request, name) not in (None, False):
+            raise InvalidRequestError(f"{name} belongs to {owner}, which was not sent", param=name)
 
 
 def truncated(

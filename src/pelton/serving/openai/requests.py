@@ -351,7 +351,7 @@ _REASONS = {
     "length_penalty": "length_penalty belongs to beam search, which is not supported; best_of ranks by mean logprob",
     "spaces_between_special_tokens": "special tokens are written as they stand, without spaces that no token has",
     "logits_processors": "code from clients is not run; see logit_bias, bad_words, allowed_token_ids",
-    "n_predict": "its name here is max_tokens",
+    "n_predict": "send max_tokens, its name here",
     "cache_prompt": "prompts are always cached; a cache_salt of your own keeps this one to itself",
     "id_slot": "there are no slots to choose from; X-Session-Id names the session whose KV is kept",
     "timings_per_token": "timings are at /metrics and /v1/requests/{request_id}/timeline",

@@ -10,6 +10,7 @@ from pelton.core.errors import InvalidRequestError
 from pelton.serving.context import ServingContext
 from pelton.serving.errors import json_response
 from pelton.serving.openai.chat import chat_token_ids
+from pelton.serving.openai.parameters import check_belongs
 from pelton.serving.openai.requests import DetokenizeRequest, TokenizeRequest, check_supported
 from pelton.serving.openai.responses import DetokenizeResponse, TokenizeResponse, TokenPiece
 from pelton.serving.request_body import read_json_body
@@ -22,6 +23,10 @@ async def tokenize(context: ServingContext, http_request: Request) -> Response:
     sent = [name for name in ("prompt", "messages", "content") if getattr(request, name) is not None]
     if len(sent) != 1:
         raise InvalidRequestError("send one of prompt, messages and content", param="prompt")
+    if request.content is None:
+        check_belongs(request, ("add_special",), "content")
+    else:
+        check_belongs(request, ("add_special_tokens",), "prompt or messages")
     if request.messages is not None:
         token_ids = await context.prepare(chat_token_ids, context, request)
     else:
