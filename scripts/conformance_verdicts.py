@@ -140,6 +140,7 @@ LLAMA = (
     not_applicable("pooling_none_oai", "200 == 400", OWN_FLAG),
     not_applicable("prompt_too_long", "too large", WORDING),
     not_applicable("test_tool_call.py::test_calc_result", "max_tokens is 8192|error: 400", OWN_FLAG),
+    not_applicable("test_tokenize_with_bos", "== 1", OTHER_MODEL),
     not_applicable("test_tool_call.py", "Expected (1|no) tool call|for location|location (to|not)", TOOL_MODEL),
     not_applicable("test_tool_call.py::test_thoughts", "Expected .*sum of", OTHER_MODEL),
 )

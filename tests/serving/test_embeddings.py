@@ -50,6 +50,12 @@ def test_embeddings(openai_client: openai.OpenAI, given: Any, texts: list[str], 
     np.testing.assert_allclose(default.data[0].embedding, counts(texts[0]), rtol=1e-6)
 
 
+def test_an_input_as_long_as_the_context(openai_client: openai.OpenAI) -> None:
+    for given, extra in (("a" * 2048, {}), ("a" * 3000, {"truncate_prompt_tokens": -1})):
+        answer = openai_client.embeddings.create(model=MODEL_NAME, input=given, extra_body=extra)
+        assert answer.usage.prompt_tokens == 2048
+
+
 def test_dimensions_and_raw_values(openai_client: openai.OpenAI) -> None:
     answer = openai_client.embeddings.create(model=MODEL_NAME, input="aab", dimensions=2)
     np.testing.assert_allclose(answer.data[0].embedding, np.array([2, 1]) / math.sqrt(5), rtol=1e-6)

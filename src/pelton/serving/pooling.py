@@ -58,7 +58,7 @@ class Pooling:
             prompt = await context.prepare(encode, part) if isinstance(part, str) else part
             num_kept = request.truncate_prompt_tokens
             if num_kept is not None:
-                num_kept = num_kept if num_kept >= 0 else context.max_model_len - 1
+                num_kept = num_kept if num_kept >= 0 else context.max_model_len
                 prompt = cut(prompt, num_kept, request.truncation_side)
             if not prompt:
                 raise InvalidRequestError(f"{param}[{index}] holds no token; it must hold at least one", param=param)
