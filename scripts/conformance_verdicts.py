@@ -146,7 +146,11 @@ LLAMA = (
     not_applicable("test_tool_call.py::test_calc_result", "max_tokens is 8192|error: 400", OWN_FLAG),
     not_applicable("test_tokenize_with_bos", "== 1", OTHER_MODEL),
     not_applicable("test_tool_call.py", "Expected (1|no) tool call|for location|location (to|not)", TOOL_MODEL),
-    not_applicable("test_tool_call.py::test_hello_world", "JSONDecodeError|Expected hello world", SAMPLED),
+    not_applicable(
+        "test_tool_call.py::test_hello_world",
+        "JSONDecodeError|Expected hello world|code not found|string indices",
+        SAMPLED,
+    ),
     not_applicable("test_tool_call.py::test_thoughts", "Expected .*sum of", OTHER_MODEL),
 )
 VERDICTS = {"vllm": VLLM, "llama.cpp": LLAMA}
