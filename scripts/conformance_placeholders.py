@@ -13,6 +13,7 @@ that takes longer than `--test-timeout-s` fails.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import signal
@@ -59,8 +60,22 @@ class Journal:
 class Objects:
     """Makes what placeholders stand for; a fresh one each time, for some tests delete them."""
 
-    def __init__(self, url: str) -> None:
+    _numbers = itertools.count()
+
+    def __init__(self, url: str, adapter: str) -> None:
         self._url = url
+        self._adapter = adapter
+
+    def adapter(self) -> str:
+        """The name of a loaded LoRA adapter."""
+        body = {"lora_name": f"adapter-{next(self._numbers)}", "lora_path": self._adapter}
+        self._post("/v1/load_lora_adapter", json.dumps(body).encode(), "application/json")
+        return body["lora_name"]
+
+    def completion(self) -> str:
+        """The id of a stored chat completion."""
+        body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2, "store": True}
+        return str(json.loads(self._post("/v1/chat/completions", json.dumps(body).encode(), "application/json"))["id"])
 
     def response(self) -> str:
         """The id of a stored response whose events are kept, as only those of a streamed background one are."""
@@ -96,6 +111,8 @@ PLACEHOLDERS = (
     ("response_id", "/responses/", "response"),
     ("previous_response_id", "previous_response_id", "response"),
     ("resp_123", "previous_response_id", "response"),
+    ("completion_id", "/completions/", "completion"),
+    ("ft:gpt-4o-mini:acemeco:suffix:abc123", "/models/", "adapter"),
     ("string", "/files/", "file"),
     ("string", "input_file_id", "file"),
     ("string", "/batches/", "batch"),
@@ -105,9 +122,9 @@ PLACEHOLDERS = (
 class Adapter:
     """Sits where the client sends its requests."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, adapter: str) -> None:
         self._url = url
-        self._objects = Objects(url)
+        self._objects = Objects(url, adapter)
         self.journal = Journal()
         self.is_on = True
 
@@ -158,7 +175,7 @@ class Adapter:
             else:
                 continue
             self.journal.placed.append(f"{place} {placeholder}")
-        if body is not None and "input" not in body and url.path.endswith(("/responses", "/input_tokens")):
+        if body is not None and "input" not in body and url.path.endswith(("/responses", "/compact", "/input_tokens")):
             body["input"] = "Hi"
             self.journal.placed.append("input")
         return rebuilt(request, url, body) if self.journal.placed else request
@@ -281,12 +298,13 @@ class Recorder:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--server-url", required=True)
+    parser.addoption("--adapter", required=True, help="a folder of the server's with a LoRA adapter")
     parser.addoption("--exchange-log", type=Path, required=True)
     parser.addoption("--test-timeout-s", type=float, default=30.0)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    adapter = Adapter(config.getoption("--server-url"))
+    adapter = Adapter(config.getoption("--server-url"), config.getoption("--adapter"))
     patch = pytest.MonkeyPatch()
     adapter.install(patch)
     config.add_cleanup(patch.undo)

@@ -29,7 +29,7 @@ import pytest
 
 ENVIRONMENT = {
     name: os.environ.get(f"CONFORMANCE_{name}", "")
-    for name in ("MODEL", "TOKENIZER", "CHECKOUT", "RESULTS", "TIMEOUT_S", "MAX_MODEL_LEN")
+    for name in ("MODEL", "TOKENIZER", "ADAPTER", "CHECKOUT", "RESULTS", "TIMEOUT_S", "MAX_MODEL_LEN")
 }
 START_TIMEOUT_S = 60.0
 
@@ -42,6 +42,8 @@ PASSED_FLAGS = (
     "--reasoning-parser",
     "--api-key",
     "--enable-auto-tool-choice",
+    "--enable-force-include-usage",
+    "--root-path",
 )
 UNVERSIONED = ("/chat/completions", "/completions", "/embeddings", "/responses", "/models")
 STUBBED = ("vllm", "tests.models", "tests.conftest", "tests.utils", "wget")
@@ -57,8 +59,9 @@ def serve_arguments(arguments: Sequence[str]) -> list[str]:
         values = [value] if value else []
         while rest and not rest[0].startswith("-"):
             values.append(rest.pop(0))
-        if flag == "--lora-modules":  # the adapters cannot be had; what the tests ask of them holds for the model too
-            kept.setdefault("--served-model-name", []).extend(value.partition("=")[0] for value in values)
+        if flag == "--lora-modules":  # NAME=PATH, or JSON; those that are named cannot be had
+            names = [json.loads(value)["name"] if value[0] == "{" else value.partition("=")[0] for value in values]
+            kept[flag] = [f"{name}={ENVIRONMENT['ADAPTER']}" for name in names]
         elif flag == "--max-model-len":
             kept[flag] = [str(min(int(values[0]), int(ENVIRONMENT["MAX_MODEL_LEN"])))]
         elif flag in PASSED_FLAGS:
@@ -193,7 +196,7 @@ PROVIDED = {
     "ROCM_ENV_OVERRIDES": {},
     "ROCM_DETERMINISM_ARGS": [],
     "get_tokenizer": get_tokenizer,
-    "hf_api": lambda: SimpleNamespace(snapshot_download=lambda *_, **__: "absent"),
+    "hf_api": lambda: SimpleNamespace(snapshot_download=lambda *_, **__: ENVIRONMENT["ADAPTER"]),
     "download_weights_from_hf": lambda name, *_, **__: name,
     "version": SimpleNamespace(_prev_minor_version=lambda: "0.0"),
     "multi_gpu_only": unchanged,

@@ -27,6 +27,7 @@ VLLM_FILES = (
     "entrypoints/openai/chat_completion/test_chat_logit_bias_validation.py",
     "entrypoints/openai/chat_completion/test_completion_with_function_calling.py",
     "entrypoints/openai/chat_completion/test_enable_force_include_usage.py",
+    "entrypoints/openai/chat_completion/test_extra_content_fields.py",
     "entrypoints/openai/chat_completion/test_include_reasoning.py",
     "entrypoints/openai/chat_completion/test_logprob_token_ids.py",
     "entrypoints/openai/chat_completion/test_root_path.py",
@@ -48,6 +49,8 @@ VLLM_FILES = (
     "entrypoints/serve/instrumentator/test_basic.py",
     "entrypoints/serve/instrumentator/test_metrics.py",
     "entrypoints/serve/lora/test_lora_adapters.py",
+    "entrypoints/serve/middleware/test_optional_middleware.py",
+    "entrypoints/pooling/basic/test_truncation.py",
     "entrypoints/pooling/embed/test_online.py",
     "entrypoints/pooling/scoring/test_bi_encoder_online.py",
     "entrypoints/pooling/scoring/test_cross_encoder_online.py",
@@ -94,6 +97,7 @@ def run_llama(checkout: Path, names: list[str], environment: dict[str, str], tim
 
 def run_pytest(arguments: list[str], folder: Path, environment: dict[str, str], timeout_s: float) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "conformance_plugin"]
+    command += ["-k", environment["CONFORMANCE_KEYWORD"]]
     try:
         subprocess.run([*command, *arguments], cwd=folder, env=environment, check=False, timeout=timeout_s)
     except subprocess.TimeoutExpired:
@@ -101,7 +105,9 @@ def run_pytest(arguments: list[str], folder: Path, environment: dict[str, str], 
 
 
 def read_results(path: Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The last of each test."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return list({line["test"]: line for line in lines}.values())
 
 
 def main() -> None:
@@ -110,8 +116,10 @@ def main() -> None:
     parser.add_argument("--checkout", type=Path, required=True)
     parser.add_argument("--model", required=True)
     parser.add_argument("--tokenizer", default="", help="folder with the model's tokenizer.json, for vLLM's tests")
+    parser.add_argument("--adapter", default="", help="folder of a LoRA adapter of the model, for vLLM's tests")
     parser.add_argument("--report", action="store_true", help="run nothing; print what --output holds")
     parser.add_argument("--only", action="append", help="a word in the path of the files to run")
+    parser.add_argument("--keyword", default="", help="pytest's -k; what the output says of other tests stays")
     parser.add_argument("--test-timeout-s", type=float, default=60.0)
     parser.add_argument("--max-model-len", type=int, default=2048, help="longest context that a test may ask for")
     parser.add_argument("--file-timeout-s", type=float, default=900.0)
@@ -121,6 +129,8 @@ def main() -> None:
     settings = {
         "MODEL": arguments.model,
         "TOKENIZER": arguments.tokenizer,
+        "ADAPTER": arguments.adapter,
+        "KEYWORD": arguments.keyword,
         "CHECKOUT": str(checkout),
         "RESULTS": str(arguments.output.resolve()),
         "MAX_MODEL_LEN": str(arguments.max_model_len),
@@ -134,7 +144,11 @@ def main() -> None:
         names = sorted(path.name for path in (checkout / LLAMA_FOLDER / "unit").glob("test_*.py"))
     names = [name for name in names if not arguments.only or any(word in name for word in arguments.only)]
     names = [] if arguments.report else names
-    kept = [line for line in read_results(arguments.output) if not any(name in line["test"] for name in names)]
+    kept = [
+        line
+        for line in read_results(arguments.output)
+        if arguments.keyword or not any(name in line["test"] for name in names)
+    ]
     arguments.output.write_text("".join(json.dumps(line) + "\n" for line in kept))
     environment = dict(os.environ) | {"PYTHONPATH": os.pathsep.join(paths)}
     run = run_vllm if arguments.suite == "vllm" else run_llama

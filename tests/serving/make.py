@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +137,10 @@ class ScriptedExecutor:
                 continue
             token_id = self._next(scheduled.request_id, sampling)
             sampled.append((token_id,))
-            logprobs.append((_logprobs(token_id, sampling.logprobs),) if sampling.logprobs is not None else None)
+            entry = _logprobs(token_id, sampling.logprobs or 0)
+            if sampling.logprob_token_ids:
+                entry = replace(entry, top=tuple((each, -5.0) for each in (token_id, *sampling.logprob_token_ids)))
+            logprobs.append((entry,) if sampling.logprobs is not None else None)
         return StepResult(
             batch.step_id, tuple(sampled), tuple(logprobs), tuple(prompt_logprobs), pooled=pooled, elapsed_s=0.001
         )

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 
 import httpx2
+import openai
 import pytest
 
 from pelton.core.errors import ConfigError, ModelFileError, ModelNotFoundError, PeltonError
@@ -124,6 +125,22 @@ def test_load_replace_unload(http: httpx2.Client, server: RunningServer) -> None
     answer = http.post("/v1/completions", json={"model": "b", "prompt": "x"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
     assert http.post(UNLOAD, json={"lora_name": "b"}).status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "code"), [("nobody", 404, "model_not_found"), (MODEL_NAME, 403, "not_allowed")]
+)
+def test_what_is_not_deleted(http: httpx2.Client, name: str, status: int, code: str) -> None:
+    answer = http.delete(f"/v1/models/{name}")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+    assert http.get(f"/v1/models/{MODEL_NAME}").status_code == 200
+
+
+def test_an_adapter_is_deleted_as_a_model(http: httpx2.Client, server: RunningServer) -> None:
+    assert http.post(LOAD, json={"lora_name": "org/c", "lora_path": "/3"}).status_code == 200
+    deleted = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none").models.delete("org/c")
+    assert (deleted.id, deleted.object, deleted.deleted) == ("org/c", "model", True)
+    assert http.get("/v1/models/org/c").status_code == 404
 
 
 def test_the_metric_names_what_runs(http: httpx2.Client) -> None:

@@ -250,6 +250,8 @@ def test_numbers_out_of_range(http: httpx2.Client) -> None:
 
 def test_routes_methods_and_content_types(http: httpx2.Client) -> None:
     check_error(http.get("/v2/nothing"), 404, "not_found")
+    error = check_error(http.post("/chat/completions", json={}), 404, "not_found")
+    assert "/v1/chat/completions" in error["message"]
     check_error(http.get("/v1/models/"), 404, "model_not_found", "model")
     response = http.get(COMPLETIONS)
     check_error(response, 405, "method_not_allowed")

@@ -182,4 +182,4 @@ def test_the_document_lists_every_error() -> None:
     assert "security" not in document["paths"]["/live"]["get"]
     schemas = document["components"]["schemas"]
     assert schemas["ChatRequest"]["properties"]["functions"]["enum"] == [None, []]
-    assert len(schemas["CompletionRequest"]["properties"]["prompt"]["anyOf"]) == 4
+    assert len(schemas["CompletionRequest"]["properties"]["prompt"]["anyOf"]) == 3

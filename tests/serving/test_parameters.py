@@ -62,6 +62,18 @@ def test_the_last_tokens_of_a_prompt_are_kept(openai_client: openai.OpenAI, num_
     assert answer.usage.prompt_tokens == len(kept)
 
 
+def test_the_first_tokens_of_a_prompt_are_kept(openai_client: openai.OpenAI) -> None:
+    extra = {"truncate_prompt_tokens": 2, "truncation_side": "right", "return_token_ids": True}
+    answer = create(openai_client, prompt="abcdef", max_tokens=1, extra_body=extra)
+    assert answer.choices[0].prompt_token_ids == list(b"ab")
+
+
+def test_prompts_as_texts_and_token_ids(openai_client: openai.OpenAI) -> None:
+    extra = {"return_token_ids": True}
+    answer = create(openai_client, prompt=["ab", [99, 100]], max_tokens=1, extra_body=extra)
+    assert [choice.prompt_token_ids for choice in answer.choices] == [[97, 98], [99, 100]]
+
+
 def test_a_prompt_beyond_the_context_can_be_truncated(openai_client: openai.OpenAI) -> None:
     for prompt in ("x" * 3000, [120] * 3000):
         answer = create(openai_client, prompt=prompt, max_tokens=8, extra_body={"truncate_prompt_tokens": -1})
@@ -84,6 +96,35 @@ def test_tokens_as_token_ids(openai_client: openai.OpenAI) -> None:
     assert chat.choices[0].logprobs is not None
     assert chat.choices[0].logprobs.content is not None
     assert chat.choices[0].logprobs.content[0].token == "token_id:71"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs_of_named_tokens(openai_client: openai.OpenAI, stream: bool) -> None:
+    extra = {"return_tokens_as_token_ids": True, "logprob_token_ids": [5, 250, 9]}
+    answer: Any = create(openai_client, logprobs=1, max_tokens=1, extra_body=extra, stream=stream)
+    answer = next(iter(answer)) if stream else answer
+    named = ["token_id:71", "token_id:5", "token_id:250", "token_id:9"]
+    assert list(answer.choices[0].logprobs.top_logprobs[0]) == named
+    options: Any = {"model": MODEL_NAME, "messages": USER, "max_tokens": 1, "logprobs": True, "stream": stream}
+    chat: Any = openai_client.chat.completions.create(**options, extra_body=extra)
+    choice = next(chunk for chunk in chat if chunk.choices[0].logprobs).choices[0] if stream else chat.choices[0]
+    assert [entry.token for entry in choice.logprobs.content[0].top_logprobs] == named
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"logprob_token_ids": [5]},
+        {"logprob_token_ids": [5], "best_of": 2},
+        {"logprob_token_ids": [5], "logprobs": 1, "echo": True},
+        {"logprob_token_ids": [5] * 129, "logprobs": 1},
+        {"logprob_token_ids": [1000], "logprobs": 1},
+        {"logprob_token_ids": [], "logprobs": 1},
+    ],
+)
+def test_named_tokens_that_cannot_be_reported(http: httpx2.Client, fields: dict[str, Any]) -> None:
+    response = http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1} | fields)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "logprob_token_ids"), response.text
 
 
 def test_bad_words_reach_the_worker(server: RunningServer, openai_client: openai.OpenAI) -> None:

@@ -10,10 +10,12 @@ import httpx2
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from pelton.core.errors import ConfigError
 from pelton.core.events import EngineStats, EventKind, RequestEvent
 from pelton.engine.wire import EngineUpdate
+from pelton.serving.config import ServerConfig
 from pelton.serving.metrics import MAX_TENANTS, ServerMetrics
-from tests.serving.make import ANSWER, running_server
+from tests.serving.make import ANSWER, MODEL_NAME, running_server
 
 USER: Any = [{"role": "user", "content": "hi"}]
 # Names and kinds that dashboards key on.
@@ -23,6 +25,10 @@ FAMILIES = {
     "vllm:num_requests_waiting_by_reason": "gauge",
     "vllm:kv_cache_usage_perc": "gauge",
     "vllm:cache_config_info": "gauge",
+    "vllm:admission_rejections": "counter",
+    "vllm:request_num_preemptions": "histogram",
+    "vllm:request_params_n": "histogram",
+    "vllm:request_params_max_tokens": "histogram",
     "vllm:prefix_cache_queries": "counter",
     "vllm:prefix_cache_hits": "counter",
     "vllm:num_preemptions": "counter",
@@ -71,6 +77,24 @@ def test_version_models_probes(http: httpx2.Client) -> None:
     assert http.get("/docs").status_code == 200
 
 
+def test_a_proxy_that_leaves_its_path() -> None:
+    with running_server(config=ServerConfig(root_path="/llm", api_key="k")) as server:
+        for base in (server.url, f"{server.url}/llm"):
+            with httpx2.Client(base_url=base) as http:
+                assert http.get("/health").status_code == 200
+                assert http.get("/v1/models").status_code == 401
+                http.headers["authorization"] = "Bearer k"
+                assert http.get("/v1/models").status_code == 200
+                error = http.post("/v1/messages", json={}).json()
+                assert error["type"] == "error"  # Anthropic's envelope
+                assert http.get("/openapi.json").json()["servers"] == [{"url": "/llm"}]
+                assert "/llm/openapi.json" in http.get("/docs").text
+        assert httpx2.get(f"{server.url}/llmv1/models", headers={"authorization": "Bearer k"}).status_code == 404
+    for wrong in ("llm", "/llm/", "/"):
+        with pytest.raises(ConfigError, match="root_path"):
+            ServerConfig(root_path=wrong)
+
+
 @pytest.mark.parametrize(
     ("body", "tokens"),
     [
@@ -88,7 +112,18 @@ def test_tokenize_and_back(http: httpx2.Client, body: Any, tokens: list[int]) ->
     assert answer["max_model_len"] == 2048
     assert http.post("/tokenize", json=body).json()["token_strs"] is None
     if "prompt" in body:
-        assert http.post("/detokenize", json={"tokens": tokens}).json() == {"prompt": body["prompt"]}
+        assert http.post("/detokenize", json={"tokens": tokens}).json() == {
+            "prompt": body["prompt"],
+            "content": body["prompt"],
+        }
+        named = http.post("/detokenize", json={"tokens": tokens, "model": MODEL_NAME})
+        assert named.json() == {"prompt": body["prompt"]}
+
+
+def test_tokenize_as_llama_cpp_does(http: httpx2.Client) -> None:
+    assert http.post("/tokenize", json={"content": "aé"}).json()["tokens"] == [97, 195, 169]
+    pieces = http.post("/tokenize", json={"content": "aé", "with_pieces": True}).json()["tokens"]
+    assert pieces == [{"id": 97, "piece": "a"}, {"id": 195, "piece": [195]}, {"id": 169, "piece": [169]}]
 
 
 @pytest.mark.parametrize(
@@ -96,6 +131,10 @@ def test_tokenize_and_back(http: httpx2.Client, body: Any, tokens: list[int]) ->
     [
         ("/tokenize", {}, 400, "prompt"),
         ("/tokenize", {"prompt": "a", "messages": USER}, 400, "prompt"),
+        ("/tokenize", {"prompt": "a", "content": "a"}, 400, "prompt"),
+        ("/tokenize", {"prompt": "a", "add_special": True}, 400, "add_special"),
+        ("/tokenize", {"content": "a", "add_special_tokens": True}, 400, "add_special_tokens"),
+        ("/tokenize", {"content": "a", "parse_special": False}, 400, "parse_special"),
         ("/tokenize", {"prompt": "a", "chat_template": "x"}, 400, "chat_template"),
         ("/tokenize", {"prompt": "a", "model": "other"}, 404, "model"),
         ("/tokenize", {"prompt": "a b " * 200_000}, 400, "prompt"),
@@ -131,6 +170,13 @@ def test_metrics_have_the_names_and_count_exactly() -> None:
     assert value["vllm:e2e_request_latency_seconds_count", ()] == 7
     assert value["vllm:time_to_first_token_seconds_count", ()] == 7
     assert value["vllm:request_generation_tokens_sum", ()] == num_tokens
+    assert value["vllm:request_params_n_sum", ()] == 3 * 2 + 1
+    assert value["vllm:request_params_n_count", ()] == value["vllm:request_params_max_tokens_count", ()] == 4
+    assert value["vllm:request_params_max_tokens_sum", ()] == 3 * 99 + 5
+    assert (value["vllm:request_num_preemptions_count", ()], value["vllm:request_num_preemptions_sum", ()]) == (7, 0)
+    assert value["vllm:admission_rejections_total", (("reason", "max_num_queued_reqs"),)] == 0
+    assert 'kv_cache_size_tokens="16384"' in text
+    assert 'kv_cache_max_concurrency="8.0"' in text
     assert value["vllm:inter_token_latency_seconds_count", ()] == num_tokens - 7
     assert value["pelton:tenant_tokens_total", (("kind", "generation"), ("tenant", "acme"))] == 2 * num_answer_tokens
     assert value["pelton:tenant_tokens_total", (("kind", "prompt"), ("tenant", "acme"))] == 2 * len(prompt)
@@ -158,6 +204,18 @@ def test_who_waits_for_what() -> None:
     assert value["vllm:num_requests_waiting", ()] == 5
     assert value["vllm:num_requests_waiting_by_reason", (("reason", "capacity"),)] == 3
     assert value["vllm:num_requests_waiting_by_reason", (("reason", "deferred"),)] == 2
+
+
+def test_preemptions_of_a_sequence_and_a_full_queue() -> None:
+    metrics = ServerMetrics("m")
+    kinds = [EventKind.QUEUED, EventKind.SCHEDULED, *[EventKind.PREEMPTED, EventKind.SCHEDULED] * 3]
+    events = [RequestEvent("a", kind, float(i), 3, "default") for i, kind in enumerate([*kinds, EventKind.FINISHED])]
+    metrics.take_update(EngineUpdate((), tuple(events), EngineStats()))
+    metrics.count_rejection("queue_full")
+    metrics.count_rejection("invalid_value")
+    value = samples(metrics.expose().decode())
+    assert value["vllm:request_num_preemptions_sum", ()] == 3
+    assert value["vllm:admission_rejections_total", (("reason", "max_num_queued_reqs"),)] == 1
 
 
 def test_counters_survive_a_new_engine() -> None:

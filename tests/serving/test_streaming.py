@@ -13,6 +13,7 @@ import openai
 import pytest
 
 from pelton.serving import sse
+from pelton.serving.config import ServerConfig
 from tests.serving.make import ANSWER, MODEL_NAME, RunningServer, running_server
 from tests.wait import wait_until
 
@@ -48,6 +49,16 @@ def test_bytes_of_a_chat_stream(http: httpx2.Client) -> None:
     details = {"cached_tokens": 0}
     assert json.loads(usage) == {**head, "choices": [], "usage": {**counts, "prompt_tokens_details": details}}
     assert done == b"[DONE]"
+
+
+def test_usage_in_every_chunk_of_every_stream() -> None:
+    with running_server(config=ServerConfig(enable_force_include_usage=True)) as server:
+        for path, prompt in ((CHAT, {"messages": [{"role": "user", "content": "hi"}]}), (COMPLETIONS, {"prompt": "a"})):
+            body = {**prompt, "max_tokens": 3, "stream": True}
+            *chunks, done = events(httpx2.post(server.url + path, json=body).content)
+            counts = [json.loads(chunk)["usage"]["completion_tokens"] for chunk in chunks]
+            assert (done, counts[-1], counts) == (b"[DONE]", 3, sorted(counts))
+            assert json.loads(chunks[-1])["choices"] == []
 
 
 def test_bytes_of_a_completion_stream(http: httpx2.Client) -> None:

@@ -159,10 +159,15 @@ def test_reasoning(server: RunningServer, client: openai.OpenAI) -> None:
     assert chunks[-1].usage == answer.usage
 
 
+def test_an_answer_without_reasoning_says_so(server: RunningServer, client: openai.OpenAI) -> None:
+    answer = ask(server, client, "Yes.")
+    assert answer.choices[0].message.model_extra == {"reasoning_content": None, "reasoning": None}
+
+
 def test_reasoning_is_hidden_on_demand(server: RunningServer, client: openai.OpenAI) -> None:
     answer = ask(server, client, "<think>Hm.</think>Yes.", extra_body={"include_reasoning": False})
     assert answer.choices[0].message.content == "Yes."
-    assert not hasattr(answer.choices[0].message, "reasoning_content")
+    assert answer.choices[0].message.model_extra == {"reasoning_content": None, "reasoning": None}
     assert answer.usage.completion_tokens_details.reasoning_tokens == len("<think>Hm.</think>")
 
 

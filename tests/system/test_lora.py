@@ -117,7 +117,7 @@ def test_a_name_with_other_weights_finds_nothing_of_the_old_ones(
         llm.load_adapter("name", str(folders["first"]))
         old = llm.generate(text, sampling, lora="name")[0]
         assert llm.generate(text, sampling, lora="name")[0].num_cached_tokens > 0
-        with pytest.raises(InvalidRequestError, match="loaded already"):
+        with pytest.raises(InvalidRequestError, match="already been loaded"):
             llm.load_adapter("name", str(folders["second"]))
         llm.load_adapter("name", str(folders["second"]), replace=True)
         new = llm.generate(text, sampling, lora="name")[0]
@@ -281,7 +281,7 @@ async def check_changes(client: openai.AsyncOpenAI, server: Server, folders: dic
         "Success: LoRA adapter 'third' added successfully.",
     )
     for body, status, words in [
-        ({"lora_name": "third", "lora_path": third}, 400, "loaded already"),
+        ({"lora_name": "third", "lora_path": third}, 400, "already been loaded"),
         ({"lora_name": "base", "lora_path": third}, 400, "the model itself"),
         ({"lora_name": "new", "lora_path": "/nowhere"}, 404, "/nowhere"),
         ({"lora_name": "new", "lora_path": str(folders["third"].parent)}, 404, "adapter_config.json"),

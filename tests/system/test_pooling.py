@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from pelton.build import PeltonConfig, build_engine
+from pelton.core.errors import ContextLengthExceededError
 from pelton.core.pooling import PoolingParams
 from pelton.core.request import Submission
 from pelton.core.sampling_params import SamplingParams
+from pelton.engine.admission import check_submission
 from pelton.engine.engine import Engine
 from tests.make import ByteDecoder
 from tests.worker.tiny_models import VOCAB_SIZE, make_tiny, save_tiny
@@ -107,6 +109,26 @@ def test_pooled_states_equal_transformers(folder: Path, backend: str) -> None:
     cut = pool(engine, tokens, [PoolingParams(method="last", dimensions=7)])[0]
     np.testing.assert_allclose(cut, last[:7] / np.linalg.norm(last[:7]), rtol=1e-5)
     engine.executor.close()
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_num_batched_tokens": 128}, {"num_kv_blocks": 12}])
+def test_a_prompt_as_long_as_the_context(folder: Path, settings: dict[str, Any]) -> None:
+    engine = make_engine(folder, **{"max_model_len": 88} | settings)  # or what fits into the KV cache
+    tokens, params = prompt(4, engine.info.max_model_len), [*RAW.values(), LABELS]
+    roomy = make_engine(folder)
+    expected = pool(roomy, tokens, params)
+    roomy.executor.close()
+    for _ in range(2):  # the second time there is a cached prefix
+        for found, wanted in zip(pool(engine, tokens, params), expected, strict=True):
+            np.testing.assert_array_equal(found, wanted)
+    engine.executor.close()
+    for token_ids, pooling, told in (
+        ([*tokens, 1], RAW["last"], rf"holds {len(tokens)}$"),
+        (tokens, None, r"one output token$"),
+    ):
+        sampling = SamplingParams(max_tokens=1, pooling=pooling)
+        with pytest.raises(ContextLengthExceededError, match=told):
+            check_submission(Submission(request_id="a", prompt_token_ids=token_ids, sampling=sampling), engine.info)
 
 
 def test_law_3_for_pooling(folder: Path) -> None:

@@ -21,7 +21,6 @@ _MISSING: dict[str, str] = {
     "cpu_offload_gb": f"{_NOT_YET}; --host-kv-cache-gb is memory for KV blocks",
     "swap_space": "its name here is --host-kv-cache-gb",
     "limit_mm_per_prompt": _NOT_YET,
-    "root_path": _NOT_YET,
     "otlp_traces_endpoint": _NOT_YET,
     "generation_config": f"{_NOT_YET}; the model's own defaults are used",
     "hf_overrides": _NOT_YET,

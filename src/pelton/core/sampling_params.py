@@ -10,6 +10,7 @@ from pelton.core.pooling import PoolingParams
 from pelton.core.thinking import ThinkingBudget
 
 MAX_LOGPROBS = 20
+MAX_LOGPROB_TOKEN_IDS = 128
 MAX_N = 128
 MAX_STOP_STRINGS = 64
 MAX_SEED = 2**64 - 1
@@ -44,6 +45,7 @@ class SamplingParams:
     ignore_eos: bool = False
     seed: int | None = None
     logprobs: int | None = None  # None: none; k: the sampled token's and the k most likely
+    logprob_token_ids: tuple[int, ...] = ()  # logprobs of these, and the sampled one, instead of the most likely
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     shown_token_ids: tuple[int, ...] = ()  # special tokens that are in the text all the same
@@ -79,6 +81,11 @@ class SamplingParams:
             value = getattr(self, name)
             if value is not None:
                 _check_range(name, value, 0, MAX_LOGPROBS)
+        if len(self.logprob_token_ids) > MAX_LOGPROB_TOKEN_IDS or (self.logprob_token_ids and self.logprobs is None):
+            raise InvalidRequestError(
+                f"logprob_token_ids needs logprobs and names at most {MAX_LOGPROB_TOKEN_IDS} tokens",
+                param="logprob_token_ids",
+            )
         for token_id, bias in self.logit_bias.items():
             if not -100.0 <= bias <= 100.0:
                 raise InvalidRequestError(
@@ -88,6 +95,11 @@ class SamplingParams:
             raise InvalidRequestError("allowed_token_ids must name at least one token", param="allowed_token_ids")
         if self.pooling is not None and (self.n != 1 or self.max_tokens != 1):
             raise InvalidRequestError("a pooling request has n=1 and max_tokens=1", param="n")
+
+    @property
+    def num_top_logprobs(self) -> int | None:
+        """How many of a token's alternatives are reported at most; None: no logprobs at all."""
+        return len(self.logprob_token_ids) + 1 if self.logprob_token_ids else self.logprobs
 
     @property
     def is_greedy(self) -> bool:

@@ -49,7 +49,8 @@ class AdapterNames(Mapping[str, LoraAdapter]):
         """
         async with self._lock:
             if name in self and not replace:
-                raise InvalidRequestError(f"the adapter {name!r} is loaded already", param="lora_name")
+                problem = f"the adapter {name!r} has already been loaded; load_inplace puts another in its place"
+                raise InvalidRequestError(problem, param="lora_name")
             old, adapter = self.get(name), await self._load(path, self._ask)
             self._adapters[name] = adapter
             self._unload_unnamed(old)

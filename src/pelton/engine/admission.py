@@ -17,14 +17,15 @@ def check_submission(submission: Submission, info: EngineInfo) -> None:
     num_prompt_tokens = len(submission.prompt_token_ids)
     if num_prompt_tokens == 0:
         raise InvalidRequestError("the prompt is empty; it must hold at least one token", param="prompt")
-    if num_prompt_tokens >= info.max_model_len:
+    pooling = submission.sampling.pooling
+    if num_prompt_tokens > info.max_model_len or (num_prompt_tokens == info.max_model_len and pooling is None):
         raise ContextLengthExceededError(
-            f"the prompt has {num_prompt_tokens} tokens, but the context holds {info.max_model_len} "
-            "with at least one output token",
+            f"the prompt has {num_prompt_tokens} tokens, but the context holds {info.max_model_len}"
+            + (" with at least one output token" if pooling is None else ""),
             param="prompt",
         )
     max_tokens = submission.sampling.max_tokens
-    if max_tokens is not None and num_prompt_tokens + max_tokens > info.max_model_len:
+    if pooling is None and max_tokens is not None and num_prompt_tokens + max_tokens > info.max_model_len:
         raise ContextLengthExceededError(
             f"the prompt has {num_prompt_tokens} tokens and max_tokens is {max_tokens}, together more than the "
             f"context of {info.max_model_len}; max_tokens may be {info.max_model_len - num_prompt_tokens} at most",
@@ -34,7 +35,6 @@ def check_submission(submission: Submission, info: EngineInfo) -> None:
         raise InvalidRequestError(f"the timeout is {submission.timeout_s} s; it must be positive", param="timeout_s")
     _check_token_ids("prompt", submission.prompt_token_ids, info.vocab_size)
     _check_sampling(submission.sampling, info.vocab_size)
-    pooling = submission.sampling.pooling
     if pooling is not None and pooling.dimensions is not None and pooling.dimensions > info.hidden_size:
         raise InvalidRequestError(
             f"dimensions is {pooling.dimensions}; this model's embeddings have {info.hidden_size}", param="dimensions"
@@ -48,6 +48,7 @@ def _check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
         ("banned_token_ids", list(sampling.banned_token_ids)),
         ("bad_words", [token_id for sequence in sampling.banned_sequences for token_id in sequence]),
         ("stop_token_ids", list(sampling.stop_token_ids)),
+        ("logprob_token_ids", list(sampling.logprob_token_ids)),
         ("labels", list(sampling.pooling.label_token_ids) if sampling.pooling is not None else []),
     ):
         _check_token_ids(name, token_ids, vocab_size)
@@ -66,6 +67,8 @@ def make_requests(submission: Submission, now_s: float, max_model_len: int) -> l
     sampling = submission.sampling
     num_prompt_tokens = len(submission.prompt_token_ids)
     max_num_tokens = min(max_model_len, num_prompt_tokens + (sampling.max_tokens or max_model_len))
+    if sampling.pooling is not None:
+        max_num_tokens = num_prompt_tokens + 1  # the last is never made, nor has a place
     base_seed = random.getrandbits(63) if sampling.seed is None else sampling.seed
     requests: list[Request] = []
     for index in range(sampling.n):

@@ -101,8 +101,8 @@ def create_app(
     context.batches = BatchRunner(context, FileStore(context.store.config.data_path))
     routes = [_Route(route.path, _endpoint(context, route.handler), methods=[route.method]) for route in ROUTES]
     routes += [
-        _Route("/openapi.json", _show_openapi(tenants.access), methods=["GET"]),
-        _Route("/docs", _show_docs, methods=["GET"]),
+        _Route("/openapi.json", _show_openapi(tenants.access, config.root_path), methods=["GET"]),
+        _Route("/docs", _show_docs(config.root_path), methods=["GET"]),
     ]
     app = Starlette(
         routes=routes,
@@ -145,7 +145,7 @@ class _Route(Route):
 
 def _middleware(config: ServerConfig, metrics: ServerMetrics, access: AccessControl) -> list[Middleware]:
     """The outermost first."""
-    found = [Middleware(RequestMiddleware, access=access, metrics=metrics)]
+    found = [Middleware(RequestMiddleware, access=access, metrics=metrics, root_path=config.root_path)]
     if config.cors_origins:
         from starlette.middleware.cors import CORSMiddleware
 
@@ -154,12 +154,13 @@ def _middleware(config: ServerConfig, metrics: ServerMetrics, access: AccessCont
     return found
 
 
-def _show_openapi(access: AccessControl) -> Callable[[Request], Awaitable[Response]]:
+def _show_openapi(access: AccessControl, root_path: str) -> Callable[[Request], Awaitable[Response]]:
     @cache
     def document(has_key: bool) -> dict[str, Any]:
         from pelton.serving.openapi import build_openapi
 
-        return build_openapi(ROUTES, PELTON_VERSION, has_key=has_key)
+        found = build_openapi(ROUTES, PELTON_VERSION, has_key=has_key)
+        return found | {"servers": [{"url": root_path}]} if root_path else found
 
     async def show(_: Request) -> Response:
         return JSONResponse(document(access.needs_key))
@@ -167,11 +168,14 @@ def _show_openapi(access: AccessControl) -> Callable[[Request], Awaitable[Respon
     return show
 
 
-async def _show_docs(_: Request) -> Response:
-    # For this page alone: the rest needs no more of FastAPI than the router below it.
-    from fastapi.openapi.docs import get_swagger_ui_html
+def _show_docs(root_path: str) -> Callable[[Request], Awaitable[Response]]:
+    async def show(_: Request) -> Response:
+        # For this page alone: the rest needs no more of FastAPI than the router below it.
+        from fastapi.openapi.docs import get_swagger_ui_html
 
-    return get_swagger_ui_html(openapi_url="/openapi.json", title="Pelton")
+        return get_swagger_ui_html(openapi_url=f"{root_path}/openapi.json", title="Pelton")
+
+    return show
 
 
 def _template_renderer(source: str | None, tokenizer: Tokenizer) -> TemplateRenderer | None:
@@ -242,6 +246,8 @@ async def _handle_http(request: Request, error: Exception) -> Response:
         problem, code = f"{request.method} is not allowed on {path}", "method_not_allowed"
     elif error.status_code == 404:
         problem, code = f"there is no {path} here", "not_found"
+        if f"/v1{path}" in {route.path for route in ROUTES}:
+            problem += f"; it is at /v1{path}: the base URL of a client ends with /v1"
     else:
         problem, code = str(error.detail), "invalid_request"
     answer = HTTPProblemError(error.status_code, problem, code=code, headers=dict(error.headers or {}))

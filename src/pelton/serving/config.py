@@ -19,6 +19,9 @@ class ServerConfig:
     tool_call_parser: str | None = setting(None, "how the model writes tool calls; default: as its chat template tells")
     enable_auto_tool_choice: bool = setting(True, "the model may choose by itself to call tools")
     reasoning_parser: str | None = setting(None, "how the model marks reasoning; default: as its chat template tells")
+    enable_force_include_usage: bool = setting(
+        False, "every chunk of a stream reports usage, whatever stream_options says"
+    )
     request_timeout_s: float = setting(600.0, "deadline of a request that brings none; 0: none")
     drain_timeout_s: float = setting(30.0, "on SIGTERM, how long running requests may take to finish")
     max_body_bytes: int = setting(32 * 2**20, "largest request body")
@@ -39,6 +42,7 @@ class ServerConfig:
     cors_origins: tuple[str, ...] = setting(
         (), "origins that browsers may call from; default: none", alias="--allowed-origins"
     )
+    root_path: str = setting("", "path that a proxy leaves before all others, such as /llm; both ways are answered")
     ssl_certfile: str | None = setting(None, "PEM file with the certificate chain: HTTPS instead of HTTP")
     ssl_keyfile: str | None = setting(None, "PEM file with the certificate's private key")
     max_header_bytes: int = setting(64 * 2**10, "largest head of a request: its line and all its headers")
@@ -64,6 +68,8 @@ class ServerConfig:
         for name in ("max_file_bytes", "max_stored_bytes", "max_batch_lines", "batch_concurrency"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.root_path and (self.root_path[0] != "/" or self.root_path[-1] == "/"):
+            raise ConfigError(f"root_path is {self.root_path!r}; it must begin with a slash and end without one")
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             raise ConfigError("ssl_certfile and ssl_keyfile go together")
         for name in ("max_header_bytes", "header_timeout_s", "max_body_bytes", "max_stored_responses"):

@@ -185,6 +185,7 @@ class ServingContext:
                 )
                 self.tenants.begin(ticket, submission_id, len(prompt), sampling.n)
                 streams.append(self.client.submit(submission))
+                self.metrics.observe_parameters(sampling)
         except BaseException:
             self.tenants.drop(ticket, submission_id)
             for stream in streams:

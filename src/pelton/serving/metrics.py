@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.exposition import generate_latest
 
+from pelton.core.errors import QueueFullError
 from pelton.core.events import EngineInfo, EngineStats, EventKind, RequestEvent
+from pelton.core.sampling_params import SamplingParams
 from pelton.core.session import TenancyStats
 from pelton.engine.wire import EngineUpdate
 from pelton.serving.histogram import BucketCounts
@@ -20,10 +22,20 @@ from pelton.serving.tenancy_metrics import TenancyMetrics
 MAX_TENANTS = 100
 OTHER_TENANT = "other"
 _LABELS = ("model_name", "engine")
+_CACHE_LABELS = (
+    "block_size",
+    "num_gpu_blocks",
+    "enable_prefix_caching",
+    "cache_dtype",
+    "kv_cache_size_tokens",
+    "kv_cache_max_concurrency",
+)
 _TTFT_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
 _ITL_BUCKETS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 _REQUEST_BUCKETS = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920)
 _LENGTH_BUCKETS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
+_N_BUCKETS = (1, 2, 5, 10, 20)
+_PREEMPTION_BUCKETS = (1, 2, 3, 4, 5, 10, 20)
 _STEP_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 # Counters that copy a total of the engine: metric name without `_total` -> (field of EngineStats, help).
 _COUNTERS = {
@@ -57,6 +69,9 @@ _REQUEST_HISTOGRAMS = {
     "vllm:request_decode_time_seconds": ("From the first token to the end", _REQUEST_BUCKETS),
     "vllm:request_prompt_tokens": ("Prompt tokens of a sequence", _LENGTH_BUCKETS),
     "vllm:request_generation_tokens": ("Generated tokens of a sequence", _LENGTH_BUCKETS),
+    "vllm:request_num_preemptions": ("How often a sequence was preempted", _PREEMPTION_BUCKETS),
+    "vllm:request_params_n": ("The parameter n of a prompt", _N_BUCKETS),
+    "vllm:request_params_max_tokens": ("The parameter max_tokens of a prompt, where it has one", _LENGTH_BUCKETS),
     "vllm:iteration_tokens_total": ("Prompt tokens computed and tokens made in a step", _STEP_BUCKETS),
 }
 # Detail of a FINISHED event -> value of `finished_reason`; anything else is an error.
@@ -70,6 +85,7 @@ class _Timeline:
     tenant: str
     scheduled_s: float | None = None
     first_token_s: float | None = None
+    num_preemptions: int = 0
 
 
 class ServerMetrics:
@@ -108,9 +124,16 @@ class ServerMetrics:
         self._cache_config = Gauge(
             "vllm:cache_config_info",
             "The KV cache's settings",
-            (*_LABELS, "block_size", "num_gpu_blocks", "enable_prefix_caching", "cache_dtype"),
+            (*_LABELS, *_CACHE_LABELS),
             registry=self.registry,
         )
+        # vLLM's, of its bounded queue; ours counts all that is refused.
+        self._queue_rejections = Counter(
+            "vllm:admission_rejections",
+            "Requests refused because the queue is full",
+            ("model_name", "reason"),
+            registry=self.registry,
+        ).labels(model_name, "max_num_queued_reqs")
         self._rejections = Counter(
             "pelton:admission_rejections", "Requests refused", (*_LABELS, "reason"), registry=self.registry
         )
@@ -129,9 +152,10 @@ class ServerMetrics:
 
     def set_info(self, info: EngineInfo) -> None:
         self._cache_config.clear()
-        self._cache_config.labels(
-            *self._label_values, info.block_size, info.num_blocks, info.enable_prefix_caching, info.dtype
-        ).set(1)
+        num_tokens = info.num_blocks * info.block_size
+        concurrency = round(num_tokens / info.max_model_len, 2)
+        settings = (info.block_size, info.num_blocks, info.enable_prefix_caching, info.dtype, num_tokens, concurrency)
+        self._cache_config.labels(*self._label_values, *settings).set(1)
 
     def clear_gauges(self) -> None:
         """There is no engine at the moment, so nothing runs or waits."""
@@ -159,6 +183,16 @@ class ServerMetrics:
     def count_rejection(self, reason: str) -> None:
         """`reason` is the code of a typed error, of which there are few."""
         self._rejections.labels(*self._label_values, reason).inc()
+        if reason == QueueFullError.code:
+            self._queue_rejections.inc()
+
+    def observe_parameters(self, sampling: SamplingParams) -> None:
+        """Of a prompt that the engine took."""
+        if sampling.pooling is not None:
+            return
+        self._histograms["vllm:request_params_n"].observe(sampling.n)
+        if sampling.max_tokens is not None:
+            self._histograms["vllm:request_params_max_tokens"].observe(sampling.max_tokens)
 
     def count_response(self, path: str, status: int) -> None:
         """`path` is that of a route."""
@@ -207,6 +241,8 @@ class ServerMetrics:
             if known.scheduled_s is not None:
                 prefill_s = event.time_s - known.scheduled_s
                 self._histograms["vllm:request_prefill_time_seconds"].observe(prefill_s)
+        elif event.kind is EventKind.PREEMPTED:
+            known.num_preemptions += 1
         elif event.kind is EventKind.FINISHED:
             del self._timelines[event.request_id]
             self._finish(known, event)
@@ -219,6 +255,7 @@ class ServerMetrics:
         histograms["vllm:e2e_request_latency_seconds"].observe(event.time_s - known.queued_s)
         histograms["vllm:request_prompt_tokens"].observe(known.num_prompt_tokens)
         histograms["vllm:request_generation_tokens"].observe(event.num_tokens)
+        histograms["vllm:request_num_preemptions"].observe(known.num_preemptions)
         if known.scheduled_s is not None:
             histograms["vllm:request_inference_time_seconds"].observe(event.time_s - known.scheduled_s)
         if known.first_token_s is not None:

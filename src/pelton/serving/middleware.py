@@ -36,8 +36,9 @@ def with_server_send(app: ASGIApp) -> ASGIApp:
 
 
 class RequestMiddleware:
-    def __init__(self, app: ASGIApp, *, access: AccessControl, metrics: ServerMetrics) -> None:
+    def __init__(self, app: ASGIApp, *, access: AccessControl, metrics: ServerMetrics, root_path: str = "") -> None:
         self._app = app
+        self._root_path = root_path
         self._access = access
         self._metrics = metrics
 
@@ -46,6 +47,8 @@ class RequestMiddleware:
             await self._app(scope, receive, send)
             return
         started_s = time.perf_counter()
+        if self._root_path and scope["path"].startswith(self._root_path + "/"):
+            scope["path"] = scope["path"][len(self._root_path) :]
         headers = Headers(scope=scope)
         request_id = headers.get("x-request-id", "")
         if not _REQUEST_ID.fullmatch(request_id):

@@ -33,15 +33,14 @@ _HEADERS = (
     ("X-Session-Id", ID_PATTERN, "The conversation that this is a turn of; found by its prefix without it."),
     ("X-Program-Id", ID_PATTERN, "The agent run that the session belongs to."),
 )
-# Of /v1/completions: one of four forms. The struct takes mixtures of them, which the handler refuses.
+# Of /v1/completions: one of three forms. The struct takes mixtures of them, which the handler refuses.
 _TOKEN_IDS = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}}
 _TEXT = {"type": "string", "minLength": 1}
 _PROMPT = {
     "anyOf": [
         _TEXT,
-        {"type": "array", "minItems": 1, "items": _TEXT},
         _TOKEN_IDS,
-        {"type": "array", "minItems": 1, "items": _TOKEN_IDS},
+        {"type": "array", "minItems": 1, "items": {"anyOf": [_TEXT, _TOKEN_IDS]}},
     ]
 }
 # Of /v1/responses, which decodes items one by one. Without it, previous_response_id has to be there.
@@ -63,12 +62,12 @@ def build_openapi(routes: tuple[Route, ...], version: str, *, has_key: bool) -> 
     structs: dict[str, type[msgspec.Struct]] = {}
     for route in routes:
         structs.update(
-            (kind.__name__, kind) for kind in (route.body, route.answer, route.chunk, route.error) if kind is not None
+            (kind.__name__, kind) for kind in (route.body, route.answer, route.item, route.chunk, route.error) if kind
         )
     structs.update((kind.__name__, kind) for kind in (InputItem, ContentPart, ResponseTool))
     _, schemas = msgspec.json.schema_components(structs.values(), ref_template="#/components/schemas/{name}")
     schemas["CompletionRequest"]["properties"]["prompt"] = _PROMPT
-    schemas["EmbeddingRequest"]["properties"]["input"] = _PROMPT
+    schemas["EmbeddingRequest"]["properties"]["input"] = {"anyOf": [*_PROMPT["anyOf"], {"type": "null"}]}
     for name in ("ResponseRequest", "InputTokensRequest", "CompactRequest"):
         schemas[name]["properties"]["input"] = _ITEMS
     components: dict[str, Any] = {"schemas": schemas}
@@ -107,6 +106,9 @@ def _operation(route: Route, *, has_key: bool) -> dict[str, Any]:
     content: dict[str, Any] = {route.media_type: {"schema": {"type": "string"}}}
     if route.answer is not None:
         content = {"application/json": _schema(route.answer)}
+    if route.answer is not None and route.item is not None:
+        items = {"type": "array", "items": _schema(route.item)["schema"]}
+        content = {"application/json": {"schema": {"anyOf": [_schema(route.answer)["schema"], items]}}}
     if route.chunk is not None:
         # The schema is that of one event.
         description = f"{route.chunk.__name__} as JSON, or an {route.error.__name__}; the last event tells of the end"

@@ -18,6 +18,7 @@ from pelton.serving.caller import Caller, caller_of
 from pelton.serving.context import ServingContext
 from pelton.serving.errors import ClientDisconnectedError
 from pelton.serving.generation import collect
+from pelton.serving.openai.parameters import cut
 from pelton.serving.openai.pooling_requests import PoolingRequest, PoolingUsage
 
 # Prompts of one request that are with the engine at a time: the queue is everybody's.
@@ -50,15 +51,15 @@ class Pooling:
         context, request = self._context, self._request
 
         def encode(text: str) -> list[int]:
-            return context.encode(text, add_special_tokens=request.add_special_tokens, param=param)
+            return context.encode(text, add_special_tokens=request.add_special_tokens is not False, param=param)
 
         prompts = []
         for index, part in enumerate(parts):
             prompt = await context.prepare(encode, part) if isinstance(part, str) else part
             num_kept = request.truncate_prompt_tokens
             if num_kept is not None:
-                num_kept = num_kept if num_kept >= 0 else context.max_model_len - 1
-                prompt = prompt[max(0, len(prompt) - num_kept) :]
+                num_kept = num_kept if num_kept >= 0 else context.max_model_len
+                prompt = cut(prompt, num_kept, request.truncation_side)
             if not prompt:
                 raise InvalidRequestError(f"{param}[{index}] holds no token; it must hold at least one", param=param)
             prompts.append(prompt)
@@ -85,7 +86,7 @@ class Pooling:
 class ComputedAnswer(Response):
     """Answers with what `compute` makes; a client that goes away ends it within one step."""
 
-    def __init__(self, compute: Callable[[], Awaitable[msgspec.Struct]]) -> None:
+    def __init__(self, compute: Callable[[], Awaitable[msgspec.Struct | Sequence[msgspec.Struct]]]) -> None:
         super().__init__(media_type="application/json")
         self._compute = compute
 

@@ -29,6 +29,7 @@ class Route:
     body: type[msgspec.Struct] | None = None
     query: type[msgspec.Struct] | None = None
     chunk: type[msgspec.Struct] | None = None  # of its stream
+    item: type[msgspec.Struct] | None = None  # the answer may be a list of these
     errors: tuple[int, ...] = ()
     error: type[msgspec.Struct] = ErrorResponse
     is_admin: bool = False  # needs a key of the scope `admin`, always

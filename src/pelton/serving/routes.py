@@ -173,6 +173,7 @@ ROUTES = (
             summary="Documents in the order of their relevance to a query",
             body=pooling_requests.RerankRequest,
             answer=pooling_requests.Ranking,
+            item=pooling_requests.RankedText,
             errors=GENERATION_ERRORS,
             has_tenant=True,
         )
@@ -195,6 +196,14 @@ ROUTES = (
         summary="One served model",
         answer=responses.ModelInfo,
         errors=(401, 403, 404),
+    ),
+    Route(
+        method="DELETE",
+        path="/v1/models/{model:path}",
+        handler=adapters.delete_model,
+        summary="Unload the adapter of that name",
+        answer=responses.DeletedModel,
+        errors=(401, 403, 404, 503),
     ),
     Route(
         method="POST",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache, partial
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -15,17 +16,19 @@ from starlette.responses import Response
 from pelton.core.errors import ConfigError, InvalidRequestError
 from pelton.core.pooling import PoolingParams
 from pelton.serving.config import ServerConfig
-from pelton.serving.context import ServingContext, new_answer_id, now_unix_s
+from pelton.serving.context import CUT_SLACK_TOKENS, ServingContext, new_answer_id, now_unix_s
 from pelton.serving.openai.embeddings import as_floats
+from pelton.serving.openai.parameters import check_belongs
 from pelton.serving.openai.pooling_requests import (
     DocumentText,
-    PoolingRequest,
     RankedDocument,
+    RankedText,
     Ranking,
     RerankRequest,
     Score,
     ScoreList,
     ScoreRequest,
+    ScoringRequest,
 )
 from pelton.serving.openai.requests import check_supported
 from pelton.serving.pooling import ComputedAnswer, Pooled, Pooling
@@ -42,16 +45,19 @@ _QUESTION = (
     "<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n<Instruct>: {instruction}\n<Query>: {query}\n"
     "<Document>: {document}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 )
+QUERY_NAMES = ("text_1", "queries", "data_1")
+DOCUMENT_NAMES = ("text_2", "documents", "items", "data_2")
+_CHARS_PER_TOKEN = 8  # a first guess
 _CONTROL_MARKS = ("<|im_start|>", "<|im_end|>")
 
 
 async def create_score(context: ServingContext, http_request: Request) -> Response:
     context.check_ready()
     request = await read_json_body(http_request, ScoreRequest, context.config.max_body_bytes)
-    pairs = _pairs(request)
+    first, second = _side(request, QUERY_NAMES), _side(request, DOCUMENT_NAMES)
     answer_id = new_answer_id("score")
-    scorer = _Scorer(context, request, http_request, answer_id, request.instruction)
-    await scorer.prepare(pairs, ("text_1", "text_2"))
+    scorer = _Scorer(context, request, http_request, answer_id)
+    await scorer.prepare(_pairs(request, first, second), (first, second))
 
     async def compute() -> ScoreList:
         scores, pooled = await scorer.run()
@@ -69,14 +75,26 @@ async def create_score(context: ServingContext, http_request: Request) -> Respon
 async def create_ranking(context: ServingContext, http_request: Request) -> Response:
     context.check_ready()
     request = await read_json_body(http_request, RerankRequest, context.config.max_body_bytes)
-    documents = [part if isinstance(part, str) else part.text for part in request.documents]
+    if (request.documents is None) == (request.texts is None):
+        raise InvalidRequestError(
+            "send either documents or texts", param="documents", code="missing_required_parameter"
+        )
+    if request.texts is None:
+        check_belongs(request, ("return_text",), "texts")
+    documents = [part if isinstance(part, str) else part.text for part in request.documents or request.texts or ()]
+    name = "documents" if request.texts is None else "texts"
     answer_id = new_answer_id("rerank")
-    scorer = _Scorer(context, request, http_request, answer_id, request.instruction)
-    await scorer.prepare([(request.query, document) for document in documents], ("query", "documents"))
+    scorer = _Scorer(context, request, http_request, answer_id)
+    await scorer.prepare([(request.query, document) for document in documents], ("query", name))
 
-    async def compute() -> Ranking:
+    async def compute() -> Ranking | list[RankedText]:
         scores, pooled = await scorer.run()
-        order = sorted(range(len(scores)), key=lambda index: -scores[index])
+        order = sorted(range(len(scores)), key=lambda index: -scores[index])[: request.top_n or None]
+        if request.texts is not None:
+            return [
+                RankedText(index=index, score=scores[index], text=documents[index] if request.return_text else None)
+                for index in order
+            ]
         return Ranking(
             id=answer_id,
             model=request.model or context.model.names[0],
@@ -86,7 +104,7 @@ async def create_ranking(context: ServingContext, http_request: Request) -> Resp
                     relevance_score=scores[index],
                     document=DocumentText(text=documents[index]) if request.return_documents else None,
                 )
-                for index in order[: request.top_n or len(order)]
+                for index in order
             ],
             usage=pooled.usage,
         )
@@ -94,15 +112,28 @@ async def create_ranking(context: ServingContext, http_request: Request) -> Resp
     return ComputedAnswer(compute)
 
 
-def _pairs(request: ScoreRequest) -> list[tuple[str, str]]:
-    first = [request.text_1] if isinstance(request.text_1, str) else request.text_1
-    second = [request.text_2] if isinstance(request.text_2, str) else request.text_2
+def _side(request: ScoreRequest, names: tuple[str, ...]) -> str:
+    """The one of `names` that was sent."""
+    sent = [name for name in names if getattr(request, name) is not None]
+    if not sent:
+        raise InvalidRequestError(f"{names[0]} is required", param=names[0], code="missing_required_parameter")
+    if len(sent) > 1:
+        raise InvalidRequestError(f"{' and '.join(sent)} name the same texts: send one", param=sent[1])
+    return sent[0]
+
+
+def _pairs(request: ScoreRequest, first_name: str, second_name: str) -> list[tuple[str, str]]:
+    first, second = (
+        [texts] if isinstance(texts, str) else texts
+        for texts in (getattr(request, first_name), getattr(request, second_name))
+    )
     if len(first) == 1:
         first = first * len(second)
     if len(first) != len(second):
         raise InvalidRequestError(
-            f"text_1 has {len(first)} texts and text_2 {len(second)}; send one in text_1, or as many in both",
-            param="text_1",
+            f"{first_name} has {len(first)} texts and {second_name} {len(second)}; "
+            f"send one in {first_name}, or as many in both",
+            param=first_name,
         )
     return list(zip(first, second, strict=True))
 
@@ -111,10 +142,9 @@ class _Scorer:
     def __init__(
         self,
         context: ServingContext,
-        request: PoolingRequest,
+        request: ScoringRequest,
         http_request: Request,
         answer_id: str,
-        instruction: str | None,
     ) -> None:
         check_supported(request)
         context.check_model(request.model)
@@ -123,7 +153,7 @@ class _Scorer:
             raise InvalidRequestError(
                 f"this server scores by the answers {' and '.join(self._labels)}; leave pooling out", param="pooling"
             )
-        if instruction is not None and not self._labels:
+        if request.instruction is not None and not self._labels:
             raise InvalidRequestError(
                 "instruction is for rerankers; this server scores by the cosine of embeddings: put it into the texts",
                 param="instruction",
@@ -131,7 +161,7 @@ class _Scorer:
             )
         self._context = context
         self._request = request
-        self._instruction = instruction or _INSTRUCTION
+        self._instruction = request.instruction or _INSTRUCTION
         self._pooling = Pooling(context, request, http_request, answer_id)
         self._prompts: list[list[int]] = []
         self._places: list[tuple[int, int]] = []  # per pair: the prompts of its embeddings
@@ -141,6 +171,9 @@ class _Scorer:
         for texts, param in zip(zip(*pairs, strict=True), params, strict=True):
             if not all(texts):
                 raise InvalidRequestError(f"{param} holds an empty text", param=param)
+        limits = (self._request.max_tokens_per_query, self._request.max_tokens_per_doc)
+        if any(limits):
+            pairs = await self._context.prepare(self._shortened, pairs, limits)
         if self._labels:
             questions = [self._question(query, document) for query, document in pairs]
             self._prompts = await self._pooling.tokenize(questions, params[1])
@@ -164,6 +197,11 @@ class _Scorer:
         scores = [math.fsum(map(float.__mul__, vectors[first], vectors[second])) for first, second in self._places]
         return scores, pooled
 
+    def _shortened(self, pairs: Sequence[tuple[str, str]], limits: tuple[int, int]) -> list[tuple[str, str]]:
+        """The first tokens of each text, as text, for they go into a question. Slow: runs in the pool."""
+        shorten = cache(partial(_first_tokens, self._context.tokenizer))
+        return [(shorten(first, limits[0]), shorten(second, limits[1])) for first, second in pairs]
+
     def _question(self, query: str, document: str) -> str:
         for text in (query, document, self._instruction):
             if any(mark in text for mark in _CONTROL_MARKS):
@@ -172,6 +210,19 @@ class _Scorer:
 
     def _label_ids(self) -> tuple[int, ...]:
         return tuple(self._context.tokenizer.encode(label, add_special_tokens=False)[0] for label in self._labels)
+
+
+def _first_tokens(tokenizer: Tokenizer, text: str, most: int) -> str:
+    """Of a text, which may be far longer; 0: all."""
+    num_chars = 0
+    token_ids: list[int] = []
+    while most and num_chars < len(text) and len(token_ids) <= most + CUT_SLACK_TOKENS:
+        num_chars = max(2 * num_chars, most * _CHARS_PER_TOKEN)
+        token_ids = tokenizer.encode(text[:num_chars], add_special_tokens=False)
+    if len(token_ids) <= most:
+        return text
+    # What a cut within a character leaves of it is no text.
+    return tokenizer.decode(token_ids[:most], skip_special_tokens=False).rstrip("\ufffd")
 
 
 def check_score_tokens(config: ServerConfig, tokenizer: Tokenizer) -> None:

@@ -25,6 +25,7 @@ from pelton.worker.models.registry import Model, compile_model
 from pelton.worker.pooling.pooler import Pooler
 from pelton.worker.request_state import RequestState, RequestStates
 from pelton.worker.sampling.grammar import GrammarMasks, GrammarMatchers
+from pelton.worker.sampling.picked_logprobs import picked_logprobs, with_picked
 from pelton.worker.sampling.sampler import LateSamples, Sampler, Samples, TokenMask
 from pelton.worker.sampling.thinking import only
 
@@ -240,12 +241,14 @@ class ModelRunner:
         while self._running:  # penalties follow from all tokens before
             self._end_oldest()
         states = [row.state for row in rows]
+        picked = picked_logprobs(self._sampler, logits, [state.sampling for state in states])
         samples = self._sampler.sample(
             logits,
             [state.sampling_row for state in states],
             [len(state.output_token_ids) for state in states],
             with_forced_tokens(_without_banned(states, masks), states, logits.shape[1]),
         )
+        samples.logprobs.update(with_picked(samples.logprobs, picked))
         self._take_samples(rows, samples, answers)
 
     def _take_samples(self, rows: Sequence[StepRow], samples: Samples, answers: _Answers) -> None:

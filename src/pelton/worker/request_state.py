@@ -74,7 +74,12 @@ class RequestState:
     @property
     def may_be_late(self) -> bool:
         """Whether nothing here needs to know a token before the next is sampled."""
-        return self.grammar is None and self.thinking is None and self.banned is None
+        return (
+            self.grammar is None
+            and self.thinking is None
+            and self.banned is None
+            and not self.sampling.logprob_token_ids  # which are read from logits that are not edited yet
+        )
 
     def known_token_ids(self, scheduled: ScheduledRequest) -> tuple[int, ...]:
         """The step's tokens, with what was sampled here in place of `PENDING_TOKEN_ID`; it stays where that is late.

@@ -1,4 +1,7 @@
-"""POST /v1/load_lora_adapter and /v1/unload_lora_adapter, in vLLM's shapes, for those who are let."""
+"""POST /v1/load_lora_adapter and /v1/unload_lora_adapter, in vLLM's shapes, for those who are let.
+
+And DELETE /v1/models/{model}, in OpenAI's.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,10 @@ from starlette.responses import PlainTextResponse, Response
 
 from pelton.core.errors import ConfigError, InvalidRequestError, PeltonError
 from pelton.serving.context import ServingContext
-from pelton.serving.errors import HTTPProblemError
+from pelton.serving.errors import HTTPProblemError, json_response
 from pelton.serving.logs import Logger
 from pelton.serving.openai.requests import check_supported, neutral
+from pelton.serving.openai.responses import DeletedModel
 from pelton.serving.request_body import read_json_body
 
 _log = Logger()
@@ -65,10 +69,27 @@ async def unload_lora_adapter(context: ServingContext, http_request: Request) ->
     return PlainTextResponse(f"Success: LoRA adapter '{request.lora_name}' removed successfully.")
 
 
-def _check_allowed(context: ServingContext) -> None:
+async def delete_model(context: ServingContext, http_request: Request) -> Response:
+    """OpenAI's way to give up a fine-tuned model: the adapter of that name is unloaded."""
+    name = http_request.path_params["model"]
+    context.check_model(name)
+    if name in context.model.names:
+        raise HTTPProblemError(
+            403,
+            f"{name!r} is the model that this server was started with; only adapters are deleted",
+            code="not_allowed",
+        )
+    _check_allowed(context, 403)
+    context.check_ready()
+    await context.client.adapters.unload(name)
+    _log.info("adapter unloaded", name=name)
+    return json_response(DeletedModel(id=name))
+
+
+def _check_allowed(context: ServingContext, status: int = 404) -> None:
     if not context.config.allow_runtime_lora_updating:
         raise HTTPProblemError(
-            404,
+            status,
             "adapters of this server are not changed while it runs: start it with --allow-runtime-lora-updating",
             code="not_enabled",
         )

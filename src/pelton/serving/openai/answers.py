@@ -46,11 +46,11 @@ def add_events(delta: ChatDelta, events: Iterable[AnswerEvent]) -> None:
         delta.tool_calls = calls
 
 
-def response_message(answer: ParsedAnswer, before: str = "") -> ChatResponseMessage:
-    """`before` is text that goes ahead of the content."""
+def response_message(answer: ParsedAnswer, before: str = "", *, reports_reasoning: bool = False) -> ChatResponseMessage:
+    """`before` is text that goes ahead of the content. A model that reasons tells where there was none, too."""
     content = before + (answer.content or "")
     message = ChatResponseMessage(content=content if content or not answer.tool_calls else None)
-    if answer.reasoning is not None:
+    if answer.reasoning is not None or reports_reasoning:
         message.reasoning = message.reasoning_content = answer.reasoning
     if answer.tool_calls:
         message.tool_calls = [

@@ -13,13 +13,14 @@ from pelton.core.errors import InvalidRequestError
 from pelton.core.sampling_params import SamplingParams
 from pelton.serving.caller import answered_tools, caller_of
 from pelton.serving.context import ServingContext, new_answer_id, now_unix_s
-from pelton.serving.conversation import Conversation, PreparedTurn, constrain_turn, prepare_turn
+from pelton.serving.conversation import Conversation, PreparedTurn, constrain_turn, prepare_turn, render
 from pelton.serving.generation import PromptResult, SequenceResult
 from pelton.serving.openai.answers import finish_reason_name, response_message
 from pelton.serving.openai.chunks import AnswerOptions, ChatChunkEncoder, UsageCounter
 from pelton.serving.openai.logprobs import chat_logprobs, prompt_logprobs
 from pelton.serving.openai.messages import template_messages
-from pelton.serving.openai.parameters import truncated, without_bad_words
+from pelton.serving.openai.parameters import truncated, usage_reports, without_bad_words
+from pelton.serving.openai.pooling_requests import EmbeddingRequest
 from pelton.serving.openai.requests import ChatRequest, TokenizeRequest, check_supported
 from pelton.serving.openai.responses import ChatChoice, ChatCompletion
 from pelton.serving.openai.sampling import chat_sampling
@@ -61,7 +62,17 @@ async def create_chat_completion(context: ServingContext, http_request: Request)
     return EventStream(generation, encoder, before_last=lambda: keep(build(encoder.results)))
 
 
-def chat_conversation(context: ServingContext, request: ChatRequest | TokenizeRequest) -> Conversation:
+def chat_token_ids(context: ServingContext, request: TokenizeRequest | EmbeddingRequest) -> list[int]:
+    """Of a conversation that nobody answers. Slow: runs in the pool."""
+    conversation = chat_conversation(context, request)
+    return context.encode(
+        render(context, conversation), add_special_tokens=conversation.add_special_tokens, param=conversation.param
+    )
+
+
+def chat_conversation(
+    context: ServingContext, request: ChatRequest | TokenizeRequest | EmbeddingRequest
+) -> Conversation:
     assert request.messages
     if request.continue_final_message and request.add_generation_prompt:
         raise InvalidRequestError(
@@ -77,6 +88,8 @@ def chat_conversation(context: ServingContext, request: ChatRequest | TokenizeRe
         add_special_tokens=bool(request.add_special_tokens),
         variables=request.chat_template_kwargs,
     )
+    if isinstance(request, EmbeddingRequest):
+        return conversation
     if isinstance(request, TokenizeRequest):
         return replace(conversation, tool_use=tool_use(request.tools, None, is_parallel=True, enable_auto=True))
     use = tool_use(
@@ -107,7 +120,7 @@ def _answer_options(
     *,
     is_named_tool: bool,
 ) -> AnswerOptions:
-    stream_options = request.stream_options
+    include_usage, continuous_usage = usage_reports(context, request)
     last = request.messages[-1]
     echo_text = template_messages([last])[0]["content"] if request.echo and last.role == "assistant" else None
     return AnswerOptions(
@@ -118,11 +131,11 @@ def _answer_options(
         prompts=[turn.token_ids],
         n=sampling.n,
         spelling=context.spelling_of_ids if request.return_tokens_as_token_ids else context.spelling,
-        logprobs=sampling.logprobs,
+        logprobs=sampling.num_top_logprobs,
         skip_special_tokens=sampling.skip_special_tokens,
         return_token_ids=bool(request.return_token_ids),
-        include_usage=stream_options is not None and bool(stream_options.include_usage),
-        continuous_usage=stream_options is not None and stream_options.has_continuous_usage,
+        include_usage=include_usage,
+        continuous_usage=continuous_usage,
         echo_texts=[echo_text] if echo_text is not None else None,
         plan=turn.plan,
         reports_reasoning=turn.reports_reasoning,
@@ -166,7 +179,7 @@ def _choice(options: AnswerOptions, index: int, sequence: SequenceResult, usage:
     answer = _parse(options.plan, sequence, usage)
     return ChatChoice(
         index=index,
-        message=response_message(answer, echo_text),
+        message=response_message(answer, echo_text, reports_reasoning=options.reports_reasoning),
         finish_reason=finish_reason_name(
             sequence.finish_reason, len(answer.tool_calls), is_named=options.is_named_tool
         ),

@@ -15,7 +15,7 @@ from pelton.serving.context import ServingContext, new_answer_id, now_unix_s
 from pelton.serving.generation import PromptResult
 from pelton.serving.openai.chunks import FINISH_REASONS, AnswerOptions, CompletionChunkEncoder, UsageCounter
 from pelton.serving.openai.logprobs import CompletionLogprobsBuilder, prompt_logprobs
-from pelton.serving.openai.parameters import best_sequences, truncated, without_bad_words
+from pelton.serving.openai.parameters import best_sequences, truncated, usage_reports, without_bad_words
 from pelton.serving.openai.requests import MAX_LISTED_TOKENS, CompletionRequest, check_supported
 from pelton.serving.openai.responses import Completion, CompletionChoice
 from pelton.serving.openai.sampling import completion_sampling
@@ -68,29 +68,27 @@ def _check_prompt_length(most: int, prompt: str | Sequence[object]) -> None:
         raise InvalidRequestError(f"{len(prompt)} prompts in one request; at most {MAX_PROMPTS}", param="prompt")
 
 
-def prompt_parts(prompt: str | list[str | int | list[int]], param: str) -> list[str] | list[list[int]]:
-    """The prompts in one of the four forms, as a list of prompts."""
+def prompt_parts(prompt: str | list[str | int | list[int]], param: str) -> Sequence[str | list[int]]:
+    """A text, token ids, or a list of such."""
     if isinstance(prompt, str):
         return [prompt]
     if not prompt:
         raise InvalidRequestError(f"{param} is empty", param=param)
-    kinds = {type(part) for part in prompt}
-    if len(kinds) > 1:
+    token_ids = [part for part in prompt if isinstance(part, int)]
+    if len(token_ids) == len(prompt):
+        return [token_ids]
+    if token_ids:
         raise InvalidRequestError(
-            f"{param} mixes texts, token ids and lists of token ids; it must be of one kind", param=param
+            f"{param} mixes token ids with texts or lists of them; send one list of token ids, or texts and lists",
+            param=param,
         )
-    (kind,) = kinds
-    if kind is int:
-        return [[part for part in prompt if isinstance(part, int)]]
-    if kind is str:
-        return [part for part in prompt if isinstance(part, str)]
-    return [part for part in prompt if isinstance(part, list)]
+    return [part for part in prompt if not isinstance(part, int)]
 
 
 def _answer_options(
     context: ServingContext, request: CompletionRequest, sampling: SamplingParams, prompts: list[list[int]]
 ) -> AnswerOptions:
-    stream_options = request.stream_options
+    include_usage, continuous_usage = usage_reports(context, request)
     echo_texts = None
     if request.echo:
         parts = prompts if request.truncate_prompt_tokens is not None else prompt_parts(request.prompt, "prompt")
@@ -106,11 +104,11 @@ def _answer_options(
         prompts=prompts,
         n=request.n or 1,
         spelling=context.spelling_of_ids if request.return_tokens_as_token_ids else context.spelling,
-        logprobs=request.logprobs,
+        logprobs=None if request.logprobs is None else sampling.num_top_logprobs,
         skip_special_tokens=sampling.skip_special_tokens,
         return_token_ids=bool(request.return_token_ids),
-        include_usage=stream_options is not None and bool(stream_options.include_usage),
-        continuous_usage=stream_options is not None and stream_options.has_continuous_usage,
+        include_usage=include_usage,
+        continuous_usage=continuous_usage,
         echo_texts=echo_texts,
         drop_output=request.max_tokens == 0,
     )

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
+from msgspec import Struct
+
+from pelton.core.errors import InvalidRequestError
 from pelton.core.sampling_params import SamplingParams
 from pelton.serving.context import ServingContext
 from pelton.serving.generation import SequenceResult
@@ -12,16 +16,36 @@ from pelton.serving.openai.requests import GenerationRequest
 from pelton.weights.tokenizer import Tokenizer
 
 
+def check_belongs(request: Struct, names: tuple[str, ...], owner: str) -> None:
+    """Raise for one of `names` that was sent, though `owner`, without which it says nothing, was not."""
+    for name in names:
+        if getattr(request, name) not in (None, False):
+            raise InvalidRequestError(f"{name} belongs to {owner}, which was not sent", param=name)
+
+
 def truncated(
     context: ServingContext, prompt: list[int], request: GenerationRequest, sampling: SamplingParams
 ) -> list[int]:
-    """The last tokens of `prompt` that `truncate_prompt_tokens` keeps; -1: as many as leave room for the answer."""
+    """What `truncate_prompt_tokens` keeps of `prompt`; -1: as many as leave room for the answer."""
     num_kept = request.truncate_prompt_tokens
     if num_kept is None:
         return prompt
     if num_kept < 0:
         num_kept = max(1, context.max_model_len - (sampling.max_tokens or 1))
-    return prompt[len(prompt) - num_kept :] if num_kept < len(prompt) else prompt
+    return cut(prompt, num_kept, request.truncation_side)
+
+
+def cut(prompt: list[int], num_kept: int, side: Literal["left", "right"] | None) -> list[int]:
+    """The last tokens, or the first where the right side is cut off."""
+    return prompt[:num_kept] if side == "right" else prompt[max(0, len(prompt) - num_kept) :]
+
+
+def usage_reports(context: ServingContext, request: GenerationRequest) -> tuple[bool, bool]:
+    """Whether a stream ends with a chunk of usage, and whether each of its chunks reports it."""
+    if context.config.enable_force_include_usage:
+        return True, True
+    options = request.stream_options
+    return options is not None and bool(options.include_usage), options is not None and options.has_continuous_usage
 
 
 async def without_bad_words(

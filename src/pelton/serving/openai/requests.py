@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from pelton.core.errors import InvalidRequestError
-from pelton.core.sampling_params import MAX_LOGPROBS, MAX_N, MAX_SEED, MAX_STOP_STRINGS
+from pelton.core.sampling_params import MAX_LOGPROB_TOKEN_IDS, MAX_LOGPROBS, MAX_N, MAX_SEED, MAX_STOP_STRINGS
 from pelton.serving.openai.tools import ModeName, Tool, ToolChoice
 from pelton.serving.reasoning.options import Effort
 from pelton.serving.tools.choice import MAX_TOOLS
@@ -37,12 +37,19 @@ def neutral(*values: Any) -> Meta:
 
 TOKEN_ID_KEY = "^[0-9]{1,9}$"
 Count = Annotated[int, Meta(ge=0, le=INT32_MAX)]
+TruncationSide = Annotated[
+    Literal["left", "right"], Meta(description="Where truncate_prompt_tokens cuts; right keeps the first tokens.")
+]
 TokenId = Annotated[int, Meta(ge=0, le=INT32_MAX)]
 Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
 ShortText = Annotated[str, Meta(max_length=512)]
 StopString = Annotated[str, Meta(min_length=1)]
 BadWord = Annotated[str, Meta(min_length=1, max_length=256)]
 Logprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
+LogprobTokenIds = Annotated[
+    list[TokenId],
+    Meta(min_length=1, max_length=MAX_LOGPROB_TOKEN_IDS, description="Logprobs of these, not of the most likely."),
+]
 Seed = Annotated[int, Meta(extra_json_schema={"minimum": -(2**63), "maximum": MAX_SEED})]
 LogitBias = Annotated[
     # The keys are checked in sampling.py, whose error names those that are wrong.
@@ -76,15 +83,10 @@ JSONSchema = Annotated[
 
 
 class JSONSchemaFormat(Struct, kw_only=True, forbid_unknown_fields=True):
-    name: Annotated[str, Meta(max_length=64)]
     schema: JSONSchema
+    name: Annotated[str, Meta(max_length=64)] | None = None
     description: str | None = None
     strict: Annotated[bool, Meta(description="The schema is enforced either way.")] | None = None
-
-
-class ResponseFormat(Struct, kw_only=True, forbid_unknown_fields=True):
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JSONSchemaFormat | None = None
 
 
 SchemaOrText = Annotated[msgspec.Raw, Meta(description="A JSON schema, or its text.")]
@@ -93,6 +95,14 @@ NULL = msgspec.Raw(b"null")
 
 def _null() -> msgspec.Raw:
     return NULL
+
+
+class ResponseFormat(Struct, kw_only=True, forbid_unknown_fields=True):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JSONSchemaFormat | None = None
+    schema: Annotated[msgspec.Raw, Meta(description="Of json_object: a JSON schema, as llama.cpp has it.")] = (
+        msgspec.field(default_factory=_null)
+    )
 
 
 Choices = Annotated[list[str], Meta(min_length=1, max_length=1 << 14)]
@@ -135,6 +145,7 @@ class GenerationRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     min_tokens: Count | None = None
     skip_special_tokens: bool = True
     prompt_logprobs: Logprobs | None = None
+    logprob_token_ids: LogprobTokenIds | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: Annotated[bool, Meta(description="Logprobs spell tokens token_id:NUMBER.")] | None = (
         None
@@ -142,6 +153,7 @@ class GenerationRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     truncate_prompt_tokens: (
         Annotated[int, Meta(ge=-1, le=INT32_MAX, description="Keep so many of the last; -1: as many as fit.")] | None
     ) = None
+    truncation_side: TruncationSide | None = None
     bad_words: Annotated[list[BadWord], Meta(max_length=MAX_BAD_WORDS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -164,6 +176,14 @@ class GenerationRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     guided_regex: Annotated[str, Meta(description="The whole answer matches it.")] | None = None
     guided_choice: Choices | None = None
     guided_grammar: Annotated[str, Meta(description="Lark, in llguidance's dialect, or GBNF.")] | None = None
+    # As llama.cpp names them.
+    json_schema: SchemaOrText = msgspec.field(default_factory=_null)
+    grammar: Annotated[str, Meta(description="Another name of guided_grammar.")] | None = None
+    n_predict: Annotated[Any, neutral()] = None
+    cache_prompt: Annotated[Any, neutral(True)] = None
+    id_slot: Annotated[Any, neutral(-1)] = None
+    timings_per_token: Annotated[Any, neutral(False)] = None
+    return_progress: Annotated[Any, neutral(False)] = None
 
     store: Annotated[Any, neutral(False)] = None
     service_tier: Annotated[Any, neutral("auto", "default")] = None
@@ -287,10 +307,14 @@ class TokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     model: str | None = None
     prompt: str | None = None
     messages: Messages | None = None
+    content: Annotated[str, Meta(description="A prompt, as llama.cpp names it.")] | None = None
     add_special_tokens: bool | None = None
+    add_special: Annotated[bool, Meta(description="Of content; default: false.")] | None = None
+    parse_special: Annotated[Any, neutral(True)] = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     return_token_strs: bool | None = None
+    with_pieces: Annotated[bool, Meta(description="Tokens with their text, as llama.cpp answers.")] = False
     chat_template_kwargs: dict[str, Any] | None = None
     chat_template: Annotated[Any, neutral()] = None
     tools: Tools | None = None
@@ -327,6 +351,12 @@ _REASONS = {
     "length_penalty": "length_penalty belongs to beam search, which is not supported; best_of ranks by mean logprob",
     "spaces_between_special_tokens": "special tokens are written as they stand, without spaces that no token has",
     "logits_processors": "code from clients is not run; see logit_bias, bad_words, allowed_token_ids",
+    "n_predict": "send max_tokens, its name here",
+    "cache_prompt": "prompts are always cached; a cache_salt of your own keeps this one to itself",
+    "id_slot": "there are no slots to choose from; X-Session-Id names the session whose KV is kept",
+    "timings_per_token": "timings are at /metrics and /v1/requests/{request_id}/timeline",
+    "return_progress": "the progress of a prompt is not reported",
+    "parse_special": "special tokens in a text are always read as such",
     "kv_transfer_params": "KV is not transferred between engines by a parameter of a request",
     "vllm_xargs": "there are no extra arguments beside the documented parameters",
     "request_id": "the server makes the ids of answers; send your own as the header X-Request-Id",

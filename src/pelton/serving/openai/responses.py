@@ -79,8 +79,8 @@ class ChatResponseMessage(Struct, kw_only=True):
     role: Literal["assistant"] = "assistant"
     refusal: None = None
     tool_calls: list[ResponseToolCall] | UnsetType = UNSET
-    reasoning_content: str | UnsetType = UNSET
-    reasoning: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType | None = UNSET
+    reasoning: str | UnsetType | None = UNSET
 
 
 class ChatChoice(Struct, kw_only=True):
@@ -190,15 +190,29 @@ class ModelList(Struct, kw_only=True):
     object: Literal["list"] = "list"
 
 
+class TokenPiece(Struct, kw_only=True):
+    id: int
+    piece: str | list[int]  # the bytes of a token that is no text by itself
+
+
 class TokenizeResponse(Struct, kw_only=True):
     count: int
     max_model_len: int
-    tokens: list[int]
+    tokens: list[int | TokenPiece]
     token_strs: list[str] | None = None
 
 
 class DetokenizeResponse(Struct, kw_only=True):
+    """vLLM's; `content` is the same as llama.cpp names it, for requests that name no model, as its clients do."""
+
     prompt: str
+    content: str | UnsetType = UNSET
+
+
+class DeletedModel(Struct, kw_only=True):
+    id: str
+    object: Literal["model"] = "model"
+    deleted: Literal[True] = True
 
 
 class VersionInfo(Struct, kw_only=True):

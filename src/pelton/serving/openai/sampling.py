@@ -51,6 +51,10 @@ def completion_sampling(request: CompletionRequest, defaults: GenerationDefaults
     logprobs = request.logprobs
     if _best_of(request) > (request.n or 1) and logprobs is None:
         logprobs = 0  # what the sequences are ranked by
+    if request.logprob_token_ids is not None and (request.echo or request.logprobs is None):
+        raise InvalidRequestError(
+            "logprob_token_ids needs logprobs, and is of the answer alone: leave echo out", param="logprob_token_ids"
+        )
     prompt_logprobs = request.prompt_logprobs
     if request.echo and request.logprobs is not None:
         prompt_logprobs = max(prompt_logprobs or 0, request.logprobs)
@@ -101,6 +105,7 @@ def _sampling(request: GenerationRequest, defaults: GenerationDefaults, lengths:
         ignore_eos=request.ignore_eos,
         seed=request.seed,
         logprobs=lengths.logprobs,
+        logprob_token_ids=tuple(request.logprob_token_ids or ()),
         prompt_logprobs=lengths.prompt_logprobs,
         skip_special_tokens=request.skip_special_tokens,
     )

@@ -42,6 +42,7 @@ def requested_grammars(request: GenerationRequest) -> dict[str, Grammar]:
         grammar=request.guided_grammar,
     )
     found |= _of_constraints(guided, "guided_")
+    found |= _of_constraints(StructuredOutputs(json=request.json_schema, grammar=request.grammar), "", "json_schema")
     return found
 
 
@@ -51,9 +52,17 @@ def _of_response_format(response_format: ResponseFormat | None) -> dict[str, Gra
     schema = None
     if response_format.json_schema is not None:  # which has to be one even where another type makes no use of it
         schema = _json_schema(response_format.json_schema.schema, "response_format.json_schema.schema")
+    if response_format.schema != NULL and response_format.type != "json_object":
+        raise InvalidRequestError(
+            f"response_format.schema belongs to type 'json_object'; this is of type {response_format.type!r}, "
+            "whose schema is json_schema.schema",
+            param="response_format.schema",
+        )
     if response_format.type == "text":
         return {}
     if response_format.type == "json_object":
+        if response_format.schema != NULL:
+            return {"response_format": _json_schema(response_format.schema, "response_format.schema")}
         return {"response_format": Grammar(kind=GrammarKind.JSON_OBJECT)}
     if schema is None:
         raise InvalidRequestError(
@@ -75,10 +84,10 @@ def _of_structured_outputs(wanted: StructuredOutputs | None) -> dict[str, Gramma
     return found
 
 
-def _of_constraints(wanted: StructuredOutputs, prefix: str) -> dict[str, Grammar]:
+def _of_constraints(wanted: StructuredOutputs, prefix: str, json_name: str = "json") -> dict[str, Grammar]:
     found: dict[str, Grammar] = {}
     if wanted.json != NULL:
-        found[prefix + "json"] = _json_schema(_unquoted(wanted.json), prefix + "json")
+        found[prefix + json_name] = _json_schema(_unquoted(wanted.json), prefix + json_name)
     if wanted.regex is not None:
         found[prefix + "regex"] = Grammar(kind=GrammarKind.REGEX, source=wanted.regex)
     if wanted.choice is not None:
