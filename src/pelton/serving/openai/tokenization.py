@@ -21,6 +21,10 @@ async def tokenize(context: ServingContext, http_request: Request) -> Response:
     context.check_model(request.model)
     if (request.prompt is None) == (request.messages is None):
         raise InvalidRequestError("send either prompt or messages", param="prompt")
+    if request.messages is None:
+        for name in ("tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message"):
+            if getattr(request, name):
+                raise InvalidRequestError(f"{name} belongs to messages, and there are none", param=name)
     if request.messages is not None:
         token_ids = await context.prepare(_chat_token_ids, context, request)
     else:
