@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import quote
 
@@ -152,6 +154,34 @@ def test_the_timeline_of_a_request(own: RunningServer) -> None:
     by_header = httpx2.get(f"{own.url}/v1/requests/{raw.headers['x-request-id']}/timeline").json()
     assert by_header == timeline
     assert httpx2.get(f"{own.url}/v1/requests/nothing/timeline").status_code == 404
+
+
+def test_who_was_preempted_and_why_is_told() -> None:
+    with running_server(num_blocks=40, max_model_len=140, delay_s=0.002) as server:
+        body = {"max_tokens": 100, "ignore_eos": True}
+
+        def ask(index: int) -> str:
+            answer = httpx2.post(f"{server.url}/v1/completions", json=body | {"prompt": f"{index}" * 30}, timeout=60)
+            answer_id: str = answer.json()["id"]
+            return answer_id
+
+        with ThreadPoolExecutor(2) as pool:
+            ids = list(pool.map(ask, range(2)))
+        timelines = [httpx2.get(f"{server.url}/v1/requests/{answer_id}/timeline").json() for answer_id in ids]
+        told = [
+            (answer_id, event["detail"], event["num_tokens"])
+            for answer_id, timeline in zip(ids, timelines, strict=True)
+            for event in timeline["events"]
+            if event["kind"] == "preempted"
+        ]
+        metrics = httpx2.get(f"{server.url}/metrics").text
+    assert told
+    loser, reason, num_tokens = told[0]
+    (winner,) = set(ids) - {loser}
+    assert reason in ("no free KV block for itself", f"no free KV block for {winner} (tenant default)")
+    assert num_tokens > 30
+    (counted,) = re.findall(r"^vllm:num_preemptions_total{.*} ([0-9.]+)$", metrics, re.MULTILINE)
+    assert float(counted) == len(told)
 
 
 def test_a_timeline_can_be_watched_while_the_request_runs(slow_server: RunningServer) -> None:
