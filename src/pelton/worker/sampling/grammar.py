@@ -71,13 +71,13 @@ class GrammarMatchers:
             self._num_kept_bytes += len(grammar.source)
             while len(self._kept) > _MAX_KEPT or (self._num_kept_bytes > _MAX_KEPT_BYTES and len(self._kept) > 1):
                 self._drop(next(iter(self._kept)))
-            self._drop_largest()
+            self._drop_largest(grammar)
         return future
 
-    def _drop_largest(self) -> None:
-        """Lexers beyond what is kept of them in all; not what takes long to compile again."""
-        made = {grammar: future.result() for grammar, future in self._kept.items() if _is_made(future)}
-        sizes = {grammar: one.mask_s for grammar, one in made.items() if one.compile_s <= _MAX_AGAIN_S}
+    def _drop_largest(self, wanted: Grammar) -> None:
+        """Lexers beyond what is kept of them in all; neither `wanted` nor what takes long to compile again."""
+        made = {one: future.result() for one, future in self._kept.items() if one != wanted and _is_made(future)}
+        sizes = {one: compiled.mask_s for one, compiled in made.items() if compiled.compile_s <= _MAX_AGAIN_S}
         while sum(sizes.values()) > _MAX_KEPT_MASK_S:
             largest = max(sizes, key=sizes.__getitem__)
             del sizes[largest]
