@@ -1,11 +1,12 @@
 """An engine process over a `ContextExecutor`: what `ProcessTransport` starts in tests.
 
-Settings: arguments of `make_engine`, `delay_s` of a step, `fail` to refuse to start.
+Settings: arguments of `make_engine`, `delay_s` of a step, `fail` to refuse to start, `hang` to start for ever.
 """
 
 from __future__ import annotations
 
 import sys
+import time
 
 import msgspec
 
@@ -19,6 +20,8 @@ def build(settings: bytes) -> Engine:
     options = msgspec.json.decode(settings)
     if options.pop("fail", False):
         raise ConfigError("told to fail")
+    if options.pop("hang", False):
+        time.sleep(10**6)
     executor = ContextExecutor(delay_s=options.pop("delay_s", 0.0), in_thread=True)
     return make_engine(executor=executor, **options)
 

@@ -228,6 +228,60 @@ async def test_a_start_that_fails_raises_its_own_error() -> None:
         await process_client(fail=True).start()
 
 
+@pytest.fixture
+async def launch(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Callable[..., ProcessTransport]]:
+    """Starts an engine's process, for which `stop` would wait for ever."""
+    monkeypatch.setattr("pelton.engine.process.STOP_TIMEOUT_S", 10**6)
+    transports = []
+
+    def launch(**options: Any) -> ProcessTransport:
+        transport = ProcessTransport([sys.executable, "-m", "tests.engine.child"], msgspec.json.encode(options))
+        transport.launch()
+        transports.append(transport)
+        return transport
+
+    yield launch
+    for transport in transports:
+        if transport._process is not None:
+            transport._process.kill()
+        await transport.stop()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "code"),
+    [({"hang": True}, asyncio.CancelledError, -signal.SIGKILL), ({"fail": True}, ConfigError, 1)],
+    ids=["starting", "failed"],
+)
+async def test_an_engine_that_took_no_command_yet_is_not_waited_for(
+    launch: Callable[..., ProcessTransport], options: dict[str, Any], error: type[BaseException], code: int
+) -> None:
+    """One that is starting hears no command to end; one that has failed ends by itself, and is let end."""
+    transport = launch(**options)
+    process, client = transport._process, EngineClient(transport)
+    assert process is not None
+    starting = asyncio.create_task(client.start())
+    await asyncio.sleep(0)
+    if "hang" in options:
+        starting.cancel()
+    async with asyncio.timeout(30):
+        with pytest.raises(error):
+            await starting
+    assert process.returncode == code
+    assert transport.pid is None
+    assert client.state is EngineState.STOPPED
+
+
+async def test_an_engine_that_was_launched_and_never_started_is_stopped(
+    launch: Callable[..., ProcessTransport],
+) -> None:
+    transport = launch(hang=True)
+    process = transport._process
+    assert process is not None
+    async with asyncio.timeout(30):
+        await transport.stop()
+    assert process.returncode == -signal.SIGKILL
+
+
 async def test_a_killed_engine_fails_its_requests_and_comes_back() -> None:
     client = process_client(delay_s=0.01, max_model_len=4000, num_blocks=2000)
     await client.start()

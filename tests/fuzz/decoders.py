@@ -27,12 +27,14 @@ from pelton.core.errors import PeltonError
 from pelton.core.tenant import parse_tenants
 from pelton.serving.anthropic.chat import chat_request as anthropic_chat_request
 from pelton.serving.anthropic.requests import MessageRequest
+from pelton.serving.anthropic.requests import check_kinds as check_message_kinds
 from pelton.serving.openai.messages import template_messages
 from pelton.serving.openai.requests import ChatRequest, CompletionRequest, TokenizeRequest, check_supported
 from pelton.serving.openai.responses_api.chat import chat_request
 from pelton.serving.openai.responses_api.items import input_items
 from pelton.serving.openai.responses_api.listing import listed_items
 from pelton.serving.openai.responses_api.requests import ResponseRequest
+from pelton.serving.openai.responses_api.requests import check_kinds as check_response_kinds
 from pelton.serving.openai.sampling import chat_sampling, completion_sampling
 from pelton.serving.openai.stored_chat.objects import CompletionsQuery
 from pelton.serving.parsing.answer import AnswerPlan, ParsedAnswer
@@ -86,7 +88,7 @@ def query(data: bytes) -> None:
 
 
 def response(data: bytes) -> None:
-    request = decode_json(data, ResponseRequest)
+    request = decode_json(data, ResponseRequest, check_response_kinds)
     check_supported(request)
     own = input_items(request.input)
     listed_items(own, "resp_x", limit=20, after=None, descending=True)
@@ -94,7 +96,7 @@ def response(data: bytes) -> None:
 
 
 def message(data: bytes) -> None:
-    request = decode_json(data, MessageRequest)
+    request = decode_json(data, MessageRequest, check_message_kinds)
     check_supported(request)
     template_messages(anthropic_chat_request(request).messages)
 

@@ -180,7 +180,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "user", "content": [IMAGE]}]}, "reads text only"),
     ({"messages": [{"role": "user", "content": [{"type": "document", "source": {}}]}]}, "reads text only"),
     ({"messages": [{"role": "user", "content": [{"type": "server_tool_use"}]}]}, "not supported"),
-    ({"messages": [{"role": "user", "content": [{**RESULT, "content": [IMAGE]}]}]}, "does not have"),
+    ({"messages": [{"role": "user", "content": [{**RESULT, "content": [IMAGE]}]}]}, "reads text only"),
     ({"messages": [{"role": "user", "content": [CALL]}]}, "belongs to an assistant"),
     ({"messages": [{"role": "user", "content": [RESULT]}]}, "does not have"),
     ({"messages": [*HI, {"role": "assistant", "content": [CALL]}]}, "ends with a tool_use"),

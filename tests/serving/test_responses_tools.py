@@ -13,6 +13,7 @@ from tests.serving.test_sessions import client_of
 
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 TOOLS: Any = [{"type": "function", "name": name, "parameters": PARAMETERS} for name in ("get_weather", "get_time")]
+ALLOWED: Any = [{"type": "function", "name": "get_weather"}]
 CALLS = {
     name: f'<tool_call>\n{{"name": "{name}", "arguments": {{"city": "Oslo"}}}}\n</tool_call>'
     for name in ("get_weather", "get_time")
@@ -132,7 +133,7 @@ def test_sealed_reasoning_comes_back(tool_server: RunningServer) -> None:
         ({}, False),
         ({"tool_choice": "required"}, True),
         ({"tool_choice": {"type": "function", "name": "get_time"}}, True),
-        ({"tool_choice": {"type": "allowed_tools", "mode": "required", "tools": TOOLS[:1]}}, True),
+        ({"tool_choice": {"type": "allowed_tools", "mode": "required", "tools": ALLOWED}}, True),
         ({"tools": None, "text": {"format": {"type": "json_schema", "name": "a", "schema": PARAMETERS}}}, True),
     ],
 )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import quote
 
@@ -154,6 +156,37 @@ def test_the_timeline_of_a_request(own: RunningServer) -> None:
     assert httpx2.get(f"{own.url}/v1/requests/nothing/timeline").status_code == 404
 
 
+@pytest.mark.parametrize("tenants", [("a", "a"), ("a", "b")])
+def test_who_was_preempted_and_why_is_told(tenants: tuple[str, str]) -> None:
+    with running_server(num_blocks=40, max_model_len=140, delay_s=0.002) as server:
+        body = {"max_tokens": 100, "ignore_eos": True}
+
+        def ask(index: int) -> tuple[str, dict[str, Any]]:
+            """The answer's id, and its timeline."""
+            headers = {"X-Tenant-Id": tenants[index]}
+            with httpx2.Client(base_url=server.url, headers=headers, timeout=60) as http:
+                answer = http.post("/v1/completions", json=body | {"prompt": f"{index}" * 30}).json()
+                return answer["id"], http.get(f"/v1/requests/{answer['id']}/timeline").json()
+
+        with ThreadPoolExecutor(2) as pool:
+            timelines = dict(pool.map(ask, range(2)))
+        told = [
+            (answer_id, event["detail"], event["num_tokens"])
+            for answer_id, timeline in timelines.items()
+            for event in timeline["events"]
+            if event["kind"] == "preempted"
+        ]
+        metrics = httpx2.get(f"{server.url}/metrics").text
+    assert told
+    loser, reason, num_tokens = told[0]
+    (winner,) = set(timelines) - {loser}
+    other = f"{winner} (tenant a)" if tenants[1] == "a" else "a request of another tenant"
+    assert reason in ("no free KV block for itself", f"no free KV block for {other}")
+    assert num_tokens > 30
+    (counted,) = re.findall(r"^vllm:num_preemptions_total{.*} ([0-9.]+)$", metrics, re.MULTILINE)
+    assert float(counted) == len(told)
+
+
 def test_a_timeline_can_be_watched_while_the_request_runs(slow_server: RunningServer) -> None:
     with httpx2.Client(base_url=slow_server.url, timeout=30) as http:
         headers = {"X-Request-Id": "watch-me", "X-Tenant-Id": "watcher"}
@@ -189,6 +222,25 @@ def test_timelines_are_bounded() -> None:
     timelines.take_update(EngineUpdate((), tuple(events), EngineStats()))
     assert (len(found.events), found.num_dropped_events) == (MAX_EVENTS + 1, 10)
     assert (found.status, found.events[-1].kind) == ("finished", "finished")
+
+
+@pytest.mark.parametrize(
+    ("whom", "told"),
+    [
+        ("itself", "itself"),
+        ("r (tenant t)", "r (tenant t)"),
+        ("r (tenant u)", "a request of another tenant"),
+        ("r (tenant ut)", "a request of another tenant"),
+    ],
+)
+def test_a_timeline_names_no_other_tenant(whom: str, told: str) -> None:
+    timelines = Timelines()
+    timelines.begin("t", new_timeline("a", "r", None, None), ["a"], 1)
+    event = RequestEvent("a", EventKind.PREEMPTED, 1.0, 9, f"no free KV block for {whom}")
+    timelines.take_update(EngineUpdate((), (event,), EngineStats()))
+    found = timelines.find("t", "a")
+    assert found is not None
+    assert [event.detail for event in found.events] == [f"no free KV block for {told}"]
 
 
 def message(role: Any, **fields: Any) -> ChatMessage:

@@ -98,6 +98,7 @@ def test_pages_and_filters(server: RunningServer) -> None:
         ("GET", "?metadata=1", None, 400, "metadata"),
         ("GET", "?metadata[a]=1&metadata[a]=2", None, 400, "metadata[a]"),
         ("GET", "?metadata[a][b]=1", None, 400, "metadata[a][b]"),
+        ("GET", "?metadata[]=1", None, 400, "metadata[]"),
         ("GET", "/chatcmpl-x", None, 404, None),
         ("GET", "/chatcmpl-x/messages?limit=0", None, 400, "limit"),
         ("POST", "/chatcmpl-x", {}, 400, "metadata"),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,12 +76,13 @@ async def read_events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[st
 
 
 @asynccontextmanager
-async def run_server(model: Path, *flags: str) -> AsyncIterator[Server]:
-    """Start, wait until ready, and end; no process may be left behind."""
+async def run_server(model: Path, *flags: str, env: Mapping[str, str] | None = None) -> AsyncIterator[Server]:
+    """Start, wait until ready, and end; no process may be left behind. `env`: over the variables of this process."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "pelton.cli.main", "serve", str(model), "--port", "0", *flags),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
+        env=os.environ | (env or {}),
     )
     log: list[str] = []
     url: asyncio.Future[str] = asyncio.get_running_loop().create_future()

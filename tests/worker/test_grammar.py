@@ -164,6 +164,38 @@ def test_a_grammar_that_is_slow_to_compile_is_not_compiled_again(monkeypatch: py
     assert "too many states" in (modest.grammar.problem or "")
 
 
+def test_what_is_kept_is_bounded_by_number_and_by_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pelton.worker.sampling.grammar._MAX_KEPT", 5)
+    monkeypatch.setattr("pelton.worker.sampling.grammar._MAX_KEPT_BYTES", 1000)
+    matchers = GrammarMatchers(ByteDecoder(), VOCAB_SIZE)
+    for size, num_kept in ((3, 5), (300, 3), (2000, 1)):
+        for index in range(8):
+            source = f"a{{{index}}}".ljust(size, "b")
+            matchers.prepare(Grammar(kind=GrammarKind.REGEX, source=source)).result(10)
+        assert len(matchers._kept) == num_kept
+        assert matchers._num_kept_bytes == sum(len(grammar.source) for grammar in matchers._kept)
+    matchers.prepare(NUMBER).result(10)
+    assert list(matchers._kept) == [NUMBER]
+
+
+def test_the_lexers_that_have_grown_most_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    matchers = GrammarMatchers(ByteDecoder(), VOCAB_SIZE)
+    number, letters = states_of(params(NUMBER), params(LETTERS), matchers=matchers)
+    for _ in range(50):
+        fill([number])
+    fill([letters])
+    spent = {grammar: kept.result().mask_s for grammar, kept in matchers._kept.items()}
+    assert spent[NUMBER] > spent[LETTERS] > 0
+    monkeypatch.setattr("pelton.worker.sampling.grammar._MAX_KEPT_MASK_S", spent[NUMBER])
+    other = Grammar(kind=GrammarKind.REGEX, source="b")
+    matchers.prepare(other).result(10)
+    assert list(matchers._kept) == [LETTERS, other]
+    # Who runs with it goes on, and who comes gets a new one.
+    number.add_output(ord("1"))
+    (new,) = states_of(params(NUMBER), matchers=matchers)
+    assert fill([number, new]) == [set(b"0123456789")] * 2
+
+
 def test_without_a_vocabulary_a_grammar_fails() -> None:
     states = RequestStates(ReferenceSampler(VOCAB_SIZE, ()), VOCAB_SIZE)
     request = ScheduledRequest("a", (1,), 0, ((1,),), params(NUMBER), True, context=RequestContext((1,), (), 0))

@@ -34,7 +34,8 @@ from pelton.serving.middleware import RequestMiddleware
 from pelton.serving.openai.logprobs import TokenIdSpelling, TokenSpelling
 from pelton.serving.openai.responses_api.service import ResponseService
 from pelton.serving.openai.stored_chat.archive import CompletionArchive
-from pelton.serving.route import Handler
+from pelton.serving.query import NoQuery, read_query
+from pelton.serving.route import Route as ServedRoute
 from pelton.serving.routes import ROUTES
 from pelton.serving.scoring import check_score_tokens
 from pelton.serving.template_error import ChatTemplateError
@@ -99,7 +100,7 @@ def create_app(
         tenants=tenants,
     )
     context.batches = BatchRunner(context, FileStore(context.store.config.data_path))
-    routes = [_Route(route.path, _endpoint(context, route.handler), methods=[route.method]) for route in ROUTES]
+    routes = [_Route(route.path, _endpoint(context, route), methods=[route.method]) for route in ROUTES]
     routes += [
         _Route("/openapi.json", _show_openapi(tenants.access, config.root_path), methods=["GET"]),
         _Route("/docs", _show_docs(config.root_path), methods=["GET"]),
@@ -221,9 +222,13 @@ def _start_template(template: TemplateRenderer) -> None:
         _log.warning("the chat template is not usable", problem=str(error))
 
 
-def _endpoint(context: ServingContext, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
+def _endpoint(context: ServingContext, route: ServedRoute) -> Callable[[Request], Awaitable[Response]]:
+    takes_any_query = route.query is not None or route.is_open  # which it reads itself; probes are asked by anything
+
     async def endpoint(request: Request) -> Response:
-        return await handler(context, request)
+        if request.scope["query_string"] and not takes_any_query:
+            read_query(request, NoQuery)
+        return await route.handler(context, request)
 
     return endpoint
 

@@ -9,7 +9,7 @@ import msgspec
 
 from pelton.serving.caller import ID_PATTERN, TENANT_PATTERN
 from pelton.serving.openai.requests import ContentPart
-from pelton.serving.openai.responses_api.items import MAX_ITEMS, InputItem
+from pelton.serving.openai.responses_api.items import InputItem
 from pelton.serving.openai.responses_api.requests import ResponseTool
 from pelton.serving.query import query_parameters
 from pelton.serving.route import Route
@@ -43,19 +43,6 @@ _PROMPT = {
         {"type": "array", "minItems": 1, "items": {"anyOf": [_TEXT, _TOKEN_IDS]}},
     ]
 }
-# Of /v1/responses, which decodes items one by one. Without it, previous_response_id has to be there.
-_ITEMS = {
-    "anyOf": [
-        {"type": "string"},
-        {
-            "type": "array",
-            "minItems": 1,
-            "maxItems": MAX_ITEMS,
-            "items": {"$ref": f"#/components/schemas/{InputItem.__name__}"},
-        },
-        {"type": "null"},
-    ]
-}
 
 
 def build_openapi(routes: tuple[Route, ...], version: str, *, has_key: bool) -> dict[str, Any]:
@@ -68,8 +55,7 @@ def build_openapi(routes: tuple[Route, ...], version: str, *, has_key: bool) -> 
     _, schemas = msgspec.json.schema_components(structs.values(), ref_template="#/components/schemas/{name}")
     schemas["CompletionRequest"]["properties"]["prompt"] = _PROMPT
     schemas["EmbeddingRequest"]["properties"]["input"] = {"anyOf": [*_PROMPT["anyOf"], {"type": "null"}]}
-    for name in ("ResponseRequest", "InputTokensRequest", "CompactRequest"):
-        schemas[name]["properties"]["input"] = _ITEMS
+    _name_items(schemas)
     components: dict[str, Any] = {"schemas": schemas}
     components["securitySchemes"] = {"ApiKey": {"type": "http", "scheme": "bearer"}}
     paths: dict[str, Any] = {}
@@ -82,6 +68,18 @@ def build_openapi(routes: tuple[Route, ...], version: str, *, has_key: bool) -> 
         "paths": paths,
         "components": components,
     }
+
+
+def _name_items(schema: Any) -> None:
+    """Of lists that are decoded one by one (`listed`), for which msgspec knows no items."""
+    if isinstance(schema, dict):
+        if "x-items" in schema:
+            schema["items"] = {"$ref": f"#/components/schemas/{schema.pop('x-items')}"}
+        for inner in schema.values():
+            _name_items(inner)
+    elif isinstance(schema, list):
+        for inner in schema:
+            _name_items(inner)
 
 
 def _operation(route: Route, *, has_key: bool) -> dict[str, Any]:

@@ -14,6 +14,10 @@ from pelton.serving.request_body import invalid_field
 StructT = TypeVar("StructT", bound=msgspec.Struct)
 
 
+class NoQuery(msgspec.Struct, kw_only=True):
+    """Of routes that take none."""
+
+
 def read_query(
     request: Request, struct: type[StructT], unsupported: tuple[str, ...] = (), maps: tuple[str, ...] = ()
 ) -> StructT:
@@ -30,8 +34,9 @@ def read_query(
         field, _, key = name.partition("[")
         if field in maps and key.endswith("]"):
             pairs, key = values.setdefault(field, {}), key[:-1]
-            if "[" in key or "]" in key:
-                raise InvalidRequestError(f"{name[:64]} is not {field}[KEY]: no brackets in KEY", param=name[:64])
+            if not key or "[" in key or "]" in key:
+                problem = f"{name[:64]} is not {field}[KEY]: KEY is not empty and has no brackets"
+                raise InvalidRequestError(problem, param=name[:64])
             if key in pairs:
                 raise InvalidRequestError(f"{name[:64]} is there twice; send it once", param=name[:64])
             pairs[key] = value
@@ -40,7 +45,7 @@ def read_query(
             raise InvalidRequestError(f"{name[:64]} is there twice; send it once", param=name[:64])
         if name not in _fields(struct):
             raise InvalidRequestError(
-                f"unknown parameter {name[:64]!r}; there are {', '.join(_fields(struct))}",
+                f"unknown parameter {name[:64]!r}; there are {', '.join(_fields(struct)) or 'none in the query here'}",
                 param=name[:64],
                 code="unknown_parameter",
             )

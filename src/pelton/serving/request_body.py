@@ -26,8 +26,13 @@ _PATH = re.compile(r"^(?P<problem>.*?)(?: - at (?:`key` in )?`(?P<path>.*)`)?$",
 _FIELD = re.compile(r"^Object (?P<kind>missing required|contains unknown) field `(?P<field>.*)`$", re.DOTALL)
 
 
-async def read_json_body(request: Request, struct: type[StructT], max_bytes: int) -> StructT:
-    """The body as a `struct`. Raises `HTTPProblemError` (408, 413, 415) or `InvalidRequestError`."""
+async def read_json_body(
+    request: Request, struct: type[StructT], max_bytes: int, check_kinds: Callable[[Any], None] | None = None
+) -> StructT:
+    """The body as a `struct`. Raises `HTTPProblemError` (408, 413, 415) or `InvalidRequestError`.
+
+    `check_kinds` may say better what is wrong with a body, given as plain values, than its first wrong field does.
+    """
     content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if content_type != "application/json" and not (
         content_type.startswith("application/") and content_type.endswith("+json")
@@ -45,7 +50,7 @@ async def read_json_body(request: Request, struct: type[StructT], max_bytes: int
             code="request_timeout",
             headers={"connection": "close"},
         ) from None
-    return decode_json(body, struct)
+    return decode_json(body, struct, check_kinds)
 
 
 async def _read(request: Request, max_bytes: int) -> bytes:
@@ -84,13 +89,17 @@ def _decoder(struct: type[msgspec.Struct]) -> msgspec.json.Decoder[Any]:
     return msgspec.json.Decoder(struct)
 
 
-def decode_json(body: bytes, struct: type[StructT]) -> StructT:
+def decode_json(body: bytes, struct: type[StructT], check_kinds: Callable[[Any], None] | None = None) -> StructT:
     """Strict: no boolean passes as a number, no unknown key, no NaN, no lone surrogate."""
     try:
         with _json_errors():
             value: StructT = _decoder(struct).decode(body)
             return value
     except msgspec.ValidationError as error:
+        if check_kinds is not None:
+            with _json_errors():  # what stands behind the wrong field was not read so far
+                found = msgspec.json.decode(body)
+            check_kinds(found)
         raise invalid_field(str(error), struct) from None
 
 

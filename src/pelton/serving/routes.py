@@ -6,7 +6,7 @@ from pelton.serving import sessions, status, timelines
 from pelton.serving.anthropic.errors import AnthropicError
 from pelton.serving.anthropic.handlers import count_tokens, create_message
 from pelton.serving.anthropic.objects import Message, MessageEvent, TokenCount
-from pelton.serving.anthropic.requests import CountTokensRequest, MessageRequest
+from pelton.serving.anthropic.requests import CountTokensRequest, MessageRequest, MessagesQuery
 from pelton.serving.batches.routes import FILE_ROUTES
 from pelton.serving.openai import adapters, pooling_requests, requests, responses, tokenization
 from pelton.serving.openai.chat import create_chat_completion
@@ -124,6 +124,7 @@ ROUTES = (
         path="/v1/messages",
         handler=create_message,
         summary="Answer a conversation, as Anthropic's API does",
+        query=MessagesQuery,
         body=MessageRequest,
         answer=Message,
         chunk=MessageEvent,
@@ -136,6 +137,7 @@ ROUTES = (
         path="/v1/messages/count_tokens",
         handler=count_tokens,
         summary="Count the tokens of a conversation",
+        query=MessagesQuery,
         body=CountTokensRequest,
         answer=TokenCount,
         error=AnthropicError,

@@ -97,6 +97,8 @@ class Timelines:
             return
         # The tenant asks for it, and knows who it is.
         detail = "" if event.kind is EventKind.QUEUED else event.detail
+        if event.kind is EventKind.PREEMPTED and not detail.endswith(("itself", f"(tenant {timeline.tenant_id})")):
+            detail = "no free KV block for a request of another tenant"  # whose name and ids are its own
         answer.events.append(
             TimelineEvent(
                 kind=event.kind.value,

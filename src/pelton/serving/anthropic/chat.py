@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from pelton.core.errors import InvalidRequestError
@@ -10,12 +11,14 @@ from pelton.serving.anthropic.requests import (
     ContentBlock,
     CountTokensRequest,
     MessageRequest,
+    ThinkingBlock,
     ThinkingParam,
     ToolChoiceParam,
     ToolParam,
+    ToolResultBlock,
 )
 from pelton.serving.openai.as_chat import as_chat
-from pelton.serving.openai.requests import ChatRequest, check_supported
+from pelton.serving.openai.requests import ChatRequest, check_supported, out_of_place
 
 
 def chat_request(request: CountTokensRequest) -> ChatRequest:
@@ -50,6 +53,8 @@ def chat_request(request: CountTokensRequest) -> ChatRequest:
 def _add_tools(body: dict[str, Any], request: CountTokensRequest) -> None:
     tools = [_chat_tool(tool, f"tools[{index}]") for index, tool in enumerate(request.tools or ())]
     choice = request.tool_choice
+    if choice is not None:
+        _check_choice(choice)
     if not tools:
         if choice is not None and choice.type in ("any", "tool"):
             raise InvalidRequestError("tool_choice asks for a tool, but tools is empty", param="tool_choice")
@@ -62,17 +67,7 @@ def _add_tools(body: dict[str, Any], request: CountTokensRequest) -> None:
 
 
 def _chat_tool(tool: ToolParam, path: str) -> dict[str, Any]:
-    if tool.type not in (None, "custom"):
-        raise InvalidRequestError(
-            f"{path} is of type {tool.type[:64]!r}; tools are of type 'custom', and the client runs them",
-            param=f"{path}.type",
-            code="unsupported_parameter",
-        )
     check_supported(tool, f"{path}.")
-    if tool.input_schema is None:
-        raise InvalidRequestError(
-            f"{path}.input_schema is required", param=f"{path}.input_schema", code="missing_required_parameter"
-        )
     function: dict[str, Any] = {"name": tool.name, "parameters": tool.input_schema}
     for name in ("description", "strict"):
         if getattr(tool, name) is not None:
@@ -88,7 +83,16 @@ def _chat_choice(choice: ToolChoiceParam) -> Any:
     return "required" if choice.type == "any" else choice.type
 
 
+def _check_choice(choice: ToolChoiceParam) -> None:
+    if choice.name is not None and choice.type != "tool":
+        raise out_of_place("tool_choice", choice.type, "name", "tool")
+
+
 def _add_thinking(body: dict[str, Any], thinking: ThinkingParam) -> None:
+    if thinking.budget_tokens is not None and thinking.type != "enabled":
+        raise out_of_place("thinking", thinking.type, "budget_tokens", "enabled")
+    if thinking.display is not None and thinking.type == "disabled":
+        raise out_of_place("thinking", "disabled", "display", "enabled")
     if thinking.type == "disabled":
         body["reasoning_effort"] = "none"
     if thinking.type == "enabled":
@@ -110,8 +114,9 @@ def asks_for_cache(request: CountTokensRequest) -> bool:
     return any(block.cache_control is not None for block in blocks)
 
 
-def _marked(content: str | list[ContentBlock]) -> list[Any]:
+def _marked(content: str | Sequence[ContentBlock]) -> list[Any]:
     if isinstance(content, str):
         return []
-    inner = [part for block in content if isinstance(block.content, list) for part in block.content]
-    return [*content, *inner]
+    results = [block.content for block in content if isinstance(block, ToolResultBlock)]
+    inner = [part for parts in results if isinstance(parts, list) for part in parts]
+    return [*(block for block in content if not isinstance(block, ThinkingBlock)), *inner]

@@ -7,7 +7,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from pelton.core.errors import InvalidRequestError
-from pelton.serving.anthropic.requests import BLOCK_TYPES, ContentBlock, InnerBlock, MessageParam, TextBlock
+from pelton.serving.anthropic.requests import (
+    ContentBlock,
+    InnerBlock,
+    MessageParam,
+    SaidBlock,
+    TextBlock,
+    ThinkingBlock,
+    ToolResultBlock,
+    ToolUseBlock,
+)
 from pelton.serving.openai.requests import check_supported
 
 Message = dict[str, Any]
@@ -38,8 +47,8 @@ class _Conversation:
 
     def add(self, message: MessageParam, path: str) -> None:
         content = message.content
-        blocks = [ContentBlock(type="text", text=content)] if isinstance(content, str) else content
-        if self.open_calls and not any(block.type == "tool_result" for block in blocks):
+        blocks: list[ContentBlock] = [SaidBlock(text=content)] if isinstance(content, str) else content
+        if self.open_calls and not any(isinstance(block, ToolResultBlock) for block in blocks):
             raise InvalidRequestError(
                 f"{path} follows a tool_use and has no tool_result for {min(self.open_calls)!r}", param=path
             )
@@ -47,16 +56,10 @@ class _Conversation:
             self._open(message.role)  # also a turn without a word is one
         for index, block in enumerate(blocks):
             where = f"{path}.content[{index}]"
-            if block.type not in BLOCK_TYPES:
-                problem = "the model reads text only" if block.type in ("image", "document") else "it is not supported"
-                raise InvalidRequestError(
-                    f"{where} is of type {block.type[:64]!r}; {problem}. Blocks may be {', '.join(BLOCK_TYPES)}",
-                    param=f"{where}.type",
-                    code="unsupported_content_type",
-                )
-            if block.type == "text":
-                self._add_text(message.role, _required(block.text, f"{where}.text"))
-            elif block.type == "tool_result":
+            check_supported(block, f"{where}.")
+            if isinstance(block, SaidBlock):
+                self._add_text(message.role, block.text)
+            elif isinstance(block, ToolResultBlock):
                 self._add_result(message.role, block, where)
             else:
                 self._add_of_assistant(message.role, block, where)
@@ -72,24 +75,20 @@ class _Conversation:
         message = self._open(role)
         message["content"] = f"{message['content']}\n{text}" if message["content"] else text
 
-    def _add_of_assistant(self, role: str, block: ContentBlock, path: str) -> None:
+    def _add_of_assistant(self, role: str, block: ThinkingBlock | ToolUseBlock, path: str) -> None:
         if role != "assistant":
-            raise InvalidRequestError(f"{path}: a {block.type} belongs to an assistant message", param=path)
+            kind = "thinking" if isinstance(block, ThinkingBlock) else "tool_use"
+            raise InvalidRequestError(f"{path}: a {kind} belongs to an assistant message", param=path)
         message = self._open(role)
-        if block.type == "thinking":
-            text = _required(block.thinking, f"{path}.thinking")
-            message["reasoning_content"] = message.get("reasoning_content", "") + text
+        if isinstance(block, ThinkingBlock):
+            message["reasoning_content"] = message.get("reasoning_content", "") + block.thinking
             return
-        call_id = _required(block.id, f"{path}.id")
-        function = {
-            "name": _required(block.name, f"{path}.name"),
-            "arguments": json.dumps(_required(block.input, f"{path}.input"), ensure_ascii=False),
-        }
-        message.setdefault("tool_calls", []).append({"id": call_id, "type": "function", "function": function})
-        self.open_calls.add(call_id)
+        function = {"name": block.name, "arguments": json.dumps(block.input, ensure_ascii=False)}
+        message.setdefault("tool_calls", []).append({"id": block.id, "type": "function", "function": function})
+        self.open_calls.add(block.id)
 
-    def _add_result(self, role: str, block: ContentBlock, path: str) -> None:
-        call_id = _required(block.tool_use_id, f"{path}.tool_use_id")
+    def _add_result(self, role: str, block: ToolResultBlock, path: str) -> None:
+        call_id = block.tool_use_id
         if role != "user" or call_id not in self.open_calls:
             raise InvalidRequestError(
                 f"{path} answers the tool_use {call_id[:128]!r}, which the message before it does not have", param=path
@@ -104,19 +103,6 @@ class _Conversation:
 def _result_text(content: str | Sequence[InnerBlock] | None, path: str) -> str:
     if content is None or isinstance(content, str):
         return content or ""
-    texts = []
     for index, block in enumerate(content):
-        if block.type != "text":
-            raise InvalidRequestError(
-                f"{path}[{index}] is of type {block.type[:64]!r}; the model reads text only",
-                param=f"{path}[{index}].type",
-                code="unsupported_content_type",
-            )
-        texts.append(_required(block.text, f"{path}[{index}].text"))
-    return "\n".join(texts)
-
-
-def _required(value: Any, path: str) -> Any:
-    if value is None:
-        raise InvalidRequestError(f"{path} is required", param=path, code="missing_required_parameter")
-    return value
+        check_supported(block, f"{path}[{index}].")
+    return "\n".join(block.text for block in content)

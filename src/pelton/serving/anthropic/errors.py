@@ -45,7 +45,10 @@ def is_anthropic(scope: Scope) -> bool:
 def anthropic_error(error: PeltonError, request_id: str | None = None) -> AnthropicError:
     status = status_of(error)
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
-    return AnthropicError(error=AnthropicErrorBody(type=kind, message=error_body(error).message), request_id=request_id)
+    body = error_body(error)
+    # The envelope has no other place for it.
+    message = body.message if body.param is None or body.param in body.message else f"{body.param}: {body.message}"
+    return AnthropicError(error=AnthropicErrorBody(type=kind, message=message), request_id=request_id)
 
 
 def error_answer(scope: Scope, error: PeltonError) -> Response:

@@ -14,7 +14,7 @@ from pelton.core.sampling_params import SamplingParams
 from pelton.serving.anthropic.builder import MessageBuilder, MessageOptions
 from pelton.serving.anthropic.chat import asks_for_cache, chat_request
 from pelton.serving.anthropic.objects import Message, MessageUsage, TokenCount
-from pelton.serving.anthropic.requests import CountTokensRequest, MessageRequest
+from pelton.serving.anthropic.requests import CountTokensRequest, MessageRequest, MessagesQuery, check_kinds
 from pelton.serving.built_answer import BuiltAnswer
 from pelton.serving.caller import answered_tools, caller_of, tenant_of
 from pelton.serving.context import ServingContext, new_answer_id
@@ -26,6 +26,7 @@ from pelton.serving.openai.sampling import chat_sampling
 from pelton.serving.openai.structured_output import constrained
 from pelton.serving.param_names import renamed_params
 from pelton.serving.parsing.answer import AnswerPlan
+from pelton.serving.query import read_query
 from pelton.serving.request_body import read_json_body
 from pelton.serving.sse import EventStream
 
@@ -42,7 +43,7 @@ PARAM_NAMES = {
 
 async def create_message(context: ServingContext, http_request: Request) -> Response:
     context.check_ready()
-    request = await read_json_body(http_request, MessageRequest, context.config.max_body_bytes)
+    request = await read_json_body(http_request, MessageRequest, context.config.max_body_bytes, check_kinds)
     _check(context, http_request, request)
     chat = chat_request(request)
     caller = caller_of(http_request, chat)
@@ -77,7 +78,7 @@ async def create_message(context: ServingContext, http_request: Request) -> Resp
 
 
 async def count_tokens(context: ServingContext, http_request: Request) -> Response:
-    request = await read_json_body(http_request, CountTokensRequest, context.config.max_body_bytes)
+    request = await read_json_body(http_request, CountTokensRequest, context.config.max_body_bytes, check_kinds)
     _check(context, http_request, request)
     chat = chat_request(request)
     with renamed_params(PARAM_NAMES):
@@ -98,6 +99,7 @@ def _check(context: ServingContext, http_request: Request, request: CountTokensR
         raise InvalidRequestError(
             f"anthropic-version is {version[:64]!r}; it must be {OLDEST_VERSION} or later", param="anthropic-version"
         )
+    read_query(http_request, MessagesQuery)
     tenant_of(http_request)
     check_supported(request)
     context.check_model(request.model)

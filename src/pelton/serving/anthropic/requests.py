@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
+from pelton.core.errors import InvalidRequestError
 from pelton.core.sampling_params import MAX_STOP_STRINGS
 from pelton.serving.openai.requests import INT32_MAX, StopString, neutral
 
 MAX_MESSAGES = 1 << 14
 MAX_TOOLS = 1024
 BLOCK_TYPES = ("text", "thinking", "tool_use", "tool_result")
+
+
+class MessagesQuery(Struct, kw_only=True):
+    beta: Annotated[bool, Meta(description="Anthropic's clients send it; changes nothing.")] = False
 
 
 class CacheControl(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -21,35 +27,55 @@ class CacheControl(Struct, kw_only=True, forbid_unknown_fields=True):
     ttl: Literal["5m", "1h"] | None = None
 
 
-class InnerBlock(Struct, kw_only=True):
-    """Of a tool's result. Fields of other kinds of block are refused with their type."""
-
-    type: Annotated[str, Meta(extra_json_schema={"enum": ["text"]})]
-    text: str | None = None
-    cache_control: CacheControl | None = None
-
-
 class TextBlock(Struct, kw_only=True, forbid_unknown_fields=True):
+    """Of the system prompt."""
+
     text: str
     type: Literal["text"] = "text"
     cache_control: CacheControl | None = None
     citations: Annotated[Any, neutral([])] = None
 
 
-class ContentBlock(Struct, kw_only=True):
-    """Fields of other kinds of block are refused with their type."""
+class InnerBlock(Struct, kw_only=True, forbid_unknown_fields=True):
+    """Of a tool's result."""
 
-    type: Annotated[str, Meta(extra_json_schema={"enum": list(BLOCK_TYPES)})]
-    text: str | None = None
-    thinking: str | None = None
-    signature: str | None = None
-    id: str | None = None
-    name: str | None = None
-    input: dict[str, Any] | None = None
-    tool_use_id: str | None = None
+    type: Literal["text"]
+    text: str
+    cache_control: CacheControl | None = None
+    citations: Annotated[Any, neutral([])] = None
+
+
+# Blocks of a message: each kind has its own fields.
+class SaidBlock(Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="text"):
+    text: str
+    cache_control: CacheControl | None = None
+    citations: Annotated[Any, neutral([])] = None
+    parsed_output: Annotated[Any, Meta(description="What the official client made of text; changes nothing.")] = None
+
+
+class ThinkingBlock(Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="thinking"):
+    thinking: str
+    signature: Annotated[str, Meta(description="Of an answer that is sent back; changes nothing.")] | None = None
+
+
+class ToolUseBlock(Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="tool_use"):
+    id: str
+    name: str
+    input: dict[str, Any]
+    cache_control: CacheControl | None = None
+    caller: Annotated[Any, neutral({"type": "direct"})] = None
+    toolset_name: Annotated[Any, neutral()] = None
+
+
+class ToolResultBlock(Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="tool_result"):
+    tool_use_id: str
     content: str | list[InnerBlock] | None = None
     is_error: bool | None = None
     cache_control: CacheControl | None = None
+    toolset_name: Annotated[Any, neutral()] = None
+
+
+ContentBlock = SaidBlock | ThinkingBlock | ToolUseBlock | ToolResultBlock
 
 
 class MessageParam(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -57,12 +83,12 @@ class MessageParam(Struct, kw_only=True, forbid_unknown_fields=True):
     content: str | list[ContentBlock]
 
 
-class ToolParam(Struct, kw_only=True):
-    """A tool that the client runs. Fields of other kinds of tool are refused with their type."""
+class ToolParam(Struct, kw_only=True, forbid_unknown_fields=True):
+    """A tool that the client runs."""
 
     name: str
-    type: Annotated[str, Meta(extra_json_schema={"enum": ["custom", None]})] | None = None
-    input_schema: dict[str, Any] | None = None
+    input_schema: dict[str, Any]
+    type: Literal["custom"] | None = None
     description: str | None = None
     strict: bool | None = None
     cache_control: CacheControl | None = None
@@ -137,3 +163,46 @@ class MessageRequest(CountTokensRequest, kw_only=True, forbid_unknown_fields=Tru
     inference_geo: Annotated[Any, neutral()] = None
     container: Annotated[Any, neutral()] = None
     diagnostics: Annotated[Any, neutral()] = None
+
+
+def check_kinds(body: Any) -> None:
+    """Raises `InvalidRequestError` for the first block or tool of a kind that is not known.
+
+    Of a body that could not be decoded: what is of another kind has other fields too, but it is the kind that is wrong.
+    """
+    if not isinstance(body, dict):
+        return
+    for index, tool in _dicts(body.get("tools")):
+        kind = tool.get("type")
+        if isinstance(kind, str) and kind != "custom":
+            place = f"tools[{index}]"
+            raise InvalidRequestError(
+                f"{place} is of type {kind[:64]!r}; tools are of type 'custom', and the client runs them",
+                param=f"{place}.type",
+                code="unsupported_parameter",
+            )
+    for number, message in _dicts(body.get("messages")):
+        for index, block in _dicts(message.get("content")):
+            place = f"messages[{number}].content[{index}]"
+            _check_block(block, place, BLOCK_TYPES)
+            for inner_index, inner in _dicts(block.get("content")):
+                _check_block(inner, f"{place}.content[{inner_index}]", ("text",))
+
+
+def _dicts(values: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+    for index, value in enumerate(values if isinstance(values, list) else ()):
+        if isinstance(value, dict):
+            yield index, value
+
+
+def _check_block(block: dict[str, Any], path: str, kinds: Sequence[str]) -> None:
+    kind = block.get("type")
+    if not isinstance(kind, str) or kind in kinds:
+        return
+    is_text_only = kind in ("image", "document") or len(kinds) == 1
+    problem = "the model reads text only" if is_text_only else "it is not supported"
+    raise InvalidRequestError(
+        f"{path} is of type {kind[:64]!r}; {problem}. Blocks may be {', '.join(kinds)}",
+        param=f"{path}.type",
+        code="unsupported_content_type",
+    )

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from pelton.core.errors import InvalidRequestError
 from pelton.serving.batches.file_store import new_file_id
 from pelton.serving.batches.lines import ENDPOINTS
-from pelton.serving.batches.objects import BatchesQuery, BatchList, BatchRequest, NoQuery, batch_object
+from pelton.serving.batches.objects import BatchesQuery, BatchList, BatchRequest, batch_object
 from pelton.serving.caller import identity_of, tenant_of
 from pelton.serving.context import ServingContext
 from pelton.serving.errors import HTTPProblemError, json_response
@@ -27,7 +27,6 @@ MAX_UNFINISHED = 100
 
 
 async def create_batch(context: ServingContext, http_request: Request) -> Response:
-    read_query(http_request, NoQuery)
     tenant_id = tenant_of(http_request)
     request = await read_json_body(http_request, BatchRequest, context.config.max_body_bytes)
     endpoints = _endpoints()
@@ -105,7 +104,6 @@ async def list_batches(context: ServingContext, http_request: Request) -> Respon
 
 
 async def show_batch(context: ServingContext, http_request: Request) -> Response:
-    read_query(http_request, NoQuery)
     record = await _find(context, http_request)
     return json_response(batch_object(context.batches.live(record)))
 
@@ -114,7 +112,6 @@ async def cancel_batch(context: ServingContext, http_request: Request) -> Respon
     """It ends soon after; results so far are kept."""
     from pelton.store.batches import BatchTable
 
-    read_query(http_request, NoQuery)
     record = await _find(context, http_request)
     if record.status in ("validating", "in_progress"):
         live = context.batches.live(record)

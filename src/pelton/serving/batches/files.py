@@ -22,7 +22,6 @@ from pelton.serving.batches.objects import (
     DeletedFile,
     FileList,
     FilesQuery,
-    NoQuery,
     file_object,
 )
 from pelton.serving.caller import tenant_of
@@ -49,7 +48,6 @@ class _Upload:
 async def upload_file(context: ServingContext, http_request: Request) -> Response:
     from pelton.store.batches import FileTable
 
-    read_query(http_request, NoQuery)
     tenant_id = tenant_of(http_request)
     most = context.config.max_file_bytes
     form = await _read_form(http_request, most)
@@ -189,12 +187,10 @@ async def list_files(context: ServingContext, http_request: Request) -> Response
 
 
 async def show_file(context: ServingContext, http_request: Request) -> Response:
-    read_query(http_request, NoQuery)
     return json_response(file_object(await _find(context, http_request)))
 
 
 async def show_content(context: ServingContext, http_request: Request) -> Response:
-    read_query(http_request, NoQuery)
     record = await _find(context, http_request)
     path = context.batches.files.path(record.file_id)
     if not await asyncio.to_thread(path.is_file):
@@ -205,7 +201,6 @@ async def show_content(context: ServingContext, http_request: Request) -> Respon
 async def delete_file(context: ServingContext, http_request: Request) -> Response:
     from pelton.store.batches import BatchTable, FileTable
 
-    read_query(http_request, NoQuery)
     record = await _find(context, http_request)
     database = await context.store.database()
     if await BatchTable(database).num_unfinished(record.tenant_id, record.file_id):

@@ -33,10 +33,6 @@ class FileList(Struct, kw_only=True):
     object: Literal["list"] = "list"
 
 
-class NoQuery(Struct, kw_only=True):
-    pass
-
-
 class FilesQuery(Struct, kw_only=True):
     """Of a page of files; `after` is the last of the page before."""
 

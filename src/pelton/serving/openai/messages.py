@@ -12,6 +12,15 @@ from pelton.core.errors import InvalidRequestError
 from pelton.serving.openai.requests import ChatMessage, ContentPart, check_supported
 from pelton.serving.request_body import decode_inner
 
+# What only messages of a role can say; of others, no template would read it.
+_ROLE_OF = {
+    "tool_calls": "assistant",
+    "reasoning_content": "assistant",
+    "reasoning": "assistant",
+    "parsed": "assistant",
+    "tool_call_id": "tool",
+}
+
 
 def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
     """Plain dictionaries with text contents. Raises `InvalidRequestError` for what is not text."""
@@ -20,6 +29,7 @@ def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
 
 def _template_message(message: ChatMessage, path: str) -> dict[str, Any]:
     check_supported(message, f"{path}.")
+    _check_fields(message, path)
     # Templates know no developer role: most would leave such a message out without a word.
     role = "system" if message.role == "developer" else message.role
     content = _text(message.content, f"{path}.content")
@@ -42,6 +52,21 @@ def _template_message(message: ChatMessage, path: str) -> dict[str, Any]:
             for index, call in enumerate(message.tool_calls)
         ]
     return result
+
+
+def _check_fields(message: ChatMessage, path: str) -> None:
+    for name, role in _ROLE_OF.items():
+        if getattr(message, name) and message.role != role:
+            raise InvalidRequestError(
+                f"{path} is of role {message.role!r}, which has no {name}; that belongs to {role!r}",
+                param=f"{path}.{name}",
+                code="unknown_parameter",
+            )
+    sent = {message.reasoning_content, message.reasoning} - {None}
+    if len(sent) > 1:
+        raise InvalidRequestError(
+            f"{path}.reasoning and {path}.reasoning_content name the same: send one", param=f"{path}.reasoning"
+        )
 
 
 def _text(content: str | list[Raw] | None, path: str) -> str | None:

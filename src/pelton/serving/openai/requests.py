@@ -35,6 +35,11 @@ def neutral(*values: Any) -> Meta:
     return Meta(extra_json_schema={"enum": allowed}, description=f"Not supported; may only be one of {listed}.")
 
 
+def listed(name: str) -> dict[str, Any]:
+    """JSON schema of a list of raw values that are decoded one by one as the struct of that name."""
+    return {"x-items": name}
+
+
 TOKEN_ID_KEY = "^[0-9]{1,9}$"
 Count = Annotated[int, Meta(ge=0, le=INT32_MAX)]
 TruncationSide = Annotated[
@@ -84,8 +89,8 @@ JSONSchema = Annotated[
 
 class JSONSchemaFormat(Struct, kw_only=True, forbid_unknown_fields=True):
     schema: JSONSchema
-    name: Annotated[str, Meta(max_length=64)] | None = None
-    description: str | None = None
+    name: Annotated[str, Meta(max_length=64, description="For your records; changes nothing.")] | None = None
+    description: Annotated[str, Meta(description="For your records; changes nothing.")] | None = None
     strict: Annotated[bool, Meta(description="The schema is enforced either way.")] | None = None
 
 
@@ -239,9 +244,7 @@ class ContentPart(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 # Decoded one by one (messages.py), so that an error names the part.
-ContentParts = Annotated[
-    list[msgspec.Raw], Meta(extra_json_schema={"items": {"$ref": "#/components/schemas/ContentPart"}})
-]
+ContentParts = Annotated[list[msgspec.Raw], Meta(extra_json_schema=listed("ContentPart"))]
 
 
 class ChatMessage(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -392,6 +395,15 @@ def check_supported(request: Struct, path: str = "") -> None:
         inner = getattr(request, name)
         if isinstance(inner, Struct):
             check_supported(inner, f"{path}{name}.")
+
+
+def out_of_place(path: str, kind: str, name: str, owner: str) -> InvalidRequestError:
+    """Of a field that would be ignored: `path`, of type `kind`, has no `name`; that of type `owner` has."""
+    return InvalidRequestError(
+        f"{path}.{name} belongs to type {owner!r}; {path} is of type {kind!r}",
+        param=f"{path}.{name}",
+        code="unknown_parameter",
+    )
 
 
 def _equal(value: Any, allowed: Any) -> bool:

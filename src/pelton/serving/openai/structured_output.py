@@ -10,7 +10,7 @@ from pelton.core.errors import InvalidRequestError
 from pelton.core.grammar import Grammar, GrammarKind
 from pelton.core.sampling_params import SamplingParams
 from pelton.serving.context import ServingContext
-from pelton.serving.openai.requests import NULL, GenerationRequest, ResponseFormat, StructuredOutputs
+from pelton.serving.openai.requests import NULL, GenerationRequest, ResponseFormat, StructuredOutputs, out_of_place
 
 
 async def constrained(
@@ -49,10 +49,9 @@ def requested_grammars(request: GenerationRequest) -> dict[str, Grammar]:
 def _of_response_format(response_format: ResponseFormat | None) -> dict[str, Grammar]:
     if response_format is None:
         return {}
-    schema = None
-    if response_format.json_schema is not None:  # which has to be one even where another type makes no use of it
-        schema = _json_schema(response_format.json_schema.schema, "response_format.json_schema.schema")
-    if response_format.schema != NULL and response_format.type != "json_object":
+    if response_format.type != "json_schema" and response_format.json_schema is not None:
+        raise out_of_place("response_format", response_format.type, "json_schema", "json_schema")
+    if response_format.type != "json_object" and response_format.schema != NULL:
         raise InvalidRequestError(
             f"response_format.schema belongs to type 'json_object'; this is of type {response_format.type!r}, "
             "whose schema is json_schema.schema",
@@ -64,11 +63,12 @@ def _of_response_format(response_format: ResponseFormat | None) -> dict[str, Gra
         if response_format.schema != NULL:
             return {"response_format": _json_schema(response_format.schema, "response_format.schema")}
         return {"response_format": Grammar(kind=GrammarKind.JSON_OBJECT)}
-    if schema is None:
+    if response_format.json_schema is None:
         raise InvalidRequestError(
             "response_format of type 'json_schema' needs json_schema", param="response_format.json_schema"
         )
-    return {"response_format": schema}
+    schema = response_format.json_schema.schema
+    return {"response_format": _json_schema(schema, "response_format.json_schema.schema")}
 
 
 def _of_structured_outputs(wanted: StructuredOutputs | None) -> dict[str, Grammar]:

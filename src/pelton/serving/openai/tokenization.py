@@ -27,6 +27,9 @@ async def tokenize(context: ServingContext, http_request: Request) -> Response:
         check_belongs(request, ("add_special",), "content")
     else:
         check_belongs(request, ("add_special_tokens",), "prompt or messages")
+    if request.messages is None:
+        chat_only = ("tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message")
+        check_belongs(request, chat_only, "messages")
     if request.messages is not None:
         token_ids = await context.prepare(chat_token_ids, context, request)
     else:

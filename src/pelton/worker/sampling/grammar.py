@@ -28,14 +28,17 @@ from pelton.worker.sampling.sampler import TokenMask
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
-# Compiled grammars that are kept for requests to come; a large one takes some megabytes.
-_MAX_KEPT = 64
+# Compiled grammars that are kept for requests to come, and the bytes of their sources: each may take 40 times as many.
+_MAX_KEPT, _MAX_KEPT_BYTES = 64, 8 << 20
+# Lexers make states as masks are computed, up to 150 MB in a second of the processor's time. What may have gone into
+# those that are kept, in sum: the largest goes first, and a popular one is made afresh now and then.
+_MAX_KEPT_MASK_S = 2.0
 # One that took longer is not compiled again for a request alone: that happens between two steps.
 _MAX_AGAIN_S = 0.05
 _CONTINUATION_BYTES = bytes(range(0x80, 0xC0))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class CompiledGrammar:
     """A matcher at the start of the text. Its copies share a lexer, whose states they make as they go.
 
@@ -44,6 +47,7 @@ class CompiledGrammar:
 
     matcher: LLMatcher
     compile_s: float
+    mask_s: float = 0.0  # processor's time that went into masks
 
 
 class GrammarMatchers:
@@ -55,16 +59,34 @@ class GrammarMatchers:
         self._vocab_size = vocab_size
         self._compiler: GrammarCompiler | None = None
         self._kept: OrderedDict[Grammar, Future[CompiledGrammar]] = OrderedDict()
+        self._num_kept_bytes = 0
         self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(1, "pelton-grammar")
 
     def start(self, grammar: Grammar) -> Future[CompiledGrammar]:
         """Compile `grammar`, or find it compiled. The future fails with `GrammarError`."""
         with self._lock:
-            future = self._kept.pop(grammar, None) or self._thread.submit(self._compile, grammar)
+            future = self._drop(grammar) or self._thread.submit(self._compile, grammar)
             self._kept[grammar] = future
-            if len(self._kept) > _MAX_KEPT:
-                self._kept.popitem(last=False)
+            self._num_kept_bytes += len(grammar.source)
+            while len(self._kept) > _MAX_KEPT or (self._num_kept_bytes > _MAX_KEPT_BYTES and len(self._kept) > 1):
+                self._drop(next(iter(self._kept)))
+            self._drop_largest(grammar)
+        return future
+
+    def _drop_largest(self, wanted: Grammar) -> None:
+        """Lexers beyond what is kept of them in all; neither `wanted` nor what takes long to compile again."""
+        made = {one: future.result() for one, future in self._kept.items() if one != wanted and _is_made(future)}
+        sizes = {one: compiled.mask_s for one, compiled in made.items() if compiled.compile_s <= _MAX_AGAIN_S}
+        while sum(sizes.values()) > _MAX_KEPT_MASK_S:
+            largest = max(sizes, key=sizes.__getitem__)
+            del sizes[largest]
+            self._drop(largest)
+
+    def _drop(self, grammar: Grammar) -> Future[CompiledGrammar] | None:
+        future = self._kept.pop(grammar, None)
+        if future is not None:
+            self._num_kept_bytes -= len(grammar.source)
         return future
 
     def prepare(self, grammar: Grammar) -> Future[None]:
@@ -100,9 +122,13 @@ class GrammarMatchers:
         """
         with self._lock:
             kept = self._kept.get(grammar)
-            if kept is not None and kept.done() and kept.exception() is None and kept.result() is failed:
-                del self._kept[grammar]
+            if kept is not None and _is_made(kept) and kept.result() is failed:
+                self._drop(grammar)
         return self._compile(grammar).matcher if failed.compile_s <= _MAX_AGAIN_S else None
+
+
+def _is_made(future: Future[CompiledGrammar]) -> bool:
+    return future.done() and future.exception() is None
 
 
 class FreeText:
@@ -188,6 +214,12 @@ class RequestGrammar:
         if problem and self.problem is None:
             self.problem = f"the grammar cannot be followed further: {problem}"
 
+    def compute_mask(self, matcher: LLMatcher, words: TokenMask) -> None:
+        """`matcher` is what `matcher()` has given."""
+        start_s = time.thread_time()
+        matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        self._compiled.result().mask_s += time.thread_time() - start_s
+
     def add_output(self, token_id: int) -> None:
         self._num_tokens += 1
         if self.free_text is not None and not self.free_text.has_ended:
@@ -246,7 +278,7 @@ class GrammarMasks:
             return
         matcher, before = grammar.matcher(), None
         while matcher is not None and matcher is not before:
-            matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+            grammar.compute_mask(matcher, words)
             # An error of the mask is noted here, or another matcher found.
             before, matcher = matcher, grammar.matcher()
         if matcher is None:

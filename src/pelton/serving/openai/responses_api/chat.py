@@ -7,14 +7,15 @@ from typing import Any
 
 from pelton.core.errors import InvalidRequestError
 from pelton.serving.openai.as_chat import as_chat
-from pelton.serving.openai.requests import ChatRequest
+from pelton.serving.openai.requests import ChatRequest, out_of_place
 from pelton.serving.openai.responses_api.conversation import Conversation, chat_tools
 from pelton.serving.openai.responses_api.items import InputItem
 from pelton.serving.openai.responses_api.requests import (
     SAME_IN_CHAT,
+    AllowedToolsChoice,
+    FunctionChoice,
     InputTokensRequest,
     ResponseRequest,
-    ResponseToolChoice,
     TextFormat,
     ToolChoice,
 )
@@ -58,8 +59,8 @@ def chat_request(request: InputTokensRequest, earlier: Sequence[InputItem], own:
 def _add_tools(body: dict[str, Any], request: InputTokensRequest) -> None:
     tools = chat_tools(request.tools)
     choice = request.tool_choice
-    if isinstance(choice, ResponseToolChoice) and choice.type == "allowed_tools":
-        allowed = _allowed_names(choice)
+    if isinstance(choice, AllowedToolsChoice):
+        allowed = {tool.name for tool in choice.tools}
         tools = [tool for tool in tools if tool["function"]["name"] in allowed]
         if len(tools) < len(allowed):
             raise InvalidRequestError("tool_choice allows tools that are not in tools", param="tool_choice.tools")
@@ -73,30 +74,19 @@ def _add_tools(body: dict[str, Any], request: InputTokensRequest) -> None:
         body["tool_choice"] = _chat_choice(choice)
 
 
-def _allowed_names(choice: ResponseToolChoice) -> set[str]:
-    if choice.tools is None:
-        raise InvalidRequestError("tool_choice.tools is required", param="tool_choice.tools")
-    return {tool["function"]["name"] for tool in chat_tools(choice.tools, "tool_choice.tools")}
-
-
 def _chat_choice(choice: ToolChoice) -> Any:
-    if isinstance(choice, str):
-        return choice
-    if choice.type == "allowed_tools":
+    if isinstance(choice, AllowedToolsChoice):
         return choice.mode or "auto"
-    if choice.type != "function":
-        raise InvalidRequestError(
-            f"tool_choice is of type {choice.type[:64]!r}; it may be 'function' or 'allowed_tools'",
-            param="tool_choice.type",
-            code="unsupported_parameter",
-        )
-    if choice.name is None:
-        raise InvalidRequestError("tool_choice.name is required", param="tool_choice.name")
-    return {"type": "function", "function": {"name": choice.name}}
+    if isinstance(choice, FunctionChoice):
+        return {"type": "function", "function": {"name": choice.name}}
+    return choice
 
 
 def _response_format(format: TextFormat) -> dict[str, Any]:
     if format.type != "json_schema":
+        for name in ("schema", "name", "description", "strict"):
+            if getattr(format, name) is not None:
+                raise out_of_place("text.format", format.type, name, "json_schema")
         return {"type": format.type}
     if format.schema is None or format.name is None:
         missing = "schema" if format.schema is None else "name"

@@ -29,6 +29,7 @@ from pelton.serving.openai.responses_api.requests import (
     InputTokensRequest,
     ResponseRequest,
     RetrieveQuery,
+    check_kinds,
 )
 from pelton.serving.openai.responses_api.runs import LogStream
 from pelton.serving.openai.responses_api.service import decode_input
@@ -55,7 +56,7 @@ PARAM_NAMES = {
 
 async def create_response(context: ServingContext, http_request: Request) -> Response:
     context.check_ready()
-    request = await read_json_body(http_request, ResponseRequest, context.config.max_body_bytes)
+    request = await read_json_body(http_request, ResponseRequest, context.config.max_body_bytes, check_kinds)
     check_supported(request)
     context.check_model(request.model)
     stores = request.store is not False
@@ -151,7 +152,7 @@ def _plain(value: Any) -> Any:
 
 
 async def count_input_tokens(context: ServingContext, http_request: Request) -> Response:
-    request = await read_json_body(http_request, InputTokensRequest, context.config.max_body_bytes)
+    request = await read_json_body(http_request, InputTokensRequest, context.config.max_body_bytes, check_kinds)
     check_supported(request)
     context.check_model(request.model)
     tenant_id = tenant_of(http_request)

@@ -8,11 +8,19 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Raw, Struct, field
 
 from pelton.core.errors import InvalidRequestError
-from pelton.serving.openai.requests import ShortText, check_supported, neutral
+from pelton.serving.openai.requests import ShortText, check_supported, listed, neutral
 from pelton.serving.request_body import decode_inner
 
 MAX_ITEMS = 1 << 14
-PART_TYPES = ("input_text", "output_text", "text", "refusal", "reasoning_text")
+# Parts of a message's content, with the fields that mean something in them.
+PART_FIELDS = {
+    "input_text": ("text",),
+    "output_text": ("text", "annotations", "logprobs"),
+    "text": ("text", "annotations", "logprobs"),
+    "refusal": ("refusal",),
+    "reasoning_text": ("text",),
+}
+PART_TYPES = tuple(PART_FIELDS)
 Phase = Annotated[Literal["commentary", "final_answer"], Meta(description="Of an answer sent back; changes nothing.")]
 SentBack = Meta(description="Of an answer that is sent back; changes nothing.")
 
@@ -67,7 +75,7 @@ class InputItem(Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=
 
 
 # Decoded one by one, so that an error names the item.
-Items = Annotated[list[Raw], Meta(min_length=1, max_length=MAX_ITEMS)]
+Items = Annotated[list[Raw], Meta(min_length=1, max_length=MAX_ITEMS, extra_json_schema=listed("InputItem"))]
 
 
 def input_items(input: str | Sequence[Raw] | None) -> list[InputItem]:
@@ -98,6 +106,13 @@ def part_text(part: InputPart, path: str) -> str:
     """Raises `InvalidRequestError` for what is not text."""
     check_part_type(part.type, path)
     check_supported(part, f"{path}.")
+    for name in ("text", "refusal", "annotations", "logprobs"):
+        if getattr(part, name) and name not in PART_FIELDS[part.type]:
+            raise InvalidRequestError(
+                f"{path} is of type {part.type!r}, which has no {name}",
+                param=f"{path}.{name}",
+                code="unknown_parameter",
+            )
     name = "refusal" if part.type == "refusal" else "text"
     text: str | None = getattr(part, name)
     if text is None:

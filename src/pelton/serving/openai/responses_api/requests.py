@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
+from pelton.core.errors import InvalidRequestError
 from pelton.core.sampling_params import MAX_STOP_STRINGS
 from pelton.serving.openai.requests import (
     INT32_MAX,
@@ -18,6 +20,7 @@ from pelton.serving.openai.requests import (
     Seed,
     ShortText,
     StopString,
+    listed,
     neutral,
 )
 from pelton.serving.openai.responses_api.items import Items
@@ -39,28 +42,34 @@ class ResponseTool(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 # Decoded one by one, so that an error names the tool.
-_TOOL_SCHEMA = {"items": {"$ref": "#/components/schemas/ResponseTool"}}
-Tools = Annotated[list[Raw], Meta(max_length=MAX_TOOLS, extra_json_schema=_TOOL_SCHEMA)]
+Tools = Annotated[list[Raw], Meta(max_length=MAX_TOOLS, extra_json_schema=listed("ResponseTool"))]
 
 
-class ResponseToolChoice(Struct, kw_only=True):
-    """`function` with a name, or `allowed_tools` with a mode and tools."""
+class FunctionChoice(Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="function"):
+    name: str
 
-    type: Annotated[str, Meta(extra_json_schema={"enum": ["function", "allowed_tools"]})]
-    name: str | None = None
+
+class AllowedTool(Struct, kw_only=True, forbid_unknown_fields=True):
+    type: Literal["function"]
+    name: str
+
+
+class AllowedToolsChoice(Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="allowed_tools"):
+    tools: Annotated[list[AllowedTool], Meta(min_length=1, max_length=MAX_TOOLS)]
     mode: Literal["auto", "required"] | None = None
-    tools: Annotated[list[Raw], Meta(min_length=1, max_length=MAX_TOOLS, extra_json_schema=_TOOL_SCHEMA)] | None = None
 
 
-ToolChoice = Literal["none", "auto", "required"] | ResponseToolChoice
+ToolChoice = Literal["none", "auto", "required"] | FunctionChoice | AllowedToolsChoice
 
 
 class TextFormat(Struct, kw_only=True, forbid_unknown_fields=True):
+    """Fields beside `type` are those of `json_schema`."""
+
     type: Literal["text", "json_object", "json_schema"]
-    name: str | None = None
+    name: Annotated[str, Meta(description="For your records; changes nothing.")] | None = None
     schema: dict[str, Any] | None = None
-    description: str | None = None
-    strict: bool | None = None
+    description: Annotated[str, Meta(description="For your records; changes nothing.")] | None = None
+    strict: Annotated[bool, Meta(description="The schema is enforced either way.")] | None = None
 
 
 class TextOptions(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -202,3 +211,25 @@ class InputItemsQuery(Struct, kw_only=True):
     limit: Annotated[int, Meta(ge=1, le=100)] = 20
     order: Literal["asc", "desc"] = "desc"
     after: ShortText | UnsetType = UNSET
+
+
+def check_kinds(body: Any) -> None:
+    """Raises `InvalidRequestError` for a choice of a kind that is not known, of a body that could not be decoded."""
+    choice = body.get("tool_choice") if isinstance(body, dict) else None
+    if not isinstance(choice, dict):
+        return
+    _check_kind(choice, "tool_choice", ("function", "allowed_tools"))
+    tools = choice.get("tools")
+    for index, tool in enumerate(tools if isinstance(tools, list) else ()):
+        if isinstance(tool, dict):
+            _check_kind(tool, f"tool_choice.tools[{index}]", ("function",))
+
+
+def _check_kind(value: dict[str, Any], path: str, kinds: Sequence[str]) -> None:
+    kind = value.get("type")
+    if isinstance(kind, str) and kind not in kinds:
+        raise InvalidRequestError(
+            f"{path} is of type {kind[:64]!r}; it may be {' or '.join(map(repr, kinds))}",
+            param=f"{path}.type",
+            code="unsupported_parameter",
+        )
