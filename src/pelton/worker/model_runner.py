@@ -64,6 +64,7 @@ class RunningStep:
     start_s: float
     answers: _Answers
     kv_copy_s: float = 0.0
+    kv_moved_s: float | None = None
     rows: Sequence[StepRow] = ()  # that sample late
     samples: LateSamples | None = None
     result: StepResult | None = None
@@ -153,7 +154,9 @@ class ModelRunner:
             if step.samples is not None:
                 self._take_samples(step.rows, step.samples.result(), answers)
             if step.batch.kv_ops:
-                self._kv.wait()
+                copied = self._kv.wait()
+                if copied is not None:
+                    step.kv_copy_s, step.kv_moved_s = copied.loads_s, copied.loads_s + copied.stores_s
         except BaseException as error:
             self._states.forget(scheduled.request_id for scheduled in step.batch.requests)
             step.error = error
@@ -169,6 +172,7 @@ class ModelRunner:
             pooled=answers.pooled or None,
             elapsed_s=now_s - max(step.start_s, self._last_end_s),
             kv_copy_s=step.kv_copy_s,
+            kv_moved_s=step.kv_moved_s,
         )
         self._last_end_s = now_s
 

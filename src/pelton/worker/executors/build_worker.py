@@ -62,6 +62,8 @@ def build_executor(
     wanted_model_len(spec, engine_config)
     num_threads = worker_config.threads or num_available_cores()
     kernels = choose_kernels(worker_config, num_threads)
+    engine_config = engine_config.sized_for(kernels.step_size)
+    step_size = engine_config.step_size()
     kv_dtype = _resolve_kv_dtype(worker_config.kv_cache_dtype, kernels)
     model = load_weights(files, model_config, worker_config, kernels)
     plan = _plan_kv_cache(spec, engine_config, KV_FORMATS[kv_dtype], kernels)
@@ -76,8 +78,8 @@ def build_executor(
         max_model_len=plan.max_model_len,
         num_blocks=plan.num_blocks,
         block_size=engine_config.block_size,
-        max_num_seqs=engine_config.max_num_seqs,
-        max_num_batched_tokens=engine_config.max_num_batched_tokens,
+        max_num_seqs=step_size.num_requests,
+        max_num_batched_tokens=step_size.num_tokens,
         max_num_waiting=engine_config.max_num_waiting,
         dtype=kernels.dtype,
         vocab_size=spec.vocab_size,
@@ -228,8 +230,9 @@ def step_bytes(spec: ModelSpec, config: EngineConfig, bytes_per_element: int, ma
     """
     query_size = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
     row_bytes = (6 * spec.hidden_size + 3 * query_size + 3 * spec.intermediate_size) * bytes_per_element
-    num_logits = min(config.max_num_seqs, max_logits_rows) * spec.vocab_size
-    return config.max_num_batched_tokens * row_bytes + 2 * 4 * num_logits + _DEVICE_RESERVE_BYTES
+    step_size = config.step_size()
+    num_logits = min(step_size.num_requests, max_logits_rows) * spec.vocab_size
+    return step_size.num_tokens * row_bytes + 2 * 4 * num_logits + _DEVICE_RESERVE_BYTES
 
 
 def plan_kv_cache(
@@ -247,7 +250,7 @@ def plan_kv_cache(
     """
     block_bytes = kv_format.block_bytes(spec, config.block_size)
     wanted_len = wanted_model_len(spec, config)
-    num_useful = 1 + config.max_num_seqs * num_blocks_of_request(spec, config, wanted_len)
+    num_useful = 1 + config.step_size().num_requests * num_blocks_of_request(spec, config, wanted_len)
     if config.num_kv_blocks is not None:
         num_blocks = config.num_kv_blocks
     elif config.kv_cache_memory_gb is not None:
@@ -297,7 +300,7 @@ def _plan_host_blocks(config: EngineConfig, block_bytes: int, num_blocks: int, h
 
 def num_blocks_of_request(spec: ModelSpec, config: EngineConfig, num_tokens: int) -> int:
     """Blocks that one request of `num_tokens` holds at most, over all KV groups."""
-    max_step_tokens = config.long_prefill_chunk or config.max_num_batched_tokens
+    max_step_tokens = config.long_prefill_chunk or config.step_size().num_tokens
     total = 0
     for group in spec.kv_groups:
         num_held = num_tokens

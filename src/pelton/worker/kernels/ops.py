@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pelton.core.errors import ConfigError
+from pelton.core.step_size import StepSize
 from pelton.weights.lora.adapter import LoraWeights
 from pelton.weights.tensors import ModelFiles, WeightTensor
 from pelton.worker.config import WorkerConfig, has_gpu, require_torch, require_triton
@@ -223,6 +224,7 @@ class Kernels(Ops, Protocol):
     dtype: str  # of activations
     kv_dtypes: tuple[str, ...]  # that a cache may have; the first where the user leaves it open
     device_name: str  # "cpu", or the GPU's own
+    step_size: StepSize  # that suits the device, where the user leaves it open
     max_logits_rows: int  # that are asked of a program, and given to the sampler, at a time
 
     def num_free_bytes(self) -> int | None:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pelton.core.step_size import CPU_STEP, StepSize
 from pelton.weights.lora.adapter import LoraWeights
 from pelton.weights.tensors import ModelFiles, WeightTensor
 from pelton.worker.forward_batch import Adapters
@@ -34,6 +35,9 @@ from pelton.worker.kernels.triton.rotary import rotate_and_store, split_heads
 from pelton.worker.kernels.triton.sampling import DeviceSampler
 from pelton.worker.kernels.triton.weights import num_weight_bytes
 from pelton.worker.kv_format import KV_FORMATS
+
+# Decodes of 256 read weights once for all; 8,192 tokens of a prompt keep an H100's products at their best for 0.2 s.
+_GPU_STEP = StepSize(256, 8192)
 
 
 @contextmanager
@@ -68,6 +72,7 @@ class TritonKernels:
         self.name = "triton (interpreted)" if is_interpreted() else "triton"
         self.dtype = dtype
         self.kv_dtypes = (dtype, *(other for other in KV_FORMATS if other != dtype))
+        self.step_size = _GPU_STEP if self.device.type == "cuda" else CPU_STEP
         self.batch_invariant = batch_invariant
         self._quantization = quantization
         self._scratch = Scratch(self.device)
