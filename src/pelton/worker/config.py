@@ -39,6 +39,11 @@ class WorkerConfig:
         "with bfloat16 ones; auto: the fastest",
         choices=("auto", "int8", "bfloat16", "float32"),
     )
+    batch_invariance: bool = setting(
+        True,
+        "same bits of a request whatever runs beside it; off: on a GPU products and attention may be faster where "
+        "other requests decide how (CPUs have nothing to gain, and keep it)",
+    )
     threads: int | None = setting(None, "compute threads; default: the cores this process may use")
 
     def __post_init__(self) -> None:

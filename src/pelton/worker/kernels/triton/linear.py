@@ -201,6 +201,7 @@ def _plan_launch(weight: Weight, num_rows: int, plan: RowPlan | None) -> _Launch
         "WIDEN": is_interpreted(),
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
+        "enable_fp_fusion": False,  # fused where `tl.fma` says so: alike in every variant of a kernel
     }
     grid = (num_row_tiles * -(-weight.num_outputs // tile.outputs), slices if is_split else 1)
     length = slice_length(weight.kind, weight.num_outputs, weight.num_inputs)

@@ -1,7 +1,8 @@
 """RMSNorm, Zhang and Sennrich, arXiv:1910.07467, alone and with the residual added first.
 
 Law 3: a row is one program's, or one line of a program's tile; the tile's shape depends on the width alone, so a row
-is summed in one order whatever the number of rows.
+is summed in one order whatever the number of rows, by one compiled kernel: none is made for numbers of rows that
+are a multiple of 16.
 
 Legend: T tokens, N heads (1 where x has two axes), H width of a row.
 """
@@ -67,7 +68,7 @@ def _launch(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _rms_norm_kernel(
     x,
     residual,
