@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from pelton.worker.kernels.triton.activation import gelu_tanh_mul, silu_mul, sof
 from pelton.worker.kernels.triton.attention import paged_attention, plan_attention
 from pelton.worker.kernels.triton.block_copies import CudaCopies
 from pelton.worker.kernels.triton.dense import load_dense
-from pelton.worker.kernels.triton.device import device_name, find_device, is_interpreted, num_free_bytes
+from pelton.worker.kernels.triton.device import device_name, find_device, is_interpreted, memory_errors, num_free_bytes
 from pelton.worker.kernels.triton.embedding import embedding
 from pelton.worker.kernels.triton.kv_tiles import format_of
 from pelton.worker.kernels.triton.linear import Scratch, TritonLinearLoader, linear
@@ -38,15 +38,6 @@ from pelton.worker.kv_format import KV_FORMATS
 
 # Decodes of 256 read weights once for all; 8,192 tokens of a prompt keep an H100's products at their best for 0.2 s.
 _GPU_STEP = StepSize(256, 8192)
-
-
-@contextmanager
-def _memory_errors() -> Iterator[None]:
-    """What torch says when the device is full, as the rest of the house knows it."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise MemoryError(str(error)) from error
 
 
 class TritonKernels:
@@ -133,7 +124,7 @@ class TritonKernels:
     def weight_cache(self, files: ModelFiles, path: Path | None) -> AbstractContextManager[None]:
         """Nothing is kept."""
         del files, path
-        return _memory_errors()
+        return memory_errors()
 
     def make_sampler(self, vocab_size: int, eos_token_ids: Iterable[int]) -> DeviceSampler:
         return DeviceSampler(vocab_size, eos_token_ids, self.device)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import torch
 import triton
 
@@ -29,6 +33,33 @@ def find_device() -> torch.device:
             f"{'.'.join(map(str, torch.cuda.get_device_capability(device)))}"
         )
     return device
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether that is what it came of: torch has a type for it, the driver a word, and other errors may follow."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
+            return True
+        error = error.__context__
+    return False
+
+
+@contextmanager
+def memory_errors(release: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """What torch says when the device is full, as the rest of the house knows it: MemoryError. What the work held, what
+    `release` gives up and what torch keeps for later is free by then."""
+    try:
+        yield
+        return
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        problem = str(error)
+        traceback.clear_frames(error.__traceback__)
+    release()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    raise MemoryError(problem)
 
 
 def device_name(device: torch.device) -> str:
