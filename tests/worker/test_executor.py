@@ -19,10 +19,11 @@ from pelton.engine.config import EngineConfig
 from pelton.weights.config import ModelConfig
 from pelton.weights.tensors import GenerationDefaults, WeightTensor
 from pelton.worker.config import WorkerConfig
-from pelton.worker.executors import build_worker
-from pelton.worker.executors.build_worker import build_executor, num_blocks_of_request, plan_kv_cache
+from pelton.worker.executors import kv_plan
+from pelton.worker.executors.build_worker import build_executor
 from pelton.worker.executors.host_resources import num_available_cores, num_available_memory_bytes
 from pelton.worker.executors.in_process import InProcessExecutor
+from pelton.worker.executors.kv_plan import num_blocks_of_request, plan_kv_cache
 from pelton.worker.kernels.block_copies import CopyTimes
 from pelton.worker.kernels.reference import ReferenceKernels
 from pelton.worker.kernels.reference.block_copies import TensorCopies
@@ -224,7 +225,7 @@ def test_weights_beyond_the_free_memory_are_refused() -> None:
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_a_failed_allocation_is_a_typed_error(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine claims more memory than an address space holds, so that the backend itself refuses."""
-    monkeypatch.setattr(build_worker, "num_available_memory_bytes", lambda: 2**80)
+    monkeypatch.setattr(kv_plan, "num_available_memory_bytes", lambda: 2**80)
     config = replace(ENGINE, kv_cache_memory_gb=float(2**30))
     worker_config = WorkerConfig(threads=1, kernel_backend=backend)
     with pytest.raises(ConfigError, match="could not be allocated: lower num_kv_blocks or kv_cache_memory_gb"):

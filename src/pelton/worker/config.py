@@ -44,9 +44,14 @@ class WorkerConfig:
         "same bits of a request whatever runs beside it; off: on a GPU products and attention may be faster where "
         "other requests decide how (CPUs have nothing to gain, and keep it)",
     )
+    tensor_parallel_size: int = setting(
+        1, "processes, and on GPUs devices, that share a model's matrices out among them", alias="-tp"
+    )
     threads: int | None = setting(None, "compute threads; default: the cores this process may use")
 
     def __post_init__(self) -> None:
+        if self.tensor_parallel_size < 1:
+            raise ConfigError(f"tensor_parallel_size is {self.tensor_parallel_size}; it must be at least 1")
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"threads is {self.threads}; it must be at least 1")
         if self.device == "cuda" and self.kernel_backend in ("native", "reference"):

@@ -84,8 +84,11 @@ class ModelRunner:
         block_size: int,
         matchers: GrammarMatchers | None = None,
         adapters: LoadedAdapters | None = None,
+        computes_in_pieces: bool = True,
     ) -> None:
-        """Without `matchers` requests with a grammar fail."""
+        """Without `matchers` requests with a grammar fail; without `computes_in_pieces` a step that does not fit into
+        memory."""
+        self._computes_in_pieces = computes_in_pieces
         self._kv = kv
         self._sampler = sampler
         self._program = compile_model(model, kv)
@@ -188,6 +191,8 @@ class ModelRunner:
             try:
                 return self._compute(rows, step)
             except MemoryError:
+                if not self._computes_in_pieces:
+                    raise
                 self._limit.failed(num_tokens)
         while self._running:  # pieces take their tokens from the host
             self._end_oldest()

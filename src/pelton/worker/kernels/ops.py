@@ -309,6 +309,7 @@ class KernelSettings:
     num_threads: int | None = None
     activation_dtype: str = "auto"
     batch_invariance: bool = True
+    device_index: int = 0  # among GPUs
 
 
 def _reference(settings: KernelSettings) -> Kernels:
@@ -343,8 +344,10 @@ def _triton(settings: KernelSettings) -> Kernels:
         )
     require_triton()
     from pelton.worker.kernels.triton.backend import TritonKernels
+    from pelton.worker.kernels.triton.device import find_device
 
-    return TritonKernels(settings.dtype, batch_invariant=settings.batch_invariance)
+    device = find_device(settings.device_index)
+    return TritonKernels(settings.dtype, device, batch_invariant=settings.batch_invariance)
 
 
 # Name -> maker, imported on demand: a backend may need a compiled module, a large package or a GPU.
@@ -362,6 +365,7 @@ def make_kernels(
     activation_dtype: str = "auto",
     *,
     batch_invariance: bool = True,
+    device_index: int = 0,
 ) -> Kernels:
     """Raises `ConfigError` for an unknown name and for a backend that cannot run here or not in these types.
 
@@ -372,16 +376,25 @@ def make_kernels(
         backend = "native" if dtype == "float32" else "reference"
     if backend not in BACKENDS:
         raise ConfigError(f"kernel backend {backend!r} is unknown; known are auto, {', '.join(BACKENDS)}")
-    return BACKENDS[backend](KernelSettings(dtype, num_threads, activation_dtype, batch_invariance))
+    return BACKENDS[backend](KernelSettings(dtype, num_threads, activation_dtype, batch_invariance, device_index))
 
 
-def choose_kernels(config: WorkerConfig, num_threads: int | None = None) -> Kernels:
+def choose_kernels(config: WorkerConfig, num_threads: int | None = None, device_index: int = 0) -> Kernels:
     """The backend that `config` comes to here. Raises as `make_kernels`."""
     backend = config.kernel_backend
     if backend == "auto" and (config.device == "cuda" or (config.device == "auto" and has_gpu())):
         backend = "triton"
+    if backend == "auto" and config.tensor_parallel_size > 1:
+        backend = "reference"  # native kernels run on one rank
     on_gpu = backend == "triton" and has_gpu()
     if config.device == "cpu" and on_gpu:
         raise ConfigError("device is cpu, but Triton kernels would run on the GPU: use native or reference kernels")
     dtype = config.dtype if config.dtype != "auto" else "bfloat16" if on_gpu else "float32"
-    return make_kernels(backend, dtype, num_threads, config.activation_dtype, batch_invariance=config.batch_invariance)
+    return make_kernels(
+        backend,
+        dtype,
+        num_threads,
+        config.activation_dtype,
+        batch_invariance=config.batch_invariance,
+        device_index=device_index,
+    )

@@ -17,8 +17,8 @@ def is_interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def find_device() -> torch.device:
-    """Raises `ConfigError` where there is no CUDA device, and kernels are not interpreted either."""
+def find_device(index: int = 0) -> torch.device:
+    """The `index`-th. Raises `ConfigError` where there is no CUDA device, and kernels are not interpreted either."""
     if is_interpreted():
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -26,7 +26,10 @@ def find_device() -> torch.device:
             "Triton kernels need an NVIDIA GPU, and torch finds none: check nvidia-smi and that this torch was built "
             "for CUDA, or use --kernel-backend native (TRITON_INTERPRET=1 interprets them, which only tests can bear)"
         )
-    device = torch.device("cuda", torch.cuda.current_device())
+    if index >= torch.cuda.device_count():
+        raise ConfigError(f"{index + 1} GPUs are wanted, and there are {torch.cuda.device_count()}")
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
     if torch.cuda.get_device_capability(device) < (8, 0):
         raise ConfigError(
             f"Triton kernels need a GPU of compute capability 8.0 or more; {torch.cuda.get_device_name(device)} has "

@@ -58,6 +58,8 @@ class TritonProgram:
         self, batch: ForwardBatch, late_tokens: torch.Tensor | None = None, late_rows: Ints | None = None
     ) -> None:
         """`late_rows` [T]: which tokens are rows of `late_tokens`, on the device, and not what `batch` says; -1: no."""
+        if self._kernels.device.type == "cuda":
+            torch.cuda.set_device(self._kernels.device)  # of this thread
         with memory_errors(self._graphs.clear):
             self._forward(batch, late_tokens, late_rows)
 
