@@ -28,7 +28,7 @@ from pelton.worker.kernels.triton.kv_tiles import format_of
 from pelton.worker.kernels.triton.linear import Scratch, TritonLinearLoader, linear
 from pelton.worker.kernels.triton.lora import LoraBatch, TritonAdapter
 from pelton.worker.kernels.triton.moe import TritonExperts, load_experts, moe
-from pelton.worker.kernels.triton.norm import add_rms_norm, rms_norm
+from pelton.worker.kernels.triton.norm import add_rms_norm, add_rms_norm_rounded, rms_norm
 from pelton.worker.kernels.triton.packed_kv import rotate_and_store_packed
 from pelton.worker.kernels.triton.program import TritonProgram
 from pelton.worker.kernels.triton.rotary import rotate_and_store, split_heads
@@ -36,6 +36,7 @@ from pelton.worker.kernels.triton.sampling import DeviceSampler
 from pelton.worker.kernels.triton.weights import num_weight_bytes
 from pelton.worker.kv_format import KV_FORMATS
 
+_LEAST_ROUNDED = 128  # values of a row: a block of scales
 # Decodes of 256 read weights once for all; 8,192 tokens of a prompt keep an H100's products at their best for 0.2 s.
 _GPU_STEP = StepSize(256, 8192)
 
@@ -134,6 +135,18 @@ class TritonKernels:
             self._lora = LoraBatch(adapters, self.device, self._lora)
         return self._lora.add(y, x, site)
 
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where all products round rows alike, the normed ones are rounded on the way: most norms feed a product."""
+        kinds = self._scratch.row_kinds
+        if len(kinds) != 1 or x.shape[1] < _LEAST_ROUNDED:
+            return add_rms_norm(x, residual, weight, eps)
+        (kind,) = kinds
+        normed, codes = add_rms_norm_rounded(x, residual, weight, eps, kind)
+        self._scratch.keep_rounded(normed, kind, codes)
+        return normed, residual
+
     def moe(
         self, x: torch.Tensor, logits: torch.Tensor, experts: TritonExperts, num_chosen: int, normalizes: bool
     ) -> torch.Tensor:
@@ -161,7 +174,6 @@ class TritonKernels:
     linear = staticmethod(linear)
     embedding = staticmethod(embedding)
     rms_norm = staticmethod(rms_norm)
-    add_rms_norm = staticmethod(add_rms_norm)
     split_heads = staticmethod(split_heads)
     plan_attention = staticmethod(plan_attention)
     paged_attention = staticmethod(paged_attention)
