@@ -61,7 +61,9 @@ class WorkerConfig:
         """Raises `ConfigError` where these settings need a package that is not installed."""
         if self.kernel_backend == "triton" or self.device == "cuda":
             require_triton()
-        elif self.kernel_backend == "reference" or self.dtype in ("bfloat16", "float16"):
+        elif (
+            self.kernel_backend == "reference" or self.dtype in ("bfloat16", "float16") or self.tensor_parallel_size > 1
+        ):
             require_torch()
 
 
@@ -73,8 +75,8 @@ def has_gpu() -> bool:
 def require_torch() -> None:
     if find_spec("torch") is None:
         raise ConfigError(
-            "the reference kernels (--kernel-backend reference, --dtype bfloat16 or float16) need torch: "
-            "pip install 'pelton[reference]'"
+            "the reference kernels (--kernel-backend reference, --dtype bfloat16 or float16, --tensor-parallel-size) "
+            "need torch: pip install 'pelton[reference]'"
         )
 
 

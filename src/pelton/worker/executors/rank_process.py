@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 
@@ -14,6 +15,7 @@ _LAST_STEP_S = 10.0
 
 
 def main() -> int:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first rank ends this one, after its last step
     # What is written by accident goes where errors go: standard output is for answers.
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)
@@ -26,6 +28,7 @@ def main() -> int:
     serve_rank(executor, sys.stdin.buffer, answers.write)
     # A step that waits for ranks that are gone must not keep the process.
     threading.Timer(_LAST_STEP_S, os._exit, (1,)).start()
+    executor.close()
     os._exit(0)
 
 

@@ -197,4 +197,3 @@ def serve_rank(executor: InProcessExecutor, commands: IO[bytes], answer: Callabl
     while header := commands.read(_LENGTH.size):
         batch = _decoder.decode(commands.read(*_LENGTH.unpack(header)))
         executor.submit(batch).add_done_callback(partial(tell, batch.step_id))
-    executor.close()

@@ -13,6 +13,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from pelton.core.errors import ConfigError
+
 _TIMEOUT = timedelta(minutes=5)
 
 
@@ -26,6 +28,8 @@ class TorchRanks:
 
         Raises what torch.distributed does where one stays away.
         """
+        if device_index is not None and torch.cuda.device_count() < size:
+            raise ConfigError(f"tensor_parallel_size is {size}, but there are {torch.cuda.device_count()} GPUs")
         self.rank = rank
         self.size = size
         self._device = torch.device("cpu") if device_index is None else torch.device("cuda", device_index)
