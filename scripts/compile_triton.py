@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ class Compiled:
     num_shared_bytes: int
     num_wgmma: int
     num_mma: int
+    hash: str
+    shapes: frozenset[str]  # of `wgmma`, the number of rows (n) left out, and of `mma`
 
 
 class _AbsentDevice:
@@ -97,7 +99,24 @@ def _inspect(label: str, kernel: Any) -> Compiled:
         kernel.metadata.shared,
         ptx.count("wgmma.mma_async"),
         len(re.findall(r"\bmma\.sync", ptx)),
+        kernel.hash,
+        instruction_shapes(ptx),
     )
+
+
+def instruction_shapes(ptx: str) -> frozenset[str]:
+    """What sums up within a matrix instruction: its outputs and inputs at a time, and its types."""
+    found = re.findall(r"wgmma\.mma_async\S*?\.(m\d+)n\d+(k\d+)(\S*)", ptx)
+    return frozenset({"".join(each) for each in found} | set(re.findall(r"\bmma\.sync\S*", ptx)))
+
+
+def differing(rows: Iterable[Compiled]) -> list[str]:
+    """Kernels that go through other matrix instructions with other numbers of rows: law 3 would not hold."""
+    by_name: dict[str, set[frozenset[str]]] = {}
+    for row in rows:
+        if row.shapes:
+            by_name.setdefault(re.sub(r", (\d+ rows|decode|prefill)", "", row.label), set()).add(row.shapes)
+    return [name for name, shapes in by_name.items() if len(shapes) > 1]
 
 
 def main() -> int:
@@ -105,10 +124,11 @@ def main() -> int:
 
     compiler = Compiler()
     print(f"{'case':<34} {'kernel':<26} {'regs':>5} {'spill':>6} {'shared':>7} {'wgmma':>6} {'mma':>5}")
-    num_failed = 0
+    num_failed, compiled = 0, list[Compiled]()
     for label, launch in cases():
         try:
             for row in compiler.collect(label, launch):
+                compiled.append(row)
                 print(
                     f"{row.label:<34} {row.kernel:<26} {row.num_registers:>5} {row.num_spilled_bytes:>6} "
                     f"{row.num_shared_bytes:>7} {row.num_wgmma:>6} {row.num_mma:>5}",
@@ -117,6 +137,9 @@ def main() -> int:
         except Exception as error:
             num_failed += 1
             print(f"{label:<34} failed: {type(error).__name__}: {str(error)[:2000]}", flush=True)
+    for name in differing(compiled):
+        num_failed += 1
+        print(f"{name}: other matrix instructions with other numbers of rows")
     return 1 if num_failed else 0
 
 

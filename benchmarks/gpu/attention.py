@@ -12,7 +12,7 @@ decodes in a full batch, and as decodes alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -83,14 +83,12 @@ class AttentionRow:
     same_bits: bool | None  # None: not looked at
 
 
-def run(device: torch.device) -> list[dict[str, object]]:
+def run(device: torch.device) -> Iterator[dict[str, object]]:
     """All rows. Raises what torch raises where memory runs out."""
     copy_gb_s, product_tflop_s = measure_copy(device), measure_product(device)
-    rows = []
     for case in CASES:
-        rows.append(asdict(measure(case, copy_gb_s, product_tflop_s, device)))
+        yield asdict(measure(case, copy_gb_s, product_tflop_s, device))
         torch.cuda.empty_cache()
-    return rows
 
 
 def measure_copy(device: torch.device) -> float:
@@ -260,7 +258,7 @@ def show(rows: Sequence[dict[str, object]]) -> str:
 def main() -> None:
     device = torch.device("cuda")
     print(torch.cuda.get_device_name(device))
-    print(show(run(device)))
+    print(show(list(run(device))))
 
 
 if __name__ == "__main__":

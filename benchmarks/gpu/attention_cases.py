@@ -21,7 +21,7 @@ _DECODE, _PREFILL = [(1, 9000)], [(2000, 2000)]  # new tokens, KV length
 
 def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "8B, decode", partial(_attend, _LLAMA, _DECODE)
-    yield "8B, decode, 16 rows", partial(_attend, _LLAMA, _DECODE, batch_invariant=False)
+    yield "8B, decode, small tiles", partial(_attend, _LLAMA, _DECODE, batch_invariant=False)
     yield "8B, prefill", partial(_attend, _LLAMA, _PREFILL)
     for kv_format in ("fp8", "int8", "int4"):
         yield f"8B, decode, {kv_format}", partial(_attend, _LLAMA, _DECODE, kv_format=kv_format)

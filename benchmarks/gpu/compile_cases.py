@@ -16,6 +16,7 @@ from pelton.worker.kernels.ops import LoraSite
 from pelton.worker.kernels.triton.linear import LinearWeight, Scratch, linear
 from pelton.worker.kernels.triton.lora import TritonAdapter, add_lora
 from pelton.worker.kernels.triton.moe import TritonExperts, moe
+from pelton.worker.kernels.triton.norm import add_rms_norm_rounded, rms_norm
 from pelton.worker.kernels.triton.sampling import DeviceSampler
 from pelton.worker.kernels.triton.weights import DenseWeight, PackedWeight, Weights
 
@@ -24,10 +25,23 @@ _CPU = torch.device("cpu")
 
 def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield from attention_cases.cases()
+    yield from _norms()
     yield from _products()
     yield from _experts()
     yield from _lora()
     yield from _sampling()
+
+
+def _norms() -> Iterator[tuple[str, Callable[[], object]]]:
+    weight = torch.empty(4096)
+    for num_rows in (1, 512):
+        x = torch.empty(num_rows, 4096, dtype=torch.bfloat16)
+        yield f"norm, {num_rows} rows", lambda x=x: rms_norm(x, weight, 1e-6)
+        for kind in ("int8", "fp8", "fp8_block"):
+            yield (
+                f"norm rounded to {kind}, {num_rows} rows",
+                lambda x=x, kind=kind: add_rms_norm_rounded(x, x.clone(), weight, 1e-6, kind),
+            )
 
 
 def _products() -> Iterator[tuple[str, Callable[[], object]]]:

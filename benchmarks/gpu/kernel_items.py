@@ -11,7 +11,8 @@ import torch
 from pelton.core.sampling_params import SamplingParams
 from pelton.worker.kernels.triton.activation import gelu_tanh_mul, silu_mul, softcap
 from pelton.worker.kernels.triton.embedding import embedding
-from pelton.worker.kernels.triton.norm import add_rms_norm, rms_norm
+from pelton.worker.kernels.triton.norm import add_rms_norm, add_rms_norm_rounded, rms_norm
+from pelton.worker.kernels.triton.quantize_rows import quantize_rows
 from pelton.worker.kernels.triton.rotary import rotate_and_store, split_heads
 from pelton.worker.kernels.triton.sampling import DeviceSampler
 from pelton.worker.sampling.reference import ReferenceSampler
@@ -40,6 +41,7 @@ def _errors(dtype: torch.dtype, device: torch.device, tiny: bool) -> dict[str, f
     errors = {"rms_norm": _error(rms_norm(x, weight, 1e-5), _normed(x, weight))}
     for row in (0, num_rows - 1):  # law 3, on the way
         assert torch.equal(rms_norm(x[row : row + 1], weight, 1e-5)[0], rms_norm(x, weight, 1e-5)[row])
+    _same_codes(dtype, device)
     total = x.double() + residual.double()
     normed, kept = add_rms_norm(x.clone(), residual.clone(), weight, 1e-5)
     errors |= {"sum": _error(kept, total), "add_rms_norm": _error(normed, _normed(kept, weight))}
@@ -51,6 +53,16 @@ def _errors(dtype: torch.dtype, device: torch.device, tiny: bool) -> dict[str, f
     errors["embedding"] = _error(embedding(ids, x, 1.5), x[ids.long()].double() * 1.5)
     errors |= _rotary(dtype, device, num_rows, heads, head_dim)
     return {name: float(error) for name, error in errors.items()}
+
+
+def _same_codes(dtype: torch.dtype, device: torch.device) -> None:
+    """Rows that a norm rounds on its way are those that `quantize_rows` makes of them, to the bit."""
+    x, residual = (torch.randn(19, 256, device=device).to(dtype) for _ in range(2))
+    weight = torch.rand(256, device=device)
+    for kind in ("int8", "fp8", "fp8_block"):
+        normed, found = add_rms_norm_rounded(x.clone(), residual.clone(), weight, 1e-5, kind)
+        for one, other in zip(found, quantize_rows(normed, kind), strict=True):
+            assert torch.equal(one.float(), other.float()), f"a norm rounds to other codes of {kind}"
 
 
 def _rotary(

@@ -8,7 +8,7 @@ are larger than the L2 cache. Their values are random; times are the median of d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -46,16 +46,15 @@ class ProductRow:
     reference: float
     share: float
     error: float  # of a few rows against float64, as a norm
+    same_bits: bool | None  # of the first row, alone and among the others; None: not looked at
 
 
-def run(device: torch.device) -> list[dict[str, object]]:
+def run(device: torch.device) -> Iterator[dict[str, object]]:
     """All rows. Raises what torch raises where memory runs out."""
     copy_gb_s = measure_copy(device)
-    rows: list[ProductRow] = []
-    for kind in KINDS:
-        for shape in SHAPES:
-            rows += _measure_shape(kind, shape, copy_gb_s, device)
-    return [asdict(row) for row in rows]
+    for shape in SHAPES:
+        for kind in KINDS:
+            yield from (asdict(row) for row in _measure_shape(kind, shape, copy_gb_s, device))
 
 
 def measure_copy(device: torch.device) -> float:
@@ -101,6 +100,7 @@ def _measure_shape(kind: str, shape: str, copy_gb_s: float, device: torch.device
                     reference,
                     achieved / reference,
                     _error(x, sets[0], rounded),
+                    torch.equal(linear(x[:1], sets[0]), linear(x, sets[0])[:1]) if batch_invariant else None,
                 )
             )
     return rows
@@ -160,7 +160,18 @@ def _median_ms(*calls: Callable[[], object]) -> float:
 
 
 def show(rows: Sequence[dict[str, object]]) -> str:
-    names = ("kind", "shape", "num_rows", "batch_invariant", "time_us", "gb_s", "tflop_s", "share", "error")
+    names = (
+        "kind",
+        "shape",
+        "num_rows",
+        "batch_invariant",
+        "time_us",
+        "gb_s",
+        "tflop_s",
+        "share",
+        "error",
+        "same_bits",
+    )
     lines = ["  ".join(f"{name:>15}" for name in names)]
     for row in rows:
         values = (row[name] for name in names)
@@ -169,4 +180,4 @@ def show(rows: Sequence[dict[str, object]]) -> str:
 
 
 if __name__ == "__main__":
-    print(show(run(torch.device("cuda"))))
+    print(show(list(run(torch.device("cuda")))))

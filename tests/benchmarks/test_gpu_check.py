@@ -1,4 +1,4 @@
-"""`make gpu-check` without a GPU: it says so; items run under the interpreter without what a GPU machine may lack."""
+"""`make gpu-check` without a GPU: it says so; items run with no package that a GPU machine lacks; its verdicts."""
 
 from __future__ import annotations
 
@@ -6,40 +6,110 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
+from benchmarks.gpu.check import ITEMS, MISSED_LIMITS, PEER, TOTAL_S, conclude
+from benchmarks.gpu.verdicts import LIMITS
 
 ROOT = Path(__file__).resolve().parents[2]
-RUN_WITHOUT_MSGSPEC = """
-import runpy, sys
-sys.modules["msgspec"] = None  # as where it is not installed
-sys.argv[0] = "check"
-runpy.run_module("benchmarks.gpu.check", run_name="__main__")
-"""
+# What is imported of a machine with torch, Triton and transformers: no msgspec, no llguidance, no native kernels.
+THERE = ("torch", "torchgen", "functorch", "triton", "numpy", "typing_extensions", "sympy", "mpmath", "networkx")
+THERE += ("jinja2", "markupsafe", "fsspec", "filelock")
+LENGTHS = ((128, 128), (1000, 1000), (2048, 128))
 
 
-def run(*command: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
+def run(*arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """`path`: the only packages there are, beside Python's own."""
+    places = [*([] if path is None else [path]), ROOT / "src", ROOT]
+    environment = {**os.environ, "PYTHONPATH": ":".join(map(str, places))}
     environment.pop("TRITON_INTERPRET", None)
-    return subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, *([] if path is None else ["-S"]), "-m", "benchmarks.gpu.check", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.torch
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so() -> None:
-    done = run("-m", "benchmarks.gpu.check")
+    done = run()
     assert done.returncode == 2
     assert "no CUDA device" in done.stderr
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("item", ["kernels", "same text"])
-def test_items_run_under_the_interpreter(item: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("item", ["kernels", "same text", "throughput fp8"])
+def test_items_run_where_nothing_else_is_installed(item: str, tmp_path: Path) -> None:
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    for name in THERE:
+        spec = find_spec(name)
+        assert spec is not None
+        assert spec.origin is not None
+        found = Path(spec.origin)
+        found = found.parent if found.name == "__init__.py" else found
+        (packages / found.name).symlink_to(found)
+        libraries = found.with_name(f"{name}.libs")
+        if libraries.is_dir():
+            (packages / libraries.name).symlink_to(libraries)
     out = tmp_path / "result.json"
-    done = run("-c", RUN_WITHOUT_MSGSPEC, "--interpret", "--only", item, "--out", str(out))
+    done = run("--interpret", "--only", item, "--out", str(out), path=packages)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert json.loads(out.read_text())["items"][item]["rows"]
+    report = json.loads(out.read_text())
+    assert report["items"][item]["rows"]
+    assert report["status"] == 0
     assert "ok" in done.stdout
+
+
+def test_every_item_is_sure_of_its_time() -> None:
+    assert sum(seconds for seconds, _ in ITEMS.values()) <= TOTAL_S < 480
+    assert {limit.item for limit in LIMITS} <= set(ITEMS)
+
+
+def all_well() -> dict[str, Any]:
+    rates = [{"input": first, "output": second, "output_tok_s": 1000.0} for first, second in LENGTHS]
+    rows: dict[str, list[dict[str, Any]]] = {
+        "kernels": [{}],
+        "single stream": [{"weights": name, "share": 0.86} for name in ("bfloat16", "fp8", "int4")],
+        "prefill 8192": [{"tflop_s": 500.0, "share": 0.66}],
+        "attention": [{"name": "decode 256 x 2K", "share": 0.8, "error": 1e-3, "same_bits": True}],
+        "busy": [{"batch": 256, "busy": 0.98}],
+        "throughput bf16": [{**row, "output_tok_s": 4500.0} for row in rates],
+        PEER: rates,
+        "products": [{"kind": "fp8", "shape": "qkv", "num_rows": 1, "error": 4e-2, "same_bits": None}],
+    }
+    return {name: {"rows": each, "s": 1.0} for name, each in rows.items()}
+
+
+@pytest.mark.parametrize(
+    ("item", "change", "status", "says"),
+    [
+        ("busy", {}, 0, "9 of 9 limits of speed reached"),
+        ("busy", {"busy": 0.96}, MISSED_LIMITS, "fall short   device busy"),
+        ("prefill 8192", {"share": 0.6}, MISSED_LIMITS, "8 of 9"),
+        ("attention", {"share": 0.7}, MISSED_LIMITS, "fall short   decode attention"),
+        ("attention", {"share": 0.7, "same_bits": False}, 1, "WRONG        attention, decode 256 x 2K: other bits"),
+        ("attention", {"error": float("nan")}, 1, "error nan"),
+        ("products", {"error": 0.5}, 1, "RESULTS ARE WRONG"),
+        ("throughput bf16", {"output_tok_s": 3900.0}, MISSED_LIMITS, "throughput 128/128"),
+    ],
+)
+def test_wrong_results_and_missed_limits_are_told_apart(
+    item: str, change: dict[str, Any], status: int, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    items = all_well()
+    items[item]["rows"][0] |= change
+    report = {"items": items}
+    assert conclude(report) == report["status"] == status
+    assert says in capsys.readouterr().out
+    assert len(report["verdicts"]) == 9
+
+
+@pytest.mark.parametrize(("item", "status"), [("kernels", 1), ("busy", 1), (PEER, MISSED_LIMITS)])
+def test_an_item_that_breaks_is_a_failure_unless_it_is_the_peer(item: str, status: int) -> None:
+    items = all_well()
+    items[item] = {"rows": [], "error": "it broke", "s": 1.0}
+    report: dict[str, Any] = {"items": items}
+    assert conclude(report) == status
+    assert conclude({"items": items}, judged=False) == (1 if status == 1 else 0)

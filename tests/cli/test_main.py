@@ -66,7 +66,7 @@ def test_serve_help_has_every_setting_under_its_room(
         ("serve one two", "unexpected argument: two"),
         ("serve --gpu-memory-utilization 0.9", "--gpu-memory-utilization: Pelton does not have this yet; --kv-cache"),
         ("serve m --gpu-memory-utilization=0.9", "--gpu-memory-utilization: Pelton does not have this yet"),
-        ("serve -tp 2", "-tp: Pelton does not have this yet"),
+        ("serve -dp 2", "-dp: Pelton does not have this yet"),
         ("serve m -pp=2", "-pp: Pelton does not have this yet"),
         ("serve --speculative-config {}", "--speculative-config: Pelton does not have this yet"),
         ("serve --no-enable-chunked-prefill", "--no-enable-chunked-prefill: prefill is always chunked here"),

@@ -86,7 +86,7 @@ def test_file_values(tmp_path: Path, text: str, name: str, value: Any) -> None:
         ({"PELTON_REQUEST_TIMEOUT_S": "nan"}, "PELTON_REQUEST_TIMEOUT_S: 'nan' is not a number"),
         ({"PELTON_ENABLE_OVERLAP": "maybe"}, "PELTON_ENABLE_OVERLAP: 'maybe' is neither true nor false"),
         ({"PELTON_DTYPE": "int3"}, "PELTON_DTYPE: 'int3' is none of auto, float32, bfloat16, float16"),
-        ({"PELTON_TENSOR_PARALLEL_SIZE": "2"}, "PELTON_TENSOR_PARALLEL_SIZE: Pelton does not have this yet; .*"),
+        ({"PELTON_PIPELINE_PARALLEL_SIZE": "2"}, "PELTON_PIPELINE_PARALLEL_SIZE: Pelton does not have this yet; .*"),
         ({"PELTON_PORT": "70000"}, "port is 70000; it must be between 0 and 65535"),
     ],
 )

@@ -20,7 +20,7 @@ def test_no_hint_hides_a_setting_and_every_flag_it_names_exists() -> None:
         ("--gpu-memory-utilization", True),
         ("gpu_memory_utilization", True),
         ("--gpu-memory-utilization=0.9", True),
-        ("-tp", True),
+        ("-tp", False),
         ("-pp=2", True),
         ("--no-enable-chunked-prefill", True),
         ("--kv-transfer-config", True),

@@ -10,18 +10,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from pelton.core.batch import RequestContext, ScheduledBatch, ScheduledRequest
+from pelton.core.batch import KVOp, KVOpKind, RequestContext, ScheduledBatch, ScheduledRequest
 from pelton.core.errors import ConfigError, EngineStepError
 from pelton.core.model_spec import ModelSpec, RopeSpec, make_kv_groups
 from pelton.core.sampling_params import SamplingParams
+from pelton.core.step_size import StepSize
 from pelton.engine.config import EngineConfig
 from pelton.weights.config import ModelConfig
 from pelton.weights.tensors import GenerationDefaults, WeightTensor
 from pelton.worker.config import WorkerConfig
-from pelton.worker.executors import build_worker
-from pelton.worker.executors.build_worker import build_executor, num_blocks_of_request, plan_kv_cache
+from pelton.worker.executors import kv_plan
+from pelton.worker.executors.build_worker import build_executor
 from pelton.worker.executors.host_resources import num_available_cores, num_available_memory_bytes
 from pelton.worker.executors.in_process import InProcessExecutor
+from pelton.worker.executors.kv_plan import num_blocks_of_request, plan_kv_cache
+from pelton.worker.kernels.block_copies import CopyTimes
+from pelton.worker.kernels.reference import ReferenceKernels
+from pelton.worker.kernels.reference.block_copies import TensorCopies
 from pelton.worker.kv_format import KV_FORMATS
 from tests.worker.native import CPU_BACKENDS
 
@@ -146,6 +151,56 @@ def test_engine_info_tells_what_was_decided() -> None:
     assert info.load_s > 0
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, (256, 8192)),
+        ({"max_num_seqs": 7}, (7, 8192)),
+        ({"max_num_batched_tokens": 100}, (100, 100)),
+        ({"max_num_seqs": 10_000}, (10_000, 10_000)),
+        ({"max_num_seqs": 4, "max_num_batched_tokens": 32}, (4, 32)),
+    ],
+    ids=str,
+)
+def test_a_device_chooses_the_size_of_a_step_that_is_left_open(
+    settings: dict[str, int], expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ReferenceKernels, "step_size", StepSize(256, 8192))
+    config = WorkerConfig(threads=1, kernel_backend="reference")
+    executor, info = build_executor(
+        SpecOnly(), DUMMY, config, EngineConfig(num_kv_blocks=20, **settings), eos_token_ids={0}
+    )
+    executor.close()
+    assert (info.max_num_seqs, info.max_num_batched_tokens) == expected
+
+
+def test_without_a_device_a_step_has_the_size_for_a_cpu() -> None:
+    executor, info = build_executor(
+        SpecOnly(), DUMMY, WorkerConfig(threads=1), EngineConfig(num_kv_blocks=20), eos_token_ids={0}
+    )
+    executor.close()
+    assert (info.max_num_seqs, info.max_num_batched_tokens) == (64, 256)
+
+
+class TimedCopies(TensorCopies):
+    def wait(self) -> CopyTimes:
+        return CopyTimes(loads_s=0.25, stores_s=0.5)
+
+
+def test_copies_that_a_device_makes_have_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host's clock sees how long it takes to ask for them, which is nothing."""
+    monkeypatch.setattr(ReferenceKernels, "make_block_copies", lambda _: TimedCopies())
+    config = replace(ENGINE, num_kv_blocks=20, host_kv_cache_gb=0.001)
+    worker = WorkerConfig(threads=1, kernel_backend="reference")
+    executor, _ = build_executor(SpecOnly(), DUMMY, worker, config, eos_token_ids={0})
+    batch = replace(make_batch(1), kv_ops=(KVOp(KVOpKind.STORE, 2, 1, "host"),))
+    result = executor.submit(batch).result(timeout=30)
+    plain = executor.submit(make_batch(2)).result(timeout=30)
+    executor.close()
+    assert (result.kv_copy_s, result.kv_moved_s) == (0.25, 0.75)
+    assert (plain.kv_copy_s, plain.kv_moved_s) == (0.0, None)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_an_explicit_dtype_is_used(dtype: str) -> None:
     config = WorkerConfig(dtype=dtype, threads=1)
@@ -170,7 +225,7 @@ def test_weights_beyond_the_free_memory_are_refused() -> None:
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_a_failed_allocation_is_a_typed_error(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine claims more memory than an address space holds, so that the backend itself refuses."""
-    monkeypatch.setattr(build_worker, "num_available_memory_bytes", lambda: 2**80)
+    monkeypatch.setattr(kv_plan, "num_available_memory_bytes", lambda: 2**80)
     config = replace(ENGINE, kv_cache_memory_gb=float(2**30))
     worker_config = WorkerConfig(threads=1, kernel_backend=backend)
     with pytest.raises(ConfigError, match="could not be allocated: lower num_kv_blocks or kv_cache_memory_gb"):

@@ -7,7 +7,6 @@ _NOT_YET = "Pelton does not have this yet"
 # By vLLM's name; the short forms are in `_SHORT`.
 _MISSING: dict[str, str] = {
     "gpu_memory_utilization": f"{_NOT_YET}; --kv-cache-memory-gb sets the memory for KV blocks",
-    "tensor_parallel_size": f"{_NOT_YET}; it runs on one device",
     "pipeline_parallel_size": f"{_NOT_YET}; it runs on one device",
     "data_parallel_size": f"{_NOT_YET}; it runs on one device",
     "distributed_executor_backend": f"{_NOT_YET}; it runs on one device",
@@ -39,7 +38,7 @@ _MISSING: dict[str, str] = {
     "disable_log_stats": "figures are at /metrics and not logged",
     "max_logprobs": "the limit is fixed at 20",
 }
-_SHORT = {"tp": "tensor_parallel_size", "pp": "pipeline_parallel_size", "dp": "data_parallel_size"}
+_SHORT = {"pp": "pipeline_parallel_size", "dp": "data_parallel_size"}
 
 
 def missing_flag_hint(name: str) -> str | None:

@@ -104,4 +104,5 @@ class StepResult:
     # request_id -> what went wrong with that request alone (for example NaN logits)
     failed: dict[str, str] | None = None
     elapsed_s: float = 0.0
-    kv_copy_s: float = 0.0  # of it, in KV operations
+    kv_copy_s: float = 0.0  # of it, in KV operations that its computing waited for
+    kv_moved_s: float | None = None  # that all of them took, where a device does some beside the step

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 from pelton.core.config import setting
 from pelton.core.errors import ConfigError
+from pelton.core.step_size import CPU_STEP, StepSize
 from pelton.core.tenant import parse_tenants
 
 POLICY_NAMES = ("agent", "fair", "dlpm", "program", "priority", "fcfs")
@@ -14,8 +16,10 @@ POLICY_NAMES = ("agent", "fair", "dlpm", "program", "priority", "fcfs")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     max_model_len: int | None = setting(None, "longest prompt plus output, in tokens; default: the model's own")
-    max_num_seqs: int = setting(64, "most requests in one step")
-    max_num_batched_tokens: int = setting(256, "token budget of one step; a smaller one smooths decoding")
+    max_num_seqs: int | None = setting(None, "most requests in one step; default: 64 on a CPU, 256 on a GPU")
+    max_num_batched_tokens: int | None = setting(
+        None, "token budget of one step; a smaller one smooths decoding; default: 256 on a CPU, 8192 on a GPU"
+    )
     tpot_slo_ms: float | None = setting(
         None, "time between tokens to keep while prompts are computed: the token budget follows measured step times"
     )
@@ -53,10 +57,9 @@ class EngineConfig:
     step_log: str | None = setting(None, "file that gets every step's shape and time, for `pelton simulate calibrate`")
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("max_model_len", "long_prefill_chunk", "num_kv_blocks"):
+        if self.block_size < 1:
+            raise ConfigError(f"block_size is {self.block_size}; it must be at least 1")
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "long_prefill_chunk", "num_kv_blocks"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
@@ -77,8 +80,19 @@ class EngineConfig:
             )
         if self.host_kv_cache_gb is not None and self.host_kv_cache_gb < 0:
             raise ConfigError(f"host_kv_cache_gb is {self.host_kv_cache_gb}; it must be at least 0")
-        if self.max_num_batched_tokens < self.max_num_seqs:
+        if (self.max_num_batched_tokens or math.inf) < (self.max_num_seqs or 0):
             raise ConfigError(
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) is smaller than max_num_seqs "
                 f"({self.max_num_seqs}): a step could not hold one token of every running request"
             )
+
+    def step_size(self, default: StepSize = CPU_STEP) -> StepSize:
+        """Of one step: what is set, else what the device wants, which yields to the other one that is set."""
+        num_requests = self.max_num_seqs or min(default.num_requests, self.max_num_batched_tokens or math.inf)
+        num_tokens = self.max_num_batched_tokens or max(default.num_tokens, self.max_num_seqs or 0)
+        return StepSize(int(num_requests), num_tokens)
+
+    def sized_for(self, default: StepSize) -> EngineConfig:
+        """With nothing of a step's size left open."""
+        size = self.step_size(default)
+        return replace(self, max_num_seqs=size.num_requests, max_num_batched_tokens=size.num_tokens)

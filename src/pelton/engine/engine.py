@@ -225,7 +225,8 @@ class Engine:
             return
         self._in_flight.popleft()
         self._set_schedule_time()
-        self.scheduler.kv.complete(batch.kv_ops, result.kv_copy_s)
+        moved_s = result.kv_copy_s if result.kv_moved_s is None else result.kv_moved_s
+        self.scheduler.kv.complete(batch.kv_ops, moved_s)
         started_s = self.clock.now_s()
         self._num_steps += 1
         self._take_prompt_logprobs(batch, result)

@@ -27,13 +27,14 @@ def simulated_info(config: EngineConfig, cost: StepCost) -> EngineInfo:
     """
     num_blocks = config.num_kv_blocks or cost.num_kv_tokens // config.block_size + 1
     block_bytes = cost.kv_bytes_per_token * config.block_size
+    step_size = config.step_size()
     num_host_blocks = int((config.host_kv_cache_gb or 0) * 2**30 / block_bytes)
     return EngineInfo(
         max_model_len=min(config.max_model_len or MAX_MODEL_LEN, (num_blocks - 1) * config.block_size),
         num_blocks=num_blocks,
         block_size=config.block_size,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_seqs=step_size.num_requests,
+        max_num_batched_tokens=step_size.num_tokens,
         max_num_waiting=config.max_num_waiting,
         dtype="none",
         vocab_size=VOCAB_SIZE,

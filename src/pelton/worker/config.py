@@ -39,9 +39,19 @@ class WorkerConfig:
         "with bfloat16 ones; auto: the fastest",
         choices=("auto", "int8", "bfloat16", "float32"),
     )
+    batch_invariance: bool = setting(
+        True,
+        "same bits of a request whatever runs beside it; off: on a GPU products and attention may be faster where "
+        "other requests decide how (CPUs have nothing to gain, and keep it)",
+    )
+    tensor_parallel_size: int = setting(
+        1, "processes, and on GPUs devices, that share a model's matrices out among them", alias="-tp"
+    )
     threads: int | None = setting(None, "compute threads; default: the cores this process may use")
 
     def __post_init__(self) -> None:
+        if self.tensor_parallel_size < 1:
+            raise ConfigError(f"tensor_parallel_size is {self.tensor_parallel_size}; it must be at least 1")
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"threads is {self.threads}; it must be at least 1")
         if self.device == "cuda" and self.kernel_backend in ("native", "reference"):
@@ -51,7 +61,9 @@ class WorkerConfig:
         """Raises `ConfigError` where these settings need a package that is not installed."""
         if self.kernel_backend == "triton" or self.device == "cuda":
             require_triton()
-        elif self.kernel_backend == "reference" or self.dtype in ("bfloat16", "float16"):
+        elif (
+            self.kernel_backend == "reference" or self.dtype in ("bfloat16", "float16") or self.tensor_parallel_size > 1
+        ):
             require_torch()
 
 
@@ -63,8 +75,8 @@ def has_gpu() -> bool:
 def require_torch() -> None:
     if find_spec("torch") is None:
         raise ConfigError(
-            "the reference kernels (--kernel-backend reference, --dtype bfloat16 or float16) need torch: "
-            "pip install 'pelton[reference]'"
+            "the reference kernels (--kernel-backend reference, --dtype bfloat16 or float16, --tensor-parallel-size) "
+            "need torch: pip install 'pelton[reference]'"
         )
 
 

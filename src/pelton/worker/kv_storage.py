@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pelton.core.batch import KVOp, KVOpKind
 from pelton.core.errors import EngineStepError
 from pelton.core.model_spec import ModelSpec
+from pelton.worker.kernels.block_copies import CopyTimes
 from pelton.worker.kernels.ops import Kernels, LayerCache
 from pelton.worker.kv_format import KV_FORMATS
 
@@ -80,6 +81,6 @@ class KVStorage:
             else:
                 self._copies.load(self._data[:, :, op.destination], self._host_bytes[op.source])
 
-    def wait(self) -> None:
-        """Until the moves so far are done."""
-        self._copies.wait()
+    def wait(self) -> CopyTimes | None:
+        """Until the moves so far are done. Their times, where the host's clock has not seen them."""
+        return self._copies.wait()

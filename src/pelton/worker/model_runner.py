@@ -9,12 +9,12 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, compress
 from typing import Any
 
 import numpy as np
 
-from pelton.core.batch import NULL_BLOCK_ID, PENDING_TOKEN_ID, ScheduledBatch, ScheduledRequest, StepResult
+from pelton.core.batch import NULL_BLOCK_ID, PENDING_TOKEN_ID, ScheduledBatch, StepResult
 from pelton.core.output import TokenLogprobs
 from pelton.worker.adapters import LoadedAdapters
 from pelton.worker.forward_batch import Adapters, ForwardBatch, GroupBatch, Ints
@@ -28,21 +28,7 @@ from pelton.worker.sampling.grammar import GrammarMasks, GrammarMatchers
 from pelton.worker.sampling.picked_logprobs import picked_logprobs, with_picked
 from pelton.worker.sampling.sampler import LateSamples, Sampler, Samples, TokenMask
 from pelton.worker.sampling.thinking import only
-
-
-@dataclass(slots=True)
-class StepRow:
-    """One request that runs in this step."""
-
-    index: int  # in ScheduledBatch.requests
-    scheduled: ScheduledRequest
-    state: RequestState
-    token_ids: tuple[int, ...]
-    adapter: Any = None  # in the kernels' layout
-
-    @property
-    def samples(self) -> bool:
-        return self.scheduled.samples and self.state.pooler is None
+from pelton.worker.step_pieces import OUT_OF_MEMORY, StepLimit, StepRow, halves, num_tokens_of
 
 
 @dataclass(slots=True)
@@ -55,6 +41,8 @@ class _Answers:
     complete_ids: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     pooled: dict[str, bytes] = field(default_factory=dict)
+    # By index of a request: the position up to which its prompt has been told or pooled.
+    taken: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True, eq=False)
@@ -65,6 +53,7 @@ class RunningStep:
     start_s: float
     answers: _Answers
     kv_copy_s: float = 0.0
+    kv_moved_s: float | None = None
     rows: Sequence[StepRow] = ()  # that sample late
     samples: LateSamples | None = None
     result: StepResult | None = None
@@ -96,8 +85,11 @@ class ModelRunner:
         block_size: int,
         matchers: GrammarMatchers | None = None,
         adapters: LoadedAdapters | None = None,
+        computes_in_pieces: bool = True,
     ) -> None:
-        """Without `matchers` requests with a grammar fail."""
+        """Without `matchers` requests with a grammar fail; without `computes_in_pieces` a step that does not fit into
+        memory."""
+        self._computes_in_pieces = computes_in_pieces
         self._kv = kv
         self._sampler = sampler
         self._program = compile_model(model, kv)
@@ -107,6 +99,7 @@ class ModelRunner:
         self._last_end_s = 0.0
         self._rotary_tables = rotary_tables(model.spec)
         self._block_size = block_size
+        self._limit = StepLimit()
         self._states = RequestStates(sampler, model.spec.vocab_size, matchers)
         self._masks = GrammarMasks(model.spec.vocab_size, matchers.eos_token_ids if matchers is not None else ())
         self._adapters = adapters
@@ -154,7 +147,9 @@ class ModelRunner:
             if step.samples is not None:
                 self._take_samples(step.rows, step.samples.result(), answers)
             if step.batch.kv_ops:
-                self._kv.wait()
+                copied = self._kv.wait()
+                if copied is not None:
+                    step.kv_copy_s, step.kv_moved_s = copied.loads_s, copied.loads_s + copied.stores_s
         except BaseException as error:
             self._states.forget(scheduled.request_id for scheduled in step.batch.requests)
             step.error = error
@@ -170,6 +165,7 @@ class ModelRunner:
             pooled=answers.pooled or None,
             elapsed_s=now_s - max(step.start_s, self._last_end_s),
             kv_copy_s=step.kv_copy_s,
+            kv_moved_s=step.kv_moved_s,
         )
         self._last_end_s = now_s
 
@@ -190,21 +186,67 @@ class ModelRunner:
         return rows
 
     def _forward(self, rows: Sequence[StepRow], step: RunningStep) -> None:
+        """All at once, or where memory is short in ever smaller pieces; what does not fit alone fails alone."""
+        num_tokens = num_tokens_of(rows)
+        if fits := self._limit.holds(num_tokens):
+            try:
+                return self._compute(rows, step)
+            except MemoryError:
+                if not self._computes_in_pieces:
+                    raise
+                self._limit.failed(num_tokens)
+        while self._running:  # pieces take their tokens from the host
+            self._end_oldest()
+        for row in rows:
+            row.token_ids = row.state.known_token_ids(row.scheduled)
+        pieces = [list(rows)] if not fits or num_tokens == 1 else [*reversed(halves(rows))]
+        alone: set[tuple[int, int]] = set()
+        while pieces:
+            piece = [row for row in pieces.pop() if row.scheduled.request_id not in step.answers.failed]
+            num_tokens = num_tokens_of(piece)
+            if num_tokens > 1 and not self._limit.holds(num_tokens):
+                pieces += reversed(halves(piece))
+                continue
+            try:
+                if piece:
+                    self._compute(piece, step, is_whole=False)
+            except MemoryError:
+                self._limit.failed(num_tokens)
+                if num_tokens > 1:
+                    pieces += reversed(halves(piece))
+                elif (piece[0].index, piece[0].end) not in alone:  # once more: others may have had the memory
+                    alone.add((piece[0].index, piece[0].end))
+                    pieces.append(piece)
+                else:
+                    step.answers.failed[piece[0].scheduled.request_id] = OUT_OF_MEMORY
+        return None
+
+    def _compute(self, rows: Sequence[StepRow], step: RunningStep, *, is_whole: bool = True) -> None:
+        """Raises MemoryError, and can be called again for the same rows then, or parts of them."""
         answers = step.answers
-        sampling_rows = [row for row in rows if row.samples]
+        wanted = [not answers.sampled_token_ids[row.index] for row in rows if row.samples]
+        sampling_rows = list(compress((row for row in rows if row.samples), wanted))
         # What may follow is known before the logits are: no row with a grammar is late.
         masks = self._masks.start([row.state.grammar for row in sampling_rows])
         batch = prepare_forward_batch(rows, self._rotary_tables, self._block_size)
         self._program.forward(batch, *self._late_inputs(rows, batch))
         for row, start in zip(rows, batch.query_start_loc.tolist(), strict=False):
+            if answers.taken.get(row.index, -1) >= row.end:
+                continue
             if row.state.sampling.prompt_logprobs is not None:
                 self._add_prompt_logprobs(row, start, batch.adapters, answers)
             if row.state.pooler is not None:
                 self._pool(row, row.state.pooler, start, batch.adapters, answers)
+            answers.taken[row.index] = row.end
+        logits_indices = batch.logits_indices[wanted]
         for low in range(0, len(sampling_rows), self._max_logits_rows):
             here = slice(low, low + self._max_logits_rows)
-            logits = self._program.logits(batch.logits_indices[here], batch.adapters)
-            if len(sampling_rows) > self._max_logits_rows or not self._try_sample_late(sampling_rows, logits, step):
+            logits = self._program.logits(logits_indices[here], batch.adapters)
+            if not (
+                is_whole
+                and len(sampling_rows) <= self._max_logits_rows
+                and self._try_sample_late(sampling_rows, logits, step)
+            ):
                 self._sample(sampling_rows[here], logits, None if masks is None else masks.result()[here], answers)
 
     def _late_inputs(self, rows: Sequence[StepRow], batch: ForwardBatch) -> tuple[Any, Ints | None]:
@@ -272,11 +314,16 @@ class ModelRunner:
         if pooler.params.needs_all_tokens and pooler.num_tokens != row.scheduled.num_computed_tokens:
             answers.failed[request_id] = "tokens that pooling needs were taken from the cache"
             return
-        pooler.add(self._program.hidden(start, num_rows))
+        hidden = self._program.hidden(start, num_rows)
+        pooler.add(hidden)
         if row.scheduled.samples:
             logits = None
             if pooler.reads_logits:
-                found = self._program.logits(np.array([start + num_rows - 1]), adapters)
+                try:
+                    found = self._program.logits(np.array([start + num_rows - 1]), adapters)
+                except MemoryError:  # its pooler cannot be given these again
+                    answers.failed[request_id] = OUT_OF_MEMORY
+                    return
                 logits = (found if isinstance(found, np.ndarray) else self._to_numpy(found))[0]
             values = pooler.finish(logits)
             if np.isfinite(values).all():
@@ -298,7 +345,7 @@ class ModelRunner:
                 answers.failed[row.scheduled.request_id] = "the model's logits for the prompt are not finite"
                 return
             entries += found
-        answers.prompt_logprobs[row.index] = tuple(entries)
+        answers.prompt_logprobs[row.index] = (*(answers.prompt_logprobs[row.index] or ()), *entries)
 
 
 def with_forced_tokens(

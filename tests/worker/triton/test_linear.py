@@ -15,9 +15,11 @@ from pelton.weights.gguf.formats import FORMATS
 from pelton.weights.tensors import WeightTensor
 from pelton.worker.kernels.triton import linear as linear_module
 from pelton.worker.kernels.triton import tiles
+from pelton.worker.kernels.triton.backend import TritonKernels
 from pelton.worker.kernels.triton.device import find_device
 from pelton.worker.kernels.triton.linear import Scratch, TritonLinearLoader, expand, linear, multiply
-from pelton.worker.kernels.triton.quantize_rows import norm_quantize, quantize_rows
+from pelton.worker.kernels.triton.norm import add_rms_norm, add_rms_norm_rounded
+from pelton.worker.kernels.triton.quantize_rows import quantize_rows
 from pelton.worker.kernels.triton.weights import num_weight_bytes
 
 pytestmark = pytest.mark.torch
@@ -260,20 +262,38 @@ def test_rows_may_be_part_of_wider_ones() -> None:
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8", "fp8_block"])
-@pytest.mark.parametrize("has_residual", [True, False])
-def test_norms_that_round_on_the_way(kind: str, has_residual: bool) -> None:
-    x, weight = rows(3, 200), rows(1, 200, seed=2)[0]
-    residual = rows(3, 200, seed=5) if has_residual else None
-    total = x if residual is None else x + residual
-    normed = total * (total.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight
-    codes, scales = norm_quantize(x, residual, weight, 1e-6, kind)
-    if kind == "fp8_block":
-        scales = scales.repeat_interleave(128, dim=1)[:, :200]
-    else:
-        scales = scales[:, None]
-    assert error(codes.float() * scales, normed.double()) < (2e-2 if kind == "int8" else 1e-1)
-    if residual is not None:
-        torch.testing.assert_close(residual, total)
+@pytest.mark.parametrize(("count", "size"), [(3, 200), (1, 2100), (20, 128)])
+def test_norms_that_round_on_the_way(kind: str, count: int, size: int) -> None:
+    """Tiles of one row and of several: the codes are those of the normed rows, to the bit."""
+    x, weight, residual = rows(count, size), rows(1, size, seed=2)[0], rows(count, size, seed=5)
+    x[0] = residual[0] = 0.0
+    normed, total = add_rms_norm(x.clone(), residual.clone(), weight, 1e-6)
+    found, (codes, scales) = add_rms_norm_rounded(x, residual, weight, 1e-6, kind)
+    assert torch.equal(found, normed)
+    assert torch.equal(residual, total)
+    expected = quantize_rows(normed, kind)
+    assert torch.equal(codes.float(), expected[0].float())
+    assert torch.equal(scales, expected[1])
+
+
+@pytest.mark.parametrize("quantization", ["fp8", "int8"])
+def test_products_take_rows_that_a_norm_has_rounded(quantization: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = TritonKernels("float32", DEVICE, quantization=quantization)
+    weight = kernels.make_linear_loader().load([random_tensor("F32", 70, 256)])
+    x, residual, factors = rows(5, 256), rows(5, 256, seed=5), rows(1, 256, seed=2)[0]
+    expected = linear(add_rms_norm(x.clone(), residual.clone(), factors, 1e-6)[0], weight)
+    rounded: list[int] = []
+
+    def counted(*args: object) -> object:
+        rounded.append(1)
+        return quantize_rows(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(linear_module, "quantize_rows", counted)
+    normed, _ = kernels.add_rms_norm(x, residual, factors, 1e-6)
+    assert torch.equal(linear(normed, weight), expected)
+    assert not rounded
+    assert torch.equal(linear(normed[:3], weight), expected[:3])  # other rows: rounded by themselves
+    assert rounded
 
 
 def test_sizes_in_memory_are_not_less_than_taken() -> None:

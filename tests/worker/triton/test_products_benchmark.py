@@ -28,7 +28,8 @@ def test_every_kind_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
         ("measure_copy", lambda device: 1.0 if isinstance(device, torch.device) else None),
     ):
         monkeypatch.setattr(products, name, value)
-    rows = products.run(find_device())
+    rows = list(products.run(find_device()))
     assert {row["kind"] for row in rows} == set(products.KINDS)
     assert all(float(row["error"]) < (5e-3 if row["kind"] in ("bf16", "int4 g128") else 1e-1) for row in rows)
+    assert all(row["same_bits"] is not False for row in rows)
     assert len(products.show(rows).splitlines()) == len(rows) + 1

@@ -6,12 +6,14 @@ weights are loaded.
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pelton.core.errors import ConfigError
 from pelton.core.events import EngineInfo
@@ -22,24 +24,29 @@ from pelton.engine.config import EngineConfig
 from pelton.weights.channel_quantization import CHANNEL_QUANTIZATIONS, ChangedFiles, QuantizedFiles, in_groups
 from pelton.weights.config import ModelConfig, parse_lora_modules
 from pelton.weights.packed_files import content_identity, packed_folder, packed_path
+from pelton.weights.shards import shard_spec
 from pelton.weights.tensors import ModelFiles
 from pelton.worker.adapters import LoadedAdapters
 from pelton.worker.config import WorkerConfig
 from pelton.worker.executors.host_resources import num_available_cores, num_available_memory_bytes
 from pelton.worker.executors.in_process import InProcessExecutor
-from pelton.worker.kernels.ops import DTYPE_BYTES, Kernels, choose_kernels
+from pelton.worker.executors.kv_plan import KVPlan, gib, plan_on, wanted_model_len
+from pelton.worker.kernels.ops import Kernels, choose_kernels
 from pelton.worker.kv_disk import DiskStore
-from pelton.worker.kv_format import KV_FORMATS, KVFormat
+from pelton.worker.kv_format import KV_FORMATS
 from pelton.worker.kv_storage import KVStorage
 from pelton.worker.model_runner import ModelRunner
 from pelton.worker.models.registry import Model, load_model, make_dummy_model
+from pelton.worker.parallel import RankPlace, Ranks
 from pelton.worker.sampling.grammar import GrammarMatchers
 
-_GIB = 2**30
+if TYPE_CHECKING:
+    from pelton.worker.executors.sharded import OtherRank, ShardedExecutor
+
+    WorkerExecutor = InProcessExecutor | ShardedExecutor
+
 # Raised whenever kernels change how a block's bytes lie, or what they are.
 _KV_LAYOUT_VERSION = 2
-_MAX_DEFAULT_BYTES = 4 * _GIB
-_DEVICE_RESERVE_BYTES = 2 * _GIB
 
 
 def build_executor(
@@ -50,34 +57,72 @@ def build_executor(
     *,
     eos_token_ids: Iterable[int],
     decoder: TokenDecoder | None = None,
-) -> tuple[InProcessExecutor, EngineInfo]:
+) -> tuple[WorkerExecutor, EngineInfo]:
     """Load the model, allot the KV cache, start the executor's thread.
 
     `eos_token_ids` end a generation; the sampler bans them until a request's `min_tokens`. Without the
     model's `decoder`, requests with a grammar fail. Raises `ConfigError` where the settings do not fit the
     model or the machine, `ModelFileError` or `UnsupportedModelError` where the files do not.
     """
+    parts = (files, model_config, worker_config, engine_config)
+    if worker_config.tensor_parallel_size == 1:
+        return _build_here(parts, eos_token_ids, decoder, None)
+    shard_spec(files.spec, worker_config.tensor_parallel_size)
+    _check_sharded(model_config, worker_config, engine_config)
+    from pelton.worker.executors.sharded import ShardedExecutor
+
+    place, others = _start_others(files, model_config, worker_config, engine_config)
+    try:
+        own, info = _build_here(parts, eos_token_ids, decoder, place)
+    except BaseException:
+        for other in others:
+            other.kill()
+        raise
+    finally:
+        shutil.rmtree(Path(place.store).parent, ignore_errors=True)
+    return ShardedExecutor(own, others), info
+
+
+def _build_here(
+    parts: tuple[ModelFiles, ModelConfig, WorkerConfig, EngineConfig],
+    eos_token_ids: Iterable[int],
+    decoder: TokenDecoder | None,
+    place: RankPlace | None,
+) -> tuple[InProcessExecutor, EngineInfo]:
+    """The executor of this process, for the whole model or a rank of it."""
     start_s = time.perf_counter()
-    spec = files.spec
-    wanted_model_len(spec, engine_config)
-    num_threads = worker_config.threads or num_available_cores()
-    kernels = choose_kernels(worker_config, num_threads)
+    files, model_config, worker_config, engine_config = parts
+    wanted_model_len(files.spec, engine_config)
+    num_threads = worker_config.threads or max(1, num_available_cores() // worker_config.tensor_parallel_size)
+    kernels = choose_kernels(worker_config, num_threads, 0 if place is None else place.rank)
+    ranks = None if place is None else _join(place, kernels, worker_config)
+    engine_config = engine_config.sized_for(kernels.step_size)
+    step_size = engine_config.step_size()
     kv_dtype = _resolve_kv_dtype(worker_config.kv_cache_dtype, kernels)
-    model = load_weights(files, model_config, worker_config, kernels)
-    plan = _plan_kv_cache(spec, engine_config, KV_FORMATS[kv_dtype], kernels)
+    model = load_weights(files, model_config, worker_config, kernels, ranks)
+    spec = model.spec
+    plan = plan_on(spec, engine_config, KV_FORMATS[kv_dtype], kernels)
+    if ranks is not None:
+        plan = KVPlan(*ranks.least((plan.num_blocks, plan.max_model_len, plan.num_host_blocks)))
     kv = _allocate_kv(spec, plan, engine_config.block_size, kv_dtype, kernels)
-    block_bytes = KV_FORMATS[kv_dtype].block_bytes(spec, engine_config.block_size)
-    sampler = kernels.make_sampler(spec.vocab_size, eos_token_ids)
     threading.Thread(target=kv.warm_up, name="pelton-kv-warm-up", daemon=True).start()
     matchers = GrammarMatchers(decoder, spec.vocab_size) if decoder is not None else None
     adapters, lora_modules = load_adapters(model_config, model)
-    runner = ModelRunner(model, kv, sampler, block_size=engine_config.block_size, matchers=matchers, adapters=adapters)
+    runner = ModelRunner(
+        model,
+        kv,
+        kernels.make_sampler(spec.vocab_size, eos_token_ids),
+        block_size=engine_config.block_size,
+        matchers=matchers,
+        adapters=adapters,
+        computes_in_pieces=ranks is None,  # one rank alone in pieces would leave the others waiting
+    )
     info = EngineInfo(
         max_model_len=plan.max_model_len,
         num_blocks=plan.num_blocks,
         block_size=engine_config.block_size,
-        max_num_seqs=engine_config.max_num_seqs,
-        max_num_batched_tokens=engine_config.max_num_batched_tokens,
+        max_num_seqs=step_size.num_requests,
+        max_num_batched_tokens=step_size.num_tokens,
         max_num_waiting=engine_config.max_num_waiting,
         dtype=kernels.dtype,
         vocab_size=spec.vocab_size,
@@ -88,12 +133,85 @@ def build_executor(
         enable_prefix_caching=engine_config.enable_prefix_caching,
         load_s=time.perf_counter() - start_s,
         num_host_blocks=plan.num_host_blocks,
-        kv_block_bytes=block_bytes,
+        kv_block_bytes=KV_FORMATS[kv_dtype].block_bytes(spec, engine_config.block_size),
         kv_identity=_kv_identity(files, model_config, worker_config, kernels, (kv_dtype, engine_config.block_size)),
         lora_modules=lora_modules,
         max_loras=model_config.max_loras,
     )
-    return InProcessExecutor(runner, _open_block_store(engine_config, info, kv), matchers, adapters), info
+    store, on_close = _open_block_store(engine_config, info, kv), None if ranks is None else ranks.leave
+    return InProcessExecutor(runner, store, matchers, adapters, on_close=on_close), info
+
+
+def _join(place: RankPlace, kernels: Kernels, config: WorkerConfig) -> Ranks:
+    """Waits until all ranks have come."""
+    from pelton.worker.kernels.reference.ranks import TorchRanks
+
+    device = None if kernels.device_name == "cpu" else place.rank
+    return TorchRanks(place.rank, place.size, place.store, device, batch_invariant=config.batch_invariance)
+
+
+def _check_sharded(model_config: ModelConfig, worker_config: WorkerConfig, engine_config: EngineConfig) -> None:
+    problem = None
+    if worker_config.kernel_backend == "native":
+        problem = "native kernels run on one rank: use --kernel-backend reference or triton"
+    elif model_config.lora_modules:
+        problem = "LoRA adapters run on one rank"
+    elif engine_config.disk_kv_cache_dir is not None:
+        problem = "KV blocks go to disk from one rank only: leave disk_kv_cache_dir out"
+    if problem is not None:
+        raise ConfigError(f"tensor_parallel_size is {worker_config.tensor_parallel_size}, but {problem}")
+
+
+@dataclass(frozen=True, slots=True)
+class RankSettings:
+    """First line of a rank's standard input, as JSON."""
+
+    model: ModelConfig
+    worker: WorkerConfig
+    engine: EngineConfig
+    place: RankPlace
+
+
+def _start_others(
+    files: ModelFiles, model_config: ModelConfig, worker_config: WorkerConfig, engine_config: EngineConfig
+) -> tuple[RankPlace, list[OtherRank]]:
+    """The place of rank 0, and the processes of the others, once these have found their model."""
+    import msgspec
+
+    from pelton.worker.executors.sharded import OtherRank, new_store
+
+    place = RankPlace(0, worker_config.tensor_parallel_size, new_store())
+    if model_config.load_format != "dummy":
+        model_config = replace(model_config, model=str(files.path))
+    others = []
+    try:
+        for rank in range(1, place.size):
+            settings = RankSettings(model_config, worker_config, engine_config, replace(place, rank=rank))
+            others.append(OtherRank(rank, msgspec.json.encode(settings)))
+        for other in others:
+            other.wait_until_ready()
+    except BaseException:
+        for other in others:
+            other.kill()
+        raise
+    return place, others
+
+
+def build_rank(settings: bytes, on_ready: Callable[[], object]) -> InProcessExecutor:
+    """Another rank's executor, in its own process; `on_ready` is called once its model is found."""
+    import msgspec
+
+    from pelton.weights.catalog import resolve_model
+    from pelton.weights.model_files import open_model
+    from pelton.weights.tokenizer import load_decoder
+
+    own = msgspec.json.decode(settings, type=RankSettings)
+    path = resolve_model(own.model)
+    files = open_model(path)
+    decoder = load_decoder(path, own.model.tokenizer, files)
+    on_ready()
+    parts = (files, own.model, own.worker, own.engine)
+    return _build_here(parts, decoder.eos_token_ids, decoder, own.place)[0]
 
 
 def load_adapters(
@@ -147,29 +265,36 @@ def _weight_cache_path(files: ModelFiles, model_config: ModelConfig, config: Wor
     return packed_path(folder, files.path, model_config.quantization)
 
 
-def load_weights(files: ModelFiles, model_config: ModelConfig, worker_config: WorkerConfig, kernels: Kernels) -> Model:
+def load_weights(
+    files: ModelFiles,
+    model_config: ModelConfig,
+    worker_config: WorkerConfig,
+    kernels: Kernels,
+    ranks: Ranks | None = None,
+) -> Model:
     """Checked by size first: Linux grants memory that it does not have, and kills the process later."""
     if model_config.quantization is not None and model_config.quantization not in CHANNEL_QUANTIZATIONS:
         kernels.round_weights(model_config.quantization)
     if model_config.load_format == "dummy":
         try:
             with kernels.weight_cache(files, None):
-                return make_dummy_model(files.spec, kernels)
+                return make_dummy_model(files.spec, kernels, ranks)
         except MemoryError as error:
             raise ConfigError("out of memory while making dummy weights: choose a smaller model") from error
     files = _as_multiplied(files, model_config, worker_config)
     num_bytes = sum(kernels.num_weight_bytes(files.tensor(name)) for name in files.tensor_names())
+    num_bytes //= 1 if ranks is None else ranks.size  # nearly
     num_free = kernels.num_free_bytes()
     if num_free is None:
         num_free = num_available_memory_bytes()
-    size = f"{_gib(num_bytes)} as {kernels.dtype}"
+    size = f"{gib(num_bytes)} as {kernels.dtype}"
     if num_bytes > num_free:
         raise ConfigError(
-            f"the weights take {size}, but {_gib(num_free)} are free: use a smaller model or --dtype bfloat16"
+            f"the weights take {size}, but {gib(num_free)} are free: use a smaller model or --dtype bfloat16"
         )
     try:
         with kernels.weight_cache(files, _weight_cache_path(files, model_config, worker_config)):
-            model = load_model(files, kernels)
+            model = load_model(files, kernels, ranks)
     except MemoryError as error:
         raise ConfigError(f"out of memory while loading the weights ({size})") from error
     files.drop_pages()
@@ -187,138 +312,8 @@ def _allocate_kv(spec: ModelSpec, plan: KVPlan, block_size: int, dtype: str, ker
     try:
         return KVStorage(spec, plan.num_blocks, block_size, dtype, kernels, num_host_blocks=plan.num_host_blocks)
     except MemoryError as error:
-        size = _gib((plan.num_blocks + plan.num_host_blocks) * KV_FORMATS[dtype].block_bytes(spec, block_size))
+        size = gib((plan.num_blocks + plan.num_host_blocks) * KV_FORMATS[dtype].block_bytes(spec, block_size))
         raise ConfigError(
             f"the KV cache of {plan.num_blocks} blocks and {plan.num_host_blocks} in host memory ({size}) could not be "
             "allocated: lower num_kv_blocks or kv_cache_memory_gb, or host_kv_cache_gb"
         ) from error
-
-
-@dataclass(frozen=True, slots=True)
-class KVPlan:
-    num_blocks: int  # the null block included
-    max_model_len: int
-    num_host_blocks: int = 0  # likewise, behind the cache
-
-
-def wanted_model_len(spec: ModelSpec, config: EngineConfig) -> int:
-    """The model's own limit or a shorter one asked for. Raises `ConfigError` for a longer one."""
-    if config.max_model_len is None:
-        return spec.max_model_len
-    if config.max_model_len > spec.max_model_len:
-        raise ConfigError(
-            f"max_model_len is {config.max_model_len}, but the model supports at most {spec.max_model_len} tokens"
-        )
-    return config.max_model_len
-
-
-def _plan_kv_cache(spec: ModelSpec, config: EngineConfig, kv_format: KVFormat, kernels: Kernels) -> KVPlan:
-    num_host_bytes, num_device_bytes = num_available_memory_bytes(), kernels.num_free_bytes()
-    if num_device_bytes is None:
-        return plan_kv_cache(spec, config, kv_format, num_host_bytes)
-    num_bytes = max(0, num_device_bytes - step_bytes(spec, config, DTYPE_BYTES[kernels.dtype], kernels.max_logits_rows))
-    return plan_kv_cache(spec, config, kv_format, num_bytes, num_host_bytes)
-
-
-def step_bytes(spec: ModelSpec, config: EngineConfig, bytes_per_element: int, max_logits_rows: int) -> int:
-    """What a step takes of a device beside weights and cache, at most: no step is run to find it out.
-
-    Activations of one layer at a time (a few tensors of its widths live at once), logits twice over, and what the
-    driver, captured graphs and libraries keep.
-    """
-    query_size = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
-    row_bytes = (6 * spec.hidden_size + 3 * query_size + 3 * spec.intermediate_size) * bytes_per_element
-    num_logits = min(config.max_num_seqs, max_logits_rows) * spec.vocab_size
-    return config.max_num_batched_tokens * row_bytes + 2 * 4 * num_logits + _DEVICE_RESERVE_BYTES
-
-
-def plan_kv_cache(
-    spec: ModelSpec,
-    config: EngineConfig,
-    kv_format: KVFormat,
-    num_available_bytes: int,
-    num_host_bytes: int | None = None,
-) -> KVPlan:
-    """Size the pool and fit `max_model_len` to it.
-
-    `num_available_bytes` is what is free once the weights are loaded; of a device that has `num_host_bytes` of host
-    memory beside it, else of the host itself. Raises `ConfigError` where the pool asked for exceeds it, or cannot
-    hold a request worth serving.
-    """
-    block_bytes = kv_format.block_bytes(spec, config.block_size)
-    wanted_len = wanted_model_len(spec, config)
-    num_useful = 1 + config.max_num_seqs * num_blocks_of_request(spec, config, wanted_len)
-    if config.num_kv_blocks is not None:
-        num_blocks = config.num_kv_blocks
-    elif config.kv_cache_memory_gb is not None:
-        num_blocks = int(config.kv_cache_memory_gb * _GIB) // block_bytes
-    else:
-        num_default_bytes = num_available_bytes  # of a device: nobody else wants it
-        if num_host_bytes is None:
-            num_default_bytes = min(num_available_bytes // 4, _MAX_DEFAULT_BYTES)
-        num_blocks = min(num_default_bytes // block_bytes, num_useful)
-    if num_blocks * block_bytes > num_available_bytes:
-        raise ConfigError(
-            f"{num_blocks} KV blocks take {_gib(num_blocks * block_bytes)}, but {_gib(num_available_bytes)} are free "
-            f"beside the weights: ask for at most {num_available_bytes // block_bytes} (num_kv_blocks) or "
-            f"{_gib(num_available_bytes)} (kv_cache_memory_gb)"
-        )
-    # A pool that cannot hold two blocks' worth of tokens would refuse almost every request.
-    least_len = min(wanted_len, 2 * config.block_size)
-    num_least = 1 + num_blocks_of_request(spec, config, least_len)
-    if num_blocks < num_least:
-        num_full = 1 + num_blocks_of_request(spec, config, wanted_len)
-        raise ConfigError(
-            f"the KV cache holds {num_blocks} blocks, too few to serve anything: at least {num_least} are needed, and "
-            f"{num_full} ({_gib(num_full * block_bytes)}) for one request of {wanted_len} tokens; raise "
-            "num_kv_blocks or kv_cache_memory_gb"
-        )
-    if num_host_bytes is None:
-        num_host_bytes, num_default = num_available_bytes - num_blocks * block_bytes, num_available_bytes // 8
-    else:
-        num_default = min(num_host_bytes // 8, _MAX_DEFAULT_BYTES)  # pinned at once: taken, and slowly
-    num_host_blocks = _plan_host_blocks(config, block_bytes, num_blocks, (num_host_bytes, num_default))
-    return KVPlan(num_blocks, _longest_request(spec, config, num_blocks - 1, wanted_len), num_host_blocks)
-
-
-def _plan_host_blocks(config: EngineConfig, block_bytes: int, num_blocks: int, host_bytes: tuple[int, int]) -> int:
-    """`host_bytes`: what is free, what is taken unless told otherwise."""
-    num_free, num_default = host_bytes
-    if config.host_kv_cache_gb is None:
-        return min(num_blocks, num_default // block_bytes)
-    num_host_blocks = int(config.host_kv_cache_gb * _GIB) // block_bytes
-    if num_host_blocks * block_bytes > num_free:
-        raise ConfigError(
-            f"host_kv_cache_gb is {config.host_kv_cache_gb}, but {_gib(num_free)} are free beside the weights and the "
-            "KV cache"
-        )
-    return num_host_blocks
-
-
-def num_blocks_of_request(spec: ModelSpec, config: EngineConfig, num_tokens: int) -> int:
-    """Blocks that one request of `num_tokens` holds at most, over all KV groups."""
-    max_step_tokens = config.long_prefill_chunk or config.max_num_batched_tokens
-    total = 0
-    for group in spec.kv_groups:
-        num_held = num_tokens
-        if group.sliding_window is not None:
-            # The window, the step being written, and a block in part at either end.
-            num_held = min(num_held, group.sliding_window + max_step_tokens + 2 * config.block_size)
-        total += -(-num_held // config.block_size)
-    return total
-
-
-def _longest_request(spec: ModelSpec, config: EngineConfig, num_blocks: int, wanted_len: int) -> int:
-    """Largest length up to `wanted_len` whose blocks number at most `num_blocks`, by bisection."""
-    low, high = 0, wanted_len
-    while low < high:
-        middle = (low + high + 1) // 2
-        if num_blocks_of_request(spec, config, middle) <= num_blocks:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / _GIB:.2f} GiB"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from queue import SimpleQueue
 
@@ -32,7 +33,9 @@ class InProcessExecutor:
         block_store: BlockStore | None = None,
         matchers: GrammarMatchers | None = None,
         adapters: LoadedAdapters | None = None,
+        on_close: Callable[[], None] | None = None,
     ) -> None:
+        self._on_close = on_close
         self.block_store = block_store  # closed with the executor, as are adapters
         self.matchers = matchers  # the runner's
         self.adapters = adapters
@@ -60,6 +63,9 @@ class InProcessExecutor:
                 self._closed = True
                 self._jobs.put(None)
         self._thread.join()
+        if self._on_close is not None:
+            self._on_close()
+            self._on_close = None
         if self.block_store is not None:
             self.block_store.close()
         if self.adapters is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,6 +11,14 @@ import numpy.typing as npt
 Bytes = npt.NDArray[np.uint8]
 # numpy.ndarray or torch.Tensor: a block in every layer, strided. That of the cache's own type.
 Block = Any
+
+
+@dataclass(frozen=True, slots=True)
+class CopyTimes:
+    """Seconds on a device. Steps wait for loads, and for no stores."""
+
+    loads_s: float
+    stores_s: float
 
 
 class BlockCopies(Protocol):
@@ -30,8 +39,11 @@ class BlockCopies(Protocol):
 
     def store(self, destination: Bytes, source: Block) -> None: ...
 
-    def wait(self) -> None:
-        """Until what was stored is in host memory, and what was loaded is no longer read from there."""
+    def wait(self) -> CopyTimes | None:
+        """Until what was stored is in host memory, and what was loaded is no longer read from there.
+
+        Returns what the copies since the last call took; None where they were done when their calls returned.
+        """
         ...
 
 
@@ -50,5 +62,5 @@ class ArrayCopies:
     def store(self, destination: Bytes, source: Block) -> None:
         destination.view(source.dtype).reshape(source.shape)[...] = source
 
-    def wait(self) -> None:
-        pass
+    def wait(self) -> CopyTimes | None:
+        return None

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pelton.core.errors import ConfigError
+from pelton.core.step_size import StepSize
 from pelton.weights.lora.adapter import LoraWeights
 from pelton.weights.tensors import ModelFiles, WeightTensor
 from pelton.worker.config import WorkerConfig, has_gpu, require_torch, require_triton
@@ -223,6 +224,7 @@ class Kernels(Ops, Protocol):
     dtype: str  # of activations
     kv_dtypes: tuple[str, ...]  # that a cache may have; the first where the user leaves it open
     device_name: str  # "cpu", or the GPU's own
+    step_size: StepSize  # that suits the device, where the user leaves it open
     max_logits_rows: int  # that are asked of a program, and given to the sampler, at a time
 
     def num_free_bytes(self) -> int | None:
@@ -299,7 +301,19 @@ class Kernels(Ops, Protocol):
         ...
 
 
-def _reference(dtype: str, num_threads: int | None, activation_dtype: str) -> Kernels:
+@dataclass(frozen=True, slots=True)
+class KernelSettings:
+    """What a backend is made with."""
+
+    dtype: str = "float32"
+    num_threads: int | None = None
+    activation_dtype: str = "auto"
+    batch_invariance: bool = True
+    device_index: int = 0  # among GPUs
+
+
+def _reference(settings: KernelSettings) -> Kernels:
+    activation_dtype = settings.activation_dtype
     if activation_dtype != "auto":
         raise ConfigError(
             f"activation_dtype is {activation_dtype}, but only native kernels round activations; the reference keeps "
@@ -308,35 +322,36 @@ def _reference(dtype: str, num_threads: int | None, activation_dtype: str) -> Ke
     require_torch()
     from pelton.worker.kernels.reference import ReferenceKernels
 
-    return ReferenceKernels(dtype, num_threads)
+    return ReferenceKernels(settings.dtype, settings.num_threads)
 
 
-def _native(dtype: str, num_threads: int | None, activation_dtype: str) -> Kernels:
+def _native(settings: KernelSettings) -> Kernels:
     from pelton.worker.kernels.cpu.backend import NativeKernels
 
-    if dtype != "float32":
-        raise ConfigError(f"native kernels compute in float32, not {dtype}: use --kernel-backend reference")
+    if settings.dtype != "float32":
+        raise ConfigError(f"native kernels compute in float32, not {settings.dtype}: use --kernel-backend reference")
     try:
-        return NativeKernels(num_threads or 1, activation_dtype=activation_dtype)
+        return NativeKernels(settings.num_threads or 1, activation_dtype=settings.activation_dtype)
     except ValueError as error:
-        raise ConfigError(f"activation_dtype is {activation_dtype}: {error}") from error
+        raise ConfigError(f"activation_dtype is {settings.activation_dtype}: {error}") from error
 
 
-def _triton(dtype: str, num_threads: int | None, activation_dtype: str) -> Kernels:
-    del num_threads
-    if activation_dtype != "auto":
+def _triton(settings: KernelSettings) -> Kernels:
+    if settings.activation_dtype != "auto":
         raise ConfigError(
-            f"activation_dtype is {activation_dtype}, but only native kernels round activations; Triton kernels keep "
-            "them as dtype says"
+            f"activation_dtype is {settings.activation_dtype}, but only native kernels round activations; Triton "
+            "kernels keep them as dtype says"
         )
     require_triton()
     from pelton.worker.kernels.triton.backend import TritonKernels
+    from pelton.worker.kernels.triton.device import find_device
 
-    return TritonKernels(dtype)
+    device = find_device(settings.device_index)
+    return TritonKernels(settings.dtype, device, batch_invariant=settings.batch_invariance)
 
 
 # Name -> maker, imported on demand: a backend may need a compiled module, a large package or a GPU.
-BACKENDS: dict[str, Callable[[str, int | None, str], Kernels]] = {
+BACKENDS: dict[str, Callable[[KernelSettings], Kernels]] = {
     "native": _native,
     "reference": _reference,
     "triton": _triton,
@@ -344,7 +359,13 @@ BACKENDS: dict[str, Callable[[str, int | None, str], Kernels]] = {
 
 
 def make_kernels(
-    backend: str = "auto", dtype: str = "float32", num_threads: int | None = None, activation_dtype: str = "auto"
+    backend: str = "auto",
+    dtype: str = "float32",
+    num_threads: int | None = None,
+    activation_dtype: str = "auto",
+    *,
+    batch_invariance: bool = True,
+    device_index: int = 0,
 ) -> Kernels:
     """Raises `ConfigError` for an unknown name and for a backend that cannot run here or not in these types.
 
@@ -355,16 +376,25 @@ def make_kernels(
         backend = "native" if dtype == "float32" else "reference"
     if backend not in BACKENDS:
         raise ConfigError(f"kernel backend {backend!r} is unknown; known are auto, {', '.join(BACKENDS)}")
-    return BACKENDS[backend](dtype, num_threads, activation_dtype)
+    return BACKENDS[backend](KernelSettings(dtype, num_threads, activation_dtype, batch_invariance, device_index))
 
 
-def choose_kernels(config: WorkerConfig, num_threads: int | None = None) -> Kernels:
+def choose_kernels(config: WorkerConfig, num_threads: int | None = None, device_index: int = 0) -> Kernels:
     """The backend that `config` comes to here. Raises as `make_kernels`."""
     backend = config.kernel_backend
     if backend == "auto" and (config.device == "cuda" or (config.device == "auto" and has_gpu())):
         backend = "triton"
+    if backend == "auto" and config.tensor_parallel_size > 1:
+        backend = "reference"  # native kernels run on one rank
     on_gpu = backend == "triton" and has_gpu()
     if config.device == "cpu" and on_gpu:
         raise ConfigError("device is cpu, but Triton kernels would run on the GPU: use native or reference kernels")
     dtype = config.dtype if config.dtype != "auto" else "bfloat16" if on_gpu else "float32"
-    return make_kernels(backend, dtype, num_threads, config.activation_dtype)
+    return make_kernels(
+        backend,
+        dtype,
+        num_threads,
+        config.activation_dtype,
+        batch_invariance=config.batch_invariance,
+        device_index=device_index,
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pelton.core.model_spec import ModelSpec
 from pelton.worker.kernels.ops import Array, AttentionContext, Ops
-from pelton.worker.layers.linear import Linear
+from pelton.worker.layers.linear import Linear, Product
 from pelton.worker.layers.norm import RMSNorm
 
 
@@ -15,7 +15,7 @@ class Attention:
         self,
         spec: ModelSpec,
         qkv: Linear,
-        output: Linear,
+        output: Product,
         query_norm: RMSNorm | None = None,
         key_norm: RMSNorm | None = None,
     ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pelton.worker.kernels.ops import Array, Ops
-from pelton.worker.layers.linear import Linear
+from pelton.worker.layers.linear import Product
 
 
 class TokenEmbedding:
@@ -22,7 +22,7 @@ class TokenEmbedding:
 
 
 class LMHead:
-    def __init__(self, linear: Linear, softcap: float | None) -> None:
+    def __init__(self, linear: Product, softcap: float | None) -> None:
         self._linear = linear
         self._softcap = softcap
 

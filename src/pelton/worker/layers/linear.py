@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 from pelton.worker.kernels.ops import Array, Ops
+
+
+class Product(Protocol):
+    """A `Linear`, or one whose result comes together from several ranks."""
+
+    def __call__(self, ops: Ops, x: Array) -> Array: ...
 
 
 class Linear:

@@ -9,20 +9,23 @@ from pelton.weights.dequantize import dequantize
 from pelton.worker.kernels.ops import Kernels, LoraSite
 from pelton.worker.layers.attention import Attention
 from pelton.worker.layers.embedding import LMHead, TokenEmbedding
-from pelton.worker.layers.linear import Linear
+from pelton.worker.layers.linear import Linear, Product
 from pelton.worker.layers.mlp import GatedMLP
 from pelton.worker.layers.moe import MixtureOfExperts
 from pelton.worker.layers.norm import RMSNorm
 from pelton.worker.models.weight_source import WeightSource
+from pelton.worker.parallel import Gathered, Ranks, Summed, head_share
 
 
 class ModelParts:
     """Makes the layers of one model. Tensors are decoded one matrix at a time, straight into their place."""
 
-    def __init__(self, spec: ModelSpec, source: WeightSource, kernels: Kernels) -> None:
+    def __init__(self, spec: ModelSpec, source: WeightSource, kernels: Kernels, ranks: Ranks | None = None) -> None:
+        """With `ranks`, `spec` and `source` are of one of them."""
         self.spec = spec
         self.kernels = kernels
         self._source = source
+        self._ranks = ranks
         self._loader = kernels.make_linear_loader()
         # Gemma's norms multiply by 1 + w; an architecture sets this before it asks for any.
         self.norm_offset = 0.0
@@ -56,17 +59,23 @@ class ModelParts:
             spec.hidden_size,
             bias=spec.attention_bias,
         )
-        output = self.linear({f"{prefix}.o_proj": spec.hidden_size}, query_size, bias=spec.attention_output_bias)
+        output = self._summed(
+            self.linear({f"{prefix}.o_proj": spec.hidden_size}, query_size, bias=spec.attention_output_bias)
+        )
         if not head_norms:
             return Attention(spec, qkv, output)
         query_norm = self.norm(f"{prefix}.q_norm", spec.head_dim)
         key_norm = self.norm(f"{prefix}.k_norm", spec.head_dim)
         return Attention(spec, qkv, output, query_norm, key_norm)
 
-    def mlp(self, prefix: str) -> GatedMLP | MixtureOfExperts:
+    def _summed(self, layer: Product) -> Product:
+        return layer if self._ranks is None else Summed(layer, self._ranks)
+
+    def mlp(self, prefix: str) -> Product:
+        return self._summed(self._experts(prefix) if self.spec.num_experts else self._gated(prefix))
+
+    def _gated(self, prefix: str) -> GatedMLP:
         spec = self.spec
-        if spec.num_experts:
-            return self._experts(prefix)
         gate_up = self.linear(
             {f"{prefix}.gate_proj": spec.intermediate_size, f"{prefix}.up_proj": spec.intermediate_size},
             spec.hidden_size,
@@ -96,8 +105,13 @@ class ModelParts:
         spec = self.spec
         name = "model.embed_tokens" if spec.tie_word_embeddings else "lm_head"
         matrix = self._source.tensor(f"{name}.weight", (spec.vocab_size, spec.hidden_size))
+        if self._ranks is not None:
+            matrix = head_share(matrix, self._ranks)
         # A loader of its own: the buffer for the largest matrix must not outlive it.
         weight = self.kernels.make_linear_loader().load([matrix])
         # By this name for adapters, whether or not the matrix is the embedding's.
         site = self._add_site({"lm_head": spec.vocab_size}, spec.hidden_size)
-        return LMHead(Linear(weight, None, site), spec.final_softcap)
+        linear = Linear(weight, None, site)
+        return LMHead(
+            linear if self._ranks is None else Gathered(linear, self._ranks, spec.vocab_size), spec.final_softcap
+        )

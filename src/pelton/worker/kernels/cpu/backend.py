@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pelton.core.errors import ConfigError, UnsupportedModelError
+from pelton.core.step_size import CPU_STEP
 from pelton.weights.channel_quantization import in_groups
 from pelton.weights.lora.adapter import LoraWeights
 from pelton.weights.tensors import ModelFiles, WeightTensor
@@ -64,6 +65,7 @@ class NativeKernels:
     dtype = "float32"
     kv_dtypes = tuple(KV_TYPES)
     device_name = "cpu"
+    step_size = CPU_STEP
     max_logits_rows = 64  # of 152k float32 are 39 MB
 
     def __init__(

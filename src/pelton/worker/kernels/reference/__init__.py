@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from pelton.core.errors import ConfigError
+from pelton.core.step_size import CPU_STEP
 from pelton.weights.lora.adapter import LoraWeights
 from pelton.weights.tensors import ModelFiles, WeightTensor
 from pelton.worker.kernels.eager import EagerProgram
@@ -37,6 +38,7 @@ class ReferenceKernels:
 
     name = "reference"
     device_name = "cpu"
+    step_size = CPU_STEP
     max_logits_rows = 64  # of 152k float32 are 39 MB
 
     def __init__(self, dtype: str = "float32", num_threads: int | None = None) -> None:

@@ -64,7 +64,7 @@ def _gated_kernel(gate_up, out, row_stride, width, GELU: tl.constexpr, BLOCK: tl
     tl.store(out + row * width + columns, result.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_values"])
 def _softcap_kernel(x, out, num_values, cap, BLOCK: tl.constexpr):
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = places < num_values

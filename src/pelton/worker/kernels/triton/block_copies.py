@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
-from pelton.worker.kernels.block_copies import Block, Bytes
+from pelton.worker.kernels.block_copies import Block, Bytes, CopyTimes
 
 
 class CudaCopies:
@@ -14,6 +17,10 @@ class CudaCopies:
     def __init__(self) -> None:
         self._in = torch.cuda.Stream()
         self._out = torch.cuda.Stream()
+        self._timed: dict[torch.cuda.Stream, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {
+            self._in: [],
+            self._out: [],
+        }
 
     def empty_host(self, num_blocks: int, block_bytes: int) -> Bytes:
         try:
@@ -30,7 +37,9 @@ class CudaCopies:
         self._in.wait_stream(self._out)  # it may have been stored just now
         with torch.cuda.stream(self._in):
             packed = torch.empty(destination.shape, dtype=destination.dtype, device=destination.device)
-            packed.copy_(torch.from_numpy(source).view(destination.dtype).view(destination.shape), non_blocking=True)
+            host = torch.from_numpy(source).view(destination.dtype).view(destination.shape)
+            with self._timing(self._in):
+                packed.copy_(host, non_blocking=True)
         steps.wait_stream(self._in)
         packed.record_stream(steps)
         destination.copy_(packed)
@@ -41,8 +50,24 @@ class CudaCopies:
         packed.record_stream(self._out)
         with torch.cuda.stream(self._out):
             host = torch.from_numpy(destination).view(source.dtype).view(source.shape)
-            host.copy_(packed, non_blocking=True)
+            with self._timing(self._out):
+                host.copy_(packed, non_blocking=True)
 
-    def wait(self) -> None:
+    def wait(self) -> CopyTimes:
         self._in.synchronize()
         self._out.synchronize()
+        return CopyTimes(self._take_time_s(self._in), self._take_time_s(self._out))
+
+    @contextmanager
+    def _timing(self, stream: torch.cuda.Stream) -> Iterator[None]:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record(stream)
+        yield
+        end.record(stream)
+        self._timed[stream].append((start, end))
+
+    def _take_time_s(self, stream: torch.cuda.Stream) -> float:
+        timed = self._timed[stream]
+        time_ms = sum(start.elapsed_time(end) for start, end in timed)
+        timed.clear()
+        return float(time_ms) / 1e3

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import torch
 import triton
 
@@ -13,8 +17,8 @@ def is_interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def find_device() -> torch.device:
-    """Raises `ConfigError` where there is no CUDA device, and kernels are not interpreted either."""
+def find_device(index: int = 0) -> torch.device:
+    """The `index`-th. Raises `ConfigError` where there is no CUDA device, and kernels are not interpreted either."""
     if is_interpreted():
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -22,13 +26,43 @@ def find_device() -> torch.device:
             "Triton kernels need an NVIDIA GPU, and torch finds none: check nvidia-smi and that this torch was built "
             "for CUDA, or use --kernel-backend native (TRITON_INTERPRET=1 interprets them, which only tests can bear)"
         )
-    device = torch.device("cuda", torch.cuda.current_device())
+    if index >= torch.cuda.device_count():
+        raise ConfigError(f"{index + 1} GPUs are wanted, and there are {torch.cuda.device_count()}")
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
     if torch.cuda.get_device_capability(device) < (8, 0):
         raise ConfigError(
             f"Triton kernels need a GPU of compute capability 8.0 or more; {torch.cuda.get_device_name(device)} has "
             f"{'.'.join(map(str, torch.cuda.get_device_capability(device)))}"
         )
     return device
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether that is what it came of: torch has a type for it, the driver a word, and other errors may follow."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
+            return True
+        error = error.__context__
+    return False
+
+
+@contextmanager
+def memory_errors(release: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """What torch says when the device is full, as the rest of the house knows it: MemoryError. What the work held, what
+    `release` gives up and what torch keeps for later is free by then."""
+    try:
+        yield
+        return
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        problem = str(error)
+        traceback.clear_frames(error.__traceback__)
+    release()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    raise MemoryError(problem)
 
 
 def device_name(device: torch.device) -> str:

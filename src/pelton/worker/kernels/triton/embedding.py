@@ -43,7 +43,7 @@ def put_late_tokens(token_ids: torch.Tensor, late_rows: torch.Tensor, late_token
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _late_tokens_kernel(token_ids, late_rows, late_tokens, num_tokens, BLOCK: tl.constexpr):
     places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     rows = tl.load(late_rows + places, mask=places < num_tokens, other=-1)

@@ -7,6 +7,8 @@ from typing import Protocol
 
 import torch
 
+from pelton.worker.kernels.triton.device import is_out_of_memory
+
 Run = Callable[[], torch.Tensor]
 
 
@@ -58,12 +60,19 @@ class CudaGraphs:
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            run()
+            computed = run()
         current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        # Other threads may copy blocks or load adapters meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            result = run()
+        try:
+            # Other threads may copy blocks or load adapters meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                result = run()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            computed.record_stream(current)
+            return computed  # a graph keeps its memory, and there is none left for one
+        del computed
         self._captured[key] = (graph, result)
         graph.replay()
         return result

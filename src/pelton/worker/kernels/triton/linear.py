@@ -50,8 +50,22 @@ class Scratch:
     def __init__(self, device: torch.device) -> None:
         self.partial = torch.empty(0, dtype=torch.float32, device=device)
         self.counters = torch.zeros(0, dtype=torch.int32, device=device)
+        self.row_kinds: set[str] = set()  # to which rows of activations are rounded for the weights loaded so far
+        self._rounded: tuple[torch.Tensor, str, tuple[torch.Tensor, torch.Tensor]] | None = None
+
+    def keep_rounded(self, x: torch.Tensor, kind: str, codes: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """What `quantize_rows` would make of x, for the next product of x, which must stay as it is."""
+        self._rounded = (x, kind, codes)
+
+    def rounded(self, x: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+        kept = self._rounded
+        if kept is not None and kept[0] is x and kept[1] == kind:
+            return kept[2]
+        return quantize_rows(x, kind)
 
     def reserve(self, weight: Weight) -> None:
+        if isinstance(weight, DenseWeight) and weight.kind != "float":
+            self.row_kinds.add(weight.kind)
         slices = num_slices(weight.kind, weight.num_outputs, weight.num_inputs)
         if slices == 1:
             return
@@ -135,7 +149,7 @@ def multiply(
         return
     x_scales = x
     if isinstance(weight, DenseWeight) and weight.kind != "float":
-        x, x_scales = quantize_rows(x, weight.kind)
+        x, x_scales = scratch.rounded(x, weight.kind)
     launch = _plan_launch(weight, len(y), plan)
     first = (x, weight.words if isinstance(weight, PackedWeight) else weight.matrix, y, y if bias is None else bias)
     shared = (
@@ -201,6 +215,7 @@ def _plan_launch(weight: Weight, num_rows: int, plan: RowPlan | None) -> _Launch
         "WIDEN": is_interpreted(),
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
+        "enable_fp_fusion": False,  # fused where `tl.fma` says so: alike in every variant of a kernel
     }
     grid = (num_row_tiles * -(-weight.num_outputs // tile.outputs), slices if is_split else 1)
     length = slice_length(weight.kind, weight.num_outputs, weight.num_inputs)

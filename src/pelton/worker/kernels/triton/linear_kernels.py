@@ -157,7 +157,7 @@ def product_kernel(
                     scale_rows = tl.minimum(outputs, num_outputs - 1) // SCALE_BLOCK
                     scale_rows += expert * tl.cdiv(num_outputs, SCALE_BLOCK)
                     w_scale = tl.load(w_scale_ptr + scale_rows * num_scales + block)
-                    part += product * (w_scale[:, None] * x_scale[None, :])
+                    part = tl.fma(product, w_scale[:, None] * x_scale[None, :], part)
                 else:
                     part = dot(w, tl.trans(x), part, WIDEN)
             total += part

@@ -32,7 +32,7 @@ _BLOCK_O = 64
 _RANK_STEP = 16  # the least that a product of tiles takes
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_places", "most_rank"])
 def shrink_kernel(
     x_ptr,
     a_table_ptr,  # [adapters]: addresses of A [N, I]
@@ -72,7 +72,7 @@ def shrink_kernel(
         tl.store(z_ptr + out, total, mask=row_mask[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_places", "most_rank"])
 def expand_kernel(
     z_ptr,
     y_ptr,

@@ -1,7 +1,8 @@
 """RMSNorm, Zhang and Sennrich, arXiv:1910.07467, alone and with the residual added first.
 
 Law 3: a row is one program's, or one line of a program's tile; the tile's shape depends on the width alone, so a row
-is summed in one order whatever the number of rows.
+is summed in one order whatever the number of rows, by one compiled kernel: none is made for numbers of rows that
+are a multiple of 16.
 
 Legend: T tokens, N heads (1 where x has two axes), H width of a row.
 """
@@ -11,6 +12,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
+from pelton.worker.kernels.triton.quantize_rows import empty_codes, store_codes
 
 _TILE_VALUES = 2048
 
@@ -31,6 +34,16 @@ def add_rms_norm(
     return out, residual
 
 
+def add_rms_norm_rounded(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, kind: str
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """As `add_rms_norm`, and `quantize_rows` of the normed rows, to the bit, in the same pass."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    codes = empty_codes(x, kind)
+    _launch(x, residual, weight, out, residual, eps, (kind, *codes))
+    return out, codes
+
+
 def _launch(
     x: torch.Tensor,
     residual: torch.Tensor | None,
@@ -38,7 +51,9 @@ def _launch(
     out: torch.Tensor,
     total: torch.Tensor | None,
     eps: float,
+    rounded: tuple[str, torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
+    """`rounded`: kind, codes and scales, for rows of 128 or more."""
     width = x.shape[-1]
     num_heads = x.shape[1] if x.ndim == 3 else 1
     num_rows = x.shape[0] * num_heads
@@ -60,14 +75,20 @@ def _launch(
         x.stride(0),
         x.stride(1) if x.ndim == 3 else 0,
         eps,
+        out if rounded is None else rounded[1],
+        out if rounded is None else rounded[2],
+        ROUNDS=rounded is not None,
+        TO_INT8=rounded is not None and rounded[0] == "int8",
+        IN_BLOCKS=rounded is not None and rounded[0] == "fp8_block",
         HAS_RESIDUAL=residual is not None,
         ROWS=tile_rows,
         BLOCK=block,
         num_warps=min(max(block * tile_rows // 512, 1), 8),
+        enable_fp_fusion=False,
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _rms_norm_kernel(
     x,
     residual,
@@ -80,6 +101,11 @@ def _rms_norm_kernel(
     token_stride,
     head_stride,
     eps,
+    code_ptr,
+    scale_ptr,
+    ROUNDS: tl.constexpr,
+    TO_INT8: tl.constexpr,
+    IN_BLOCKS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -98,4 +124,8 @@ def _rms_norm_kernel(
     scale = tl.rsqrt(tl.sum(wide * wide, axis=1) / width + eps)
     factors = tl.load(weight + columns, mask=columns < width, other=0.0)
     result = wide * scale[:, None] * factors[None, :]
-    tl.store(out + places, result.to(out.dtype.element_ty), mask=mask)
+    normed = result.to(out.dtype.element_ty)
+    tl.store(out + places, normed, mask=mask)
+    if ROUNDS:
+        values = tl.where(mask, normed.to(tl.float32), 0.0)
+        store_codes(values, rows.to(tl.int64), mask, code_ptr, scale_ptr, width, TO_INT8, IN_BLOCKS)

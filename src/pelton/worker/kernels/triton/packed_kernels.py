@@ -98,10 +98,11 @@ def packed_product_kernel(
                             x_sum += tl.sum(x.to(tl.float32), axis=1)
                     group = min((block * BLOCK_K + first) // GROUP, num_groups - 1)
                     scale = tl.load(scale_ptrs + group * num_outputs).to(tl.float32)
-                    part += product * scale[:, None]
+                    part = tl.fma(product, tl.broadcast_to(scale[:, None], product.shape), part)
                     if HAS_MINIMUM:
                         minimum = tl.load(minimum_ptrs + group * num_outputs).to(tl.float32)
-                        part -= minimum[:, None] * x_sum[None, :]
+                        low = tl.broadcast_to(-minimum[:, None], product.shape)
+                        part = tl.fma(low, tl.broadcast_to(x_sum[None, :], product.shape), part)
             total += part
         is_last = True
         if IS_SPLIT:

@@ -17,6 +17,7 @@ from pelton.worker.kernels.ops import AttentionContext, AttentionShape, Forward,
 from pelton.worker.kernels.triton.attention import AttentionPlan, plan_on_device
 from pelton.worker.kernels.triton.attention_config import AttentionConfig, choose_config
 from pelton.worker.kernels.triton.attention_plan import HostPlan, PlanSizes, make_plan
+from pelton.worker.kernels.triton.device import memory_errors
 from pelton.worker.kernels.triton.embedding import put_late_tokens
 from pelton.worker.kernels.triton.graphs import make_graphs
 from pelton.worker.kernels.triton.lora import LoraBatch
@@ -57,6 +58,12 @@ class TritonProgram:
         self, batch: ForwardBatch, late_tokens: torch.Tensor | None = None, late_rows: Ints | None = None
     ) -> None:
         """`late_rows` [T]: which tokens are rows of `late_tokens`, on the device, and not what `batch` says; -1: no."""
+        if self._kernels.device.type == "cuda":
+            torch.cuda.set_device(self._kernels.device)  # of this thread
+        with memory_errors(self._graphs.clear):
+            self._forward(batch, late_tokens, late_rows)
+
+    def _forward(self, batch: ForwardBatch, late_tokens: torch.Tensor | None, late_rows: Ints | None) -> None:
         planned = _Planned(batch, self._shapes, self._configs)
         tensors = self._inputs.load(batch, planned.num_tokens, planned.words, late_rows)
         self._rotary.reserve([group.rotation for group in batch.groups])
@@ -95,9 +102,10 @@ class TritonProgram:
     @torch.inference_mode()
     def logits(self, rows: Ints, adapters: Adapters = ()) -> torch.Tensor:
         """On the device."""
-        ops = self._ops(adapters_among(adapters, rows))
-        logits: torch.Tensor = self._model.compute_logits(ops, self._select(rows)).float()
-        return logits
+        with memory_errors(self._graphs.clear):
+            ops = self._ops(adapters_among(adapters, rows))
+            logits: torch.Tensor = self._model.compute_logits(ops, self._select(rows)).float()
+            return logits
 
     def _ops(self, adapters: Adapters) -> Ops:
         return _LoraOps(self._kernels, adapters) if adapters else self._kernels

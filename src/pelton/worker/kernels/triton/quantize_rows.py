@@ -27,25 +27,29 @@ def _round_to(values, code_ptr, places, mask, TO_INT8: tl.constexpr):
 
 
 @triton.jit
-def _store_codes(x, mask, inputs, code_ptr, scale_ptr, size, TO_INT8: tl.constexpr, IN_BLOCKS: tl.constexpr):
-    """One row x [BLOCK] in float32, 0 past its end."""
-    row = tl.program_id(0).to(tl.int64)
+def store_codes(x, rows, mask, code_ptr, scale_ptr, size, TO_INT8: tl.constexpr, IN_BLOCKS: tl.constexpr):
+    """Rows x [ROWS, BLOCK] in float32, 0 where `mask` is not. A maximum has no order, and launches without fusion round
+    alike: every kernel makes the same codes of a row."""
     most: tl.constexpr = INT8_MOST if TO_INT8 else FP8_MOST
-    BLOCK: tl.constexpr = x.shape[0]
+    ROWS: tl.constexpr = x.shape[0]
+    BLOCK: tl.constexpr = x.shape[1]
+    inputs = tl.arange(0, BLOCK)
+    is_row = tl.max(mask.to(tl.int32), axis=1) > 0
     if IN_BLOCKS:
         NUM_BLOCKS: tl.constexpr = BLOCK // SCALE_BLOCK
-        x = tl.reshape(x, (NUM_BLOCKS, SCALE_BLOCK))
-        scale = tl.max(tl.abs(x), axis=1) / most
+        x = tl.reshape(x, (ROWS, NUM_BLOCKS, SCALE_BLOCK))
+        scale = tl.max(tl.abs(x), axis=2) / most
         inverse = tl.where(scale > 0.0, 1.0 / scale, 0.0)
-        values = tl.reshape(x * inverse[:, None], (BLOCK,))
+        values = tl.reshape(x * inverse[:, :, None], (ROWS, BLOCK))
         blocks = tl.arange(0, NUM_BLOCKS)
         num_blocks = tl.cdiv(size, SCALE_BLOCK)
-        tl.store(scale_ptr + row * num_blocks + blocks, scale, mask=blocks < num_blocks)
+        scale_mask = is_row[:, None] & (blocks < num_blocks)[None, :]
+        tl.store(scale_ptr + rows[:, None] * num_blocks + blocks[None, :], scale, mask=scale_mask)
     else:
-        scale = tl.max(tl.abs(x), axis=0) / most
-        values = x * tl.where(scale > 0.0, 1.0 / scale, 0.0)
-        tl.store(scale_ptr + row, scale)
-    _round_to(values, code_ptr, row * size + inputs, mask, TO_INT8)
+        scale = tl.max(tl.abs(x), axis=1) / most
+        values = x * tl.where(scale > 0.0, 1.0 / scale, 0.0)[:, None]
+        tl.store(scale_ptr + rows, scale, mask=is_row)
+    _round_to(values, code_ptr, rows[:, None] * size + inputs[None, :], mask, TO_INT8)
 
 
 @triton.jit
@@ -53,45 +57,15 @@ def quantize_rows_kernel(
     x_ptr, code_ptr, scale_ptr, size, stride, TO_INT8: tl.constexpr, IN_BLOCKS: tl.constexpr, BLOCK: tl.constexpr
 ):
     inputs = tl.arange(0, BLOCK)
-    mask = inputs < size
-    x = tl.load(x_ptr + tl.program_id(0).to(tl.int64) * stride + inputs, mask=mask, other=0.0).to(tl.float32)
-    _store_codes(x, mask, inputs, code_ptr, scale_ptr, size, TO_INT8, IN_BLOCKS)
-
-
-@triton.jit
-def norm_quantize_kernel(
-    x_ptr,
-    residual_ptr,  # x + residual is written over it
-    weight_ptr,
-    code_ptr,
-    scale_ptr,
-    size,
-    eps,
-    HAS_RESIDUAL: tl.constexpr,
-    TO_INT8: tl.constexpr,
-    IN_BLOCKS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """RMSNorm of x (+ residual), rounded on the way: the normed row is never written."""
-    inputs = tl.arange(0, BLOCK)
-    mask = inputs < size
-    places = tl.program_id(0).to(tl.int64) * size + inputs
-    x = tl.load(x_ptr + places, mask=mask, other=0.0).to(tl.float32)
-    if HAS_RESIDUAL:
-        x += tl.load(residual_ptr + places, mask=mask, other=0.0).to(tl.float32)
-        rounded = x.to(residual_ptr.dtype.element_ty)
-        tl.store(residual_ptr + places, rounded, mask=mask)
-        x = rounded.to(tl.float32)
-    x = x * (1.0 / tl.sqrt(tl.sum(x * x, axis=0) / size + eps))
-    x *= tl.load(weight_ptr + inputs, mask=mask, other=0.0)
-    _store_codes(
-        x.to(x_ptr.dtype.element_ty).to(tl.float32), mask, inputs, code_ptr, scale_ptr, size, TO_INT8, IN_BLOCKS
-    )
+    rows = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    mask = (inputs < size)[None, :] & (rows >= 0)[:, None]
+    x = tl.load(x_ptr + rows[:, None] * stride + inputs[None, :], mask=mask, other=0.0).to(tl.float32)
+    store_codes(x, rows, mask, code_ptr, scale_ptr, size, TO_INT8, IN_BLOCKS)
 
 
 def quantize_rows(x: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     """x [R, I] as codes [R, I] and float32 scales: [R], or [R, ceil(I / 128)] for fp8_block."""
-    codes, scales = _outputs(x, kind)
+    codes, scales = empty_codes(x, kind)
     if len(x):
         block = _block(x.shape[1])
         quantize_rows_kernel[(len(x),)](
@@ -104,35 +78,13 @@ def quantize_rows(x: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tenso
             kind == "fp8_block",
             block,
             num_warps=_warps(block),
+            enable_fp_fusion=False,
         )
     return codes, scales
 
 
-def norm_quantize(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, kind: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`quantize_rows(rms_norm(x + residual))` in one pass; the sum is written over `residual`."""
-    codes, scales = _outputs(x, kind)
-    if len(x):
-        block = _block(x.shape[1])
-        norm_quantize_kernel[(len(x),)](
-            x,
-            x if residual is None else residual,
-            weight,
-            codes,
-            scales,
-            x.shape[1],
-            eps,
-            residual is not None,
-            kind == "int8",
-            kind == "fp8_block",
-            block,
-            num_warps=_warps(block),
-        )
-    return codes, scales
-
-
-def _outputs(x: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+def empty_codes(x: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for what `quantize_rows` makes of x."""
     codes = torch.empty(x.shape, dtype=torch.int8 if kind == "int8" else torch.float8_e4m3fn, device=x.device)
     shape = (len(x), -(-x.shape[1] // 128)) if kind == "fp8_block" else (len(x),)
     return codes, torch.empty(shape, dtype=torch.float32, device=x.device)

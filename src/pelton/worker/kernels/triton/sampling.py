@@ -18,6 +18,7 @@ import triton
 
 from pelton.core.output import TokenLogprobs
 from pelton.core.sampling_params import SamplingParams
+from pelton.worker.kernels.triton.device import memory_errors
 from pelton.worker.kernels.triton.sampling_kernels import (
     choose_kernel,
     edit_kernel,
@@ -139,6 +140,7 @@ class DeviceSampler:
     def make_row(self, sampling: SamplingParams, seed: int) -> DeviceRow:
         return DeviceRow(sampling, seed, self._eos_token_ids, self._vocab_size, self._device)
 
+    @memory_errors()
     def sample(
         self,
         logits: torch.Tensor | npt.NDArray[np.float32],
@@ -156,6 +158,7 @@ class DeviceSampler:
             samples.logprobs.update((i, each) for i, each in zip(wanted, found, strict=True) if each is not None)
         return samples
 
+    @memory_errors()
     def try_sample_late(
         self, logits: torch.Tensor, rows: Sequence[DeviceRow], positions: Sequence[int]
     ) -> LateTokens | None:
@@ -190,6 +193,7 @@ class DeviceSampler:
         )
         return tokens
 
+    @memory_errors()
     def token_logprobs(
         self, logits: torch.Tensor | npt.NDArray[np.float32], token_ids: Sequence[int], num_top: int
     ) -> list[TokenLogprobs] | None:

@@ -4,7 +4,9 @@ The weight is the left operand of every product (y^T = W x^T): a tile of at leas
 the number of rows, so that 1 and 8192 rows run the same instruction, which sums up 16 (8-bit types: 32) inputs at a
 time, in the order of the inputs. Sums over inputs are cut into slices whose length depends on the weight alone. A
 slice is summed by itself, then slices in order: by one program where rows are many, by a program each where they are
-few and outputs alone would not fill the chip. Both give the same bits, which is law 3.
+few and outputs alone would not fill the chip. Both give the same bits, which is law 3. What it asks of a table, for
+all its rows (`order_of_sums`): one number of inputs, and 64 outputs for each warpgroup (four warps), which `wgmma` has
+on its left side.
 
 `docs/gpu-products.md` has the arithmetic behind the numbers. None of them has been measured yet.
 """
@@ -65,6 +67,12 @@ TABLES = {"float": _DENSE, "int8": _BYTES, "fp8": _BYTES, "fp8_block": _BLOCKS, 
 
 def choose_tile(kind: str, num_rows: int) -> Tile:
     return next(tile for most, tile in TABLES[kind] if most is None or num_rows <= most)
+
+
+def order_of_sums(kind: str, num_rows: int) -> tuple[int, int]:
+    """(inputs of a tile, outputs of a warpgroup): with the weight's slices all that a row's sum depends on."""
+    tile = choose_tile(kind, num_rows)
+    return tile.inputs, tile.outputs * 4 // tile.num_warps
 
 
 def slice_length(kind: str, num_outputs: int, num_inputs: int) -> int:
