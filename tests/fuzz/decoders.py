@@ -29,7 +29,8 @@ from pelton.serving.anthropic.chat import chat_request as anthropic_chat_request
 from pelton.serving.anthropic.requests import MessageRequest
 from pelton.serving.anthropic.requests import check_kinds as check_message_kinds
 from pelton.serving.openai.messages import template_messages
-from pelton.serving.openai.requests import ChatRequest, CompletionRequest, TokenizeRequest, check_supported
+from pelton.serving.openai.requests import ChatRequest, CompletionRequest, check_supported
+from pelton.serving.openai.token_requests import TokenizeRequest
 from pelton.serving.openai.responses_api.chat import chat_request
 from pelton.serving.openai.responses_api.items import input_items
 from pelton.serving.openai.responses_api.listing import listed_items

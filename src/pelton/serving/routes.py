@@ -8,7 +8,7 @@ from pelton.serving.anthropic.handlers import count_tokens, create_message
 from pelton.serving.anthropic.objects import Message, MessageEvent, TokenCount
 from pelton.serving.anthropic.requests import CountTokensRequest, MessageRequest, MessagesQuery
 from pelton.serving.batches.routes import FILE_ROUTES
-from pelton.serving.openai import adapters, pooling_requests, requests, responses, tokenization
+from pelton.serving.openai import adapters, pooling_requests, requests, responses, token_requests, tokenization
 from pelton.serving.openai.chat import create_chat_completion
 from pelton.serving.openai.completions import create_completion
 from pelton.serving.openai.embeddings import create_embeddings
@@ -228,7 +228,7 @@ ROUTES = (
         path="/tokenize",
         handler=tokenization.tokenize,
         summary="Token ids of a prompt or a conversation",
-        body=requests.TokenizeRequest,
+        body=token_requests.TokenizeRequest,
         answer=responses.TokenizeResponse,
         errors=(*BODY_ERRORS, 503),
     ),
@@ -237,7 +237,7 @@ ROUTES = (
         path="/detokenize",
         handler=tokenization.detokenize,
         summary="Text of token ids",
-        body=requests.DetokenizeRequest,
+        body=token_requests.DetokenizeRequest,
         answer=responses.DetokenizeResponse,
         errors=(*BODY_ERRORS, 503),
     ),

@@ -21,10 +21,11 @@ from pelton.serving.openai.logprobs import chat_logprobs, prompt_logprobs
 from pelton.serving.openai.messages import template_messages
 from pelton.serving.openai.parameters import truncated, usage_reports, without_bad_words
 from pelton.serving.openai.pooling_requests import EmbeddingRequest
-from pelton.serving.openai.requests import ChatRequest, TokenizeRequest, check_supported
+from pelton.serving.openai.requests import ChatRequest, check_supported
 from pelton.serving.openai.responses import ChatChoice, ChatCompletion
 from pelton.serving.openai.sampling import chat_sampling
 from pelton.serving.openai.structured_output import constrained
+from pelton.serving.openai.token_requests import TokenizeRequest
 from pelton.serving.openai.tools import tool_use
 from pelton.serving.parsing.answer import AnswerPlan, ParsedAnswer
 from pelton.serving.reasoning.options import ReasoningOptions

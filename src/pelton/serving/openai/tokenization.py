@@ -11,8 +11,9 @@ from pelton.serving.context import ServingContext
 from pelton.serving.errors import json_response
 from pelton.serving.openai.chat import chat_token_ids
 from pelton.serving.openai.parameters import check_belongs
-from pelton.serving.openai.requests import DetokenizeRequest, TokenizeRequest, check_supported
+from pelton.serving.openai.requests import check_supported
 from pelton.serving.openai.responses import DetokenizeResponse, TokenizeResponse, TokenPiece
+from pelton.serving.openai.token_requests import DetokenizeRequest, TokenizeRequest
 from pelton.serving.request_body import read_json_body
 
 
