@@ -30,7 +30,6 @@ from pelton.serving.anthropic.requests import MessageRequest
 from pelton.serving.anthropic.requests import check_kinds as check_message_kinds
 from pelton.serving.openai.messages import template_messages
 from pelton.serving.openai.requests import ChatRequest, CompletionRequest, check_supported
-from pelton.serving.openai.token_requests import TokenizeRequest
 from pelton.serving.openai.responses_api.chat import chat_request
 from pelton.serving.openai.responses_api.items import input_items
 from pelton.serving.openai.responses_api.listing import listed_items
@@ -38,6 +37,7 @@ from pelton.serving.openai.responses_api.requests import ResponseRequest
 from pelton.serving.openai.responses_api.requests import check_kinds as check_response_kinds
 from pelton.serving.openai.sampling import chat_sampling, completion_sampling
 from pelton.serving.openai.stored_chat.objects import CompletionsQuery
+from pelton.serving.openai.token_requests import TokenizeRequest
 from pelton.serving.parsing.answer import AnswerPlan, ParsedAnswer
 from pelton.serving.query import read_query
 from pelton.serving.reasoning import REASONING_FORMATS
