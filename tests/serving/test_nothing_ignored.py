@@ -239,6 +239,8 @@ def test_what_would_be_ignored_is_refused_by_its_place(
         (f"{MESSAGES}?beta=true", message()),
         (MESSAGES, message(context_management={"edits": [{"keep": "all", "type": "clear_thinking_20251015"}]})),
         (CHAT, chat_with(type="text")),
+        (CHAT, chat(logprobs=False, top_logprobs=0)),
+        (TOKENIZE, {"prompt": "a", "tools": [], "chat_template_kwargs": {}, "add_generation_prompt": False}),
         (CHAT, chat_with(content=[{"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}])),
     ],
 )
