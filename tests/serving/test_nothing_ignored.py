@@ -160,6 +160,25 @@ CASES: list[tuple[str, Any, str, str]] = [
         "system[0].cache_control.x",
         UNKNOWN,
     ),
+    (
+        MESSAGES,
+        message(context_management={"edits": [{"type": "clear_thinking_20251015"}]}),
+        "context_management",
+        UNSUPPORTED,
+    ),
+    (CHAT, chat_with(type="message"), "messages[0].type", VALUE),
+    (
+        CHAT,
+        chat_with(content=[{"type": "text", "text": "a", "cache_control": {"type": "ephemeral", "x": 1}}]),
+        "messages[0].content[0].cache_control.x",
+        UNKNOWN,
+    ),
+    (
+        RESPONSES,
+        response_to({"type": "input_text", "text": "a", "parsed": {"a": 1}}),
+        "input[0].content[0].parsed",
+        UNKNOWN,
+    ),
     # Options that another option leaves without a meaning.
     (MESSAGES, message(thinking={"type": "disabled", "budget_tokens": 9}), "thinking.budget_tokens", UNKNOWN),
     (MESSAGES, message(thinking={"type": "adaptive", "budget_tokens": 9}), "thinking.budget_tokens", UNKNOWN),
@@ -218,6 +237,11 @@ def test_what_would_be_ignored_is_refused_by_its_place(
             ),
         ),
         (f"{MESSAGES}?beta=true", message()),
+        (MESSAGES, message(context_management={"edits": [{"keep": "all", "type": "clear_thinking_20251015"}]})),
+        (CHAT, chat_with(type="text")),
+        (CHAT, chat(logprobs=False, top_logprobs=0)),
+        (TOKENIZE, {"prompt": "a", "tools": [], "chat_template_kwargs": {}, "add_generation_prompt": False}),
+        (CHAT, chat_with(content=[{"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}])),
     ],
 )
 def test_what_clients_send_back_is_taken(tool_server: RunningServer, path: str, body: Any) -> None:

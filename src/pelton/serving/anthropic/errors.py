@@ -26,9 +26,17 @@ _TYPES = {
 }
 
 
+class AnthropicErrorDetails(msgspec.Struct, kw_only=True):
+    """By which the official client knows that it has to send the whole conversation, and does."""
+
+    error_code: str = "thread_unsupported_request"
+    unsupported: tuple[str, ...] = ("thread",)
+
+
 class AnthropicErrorBody(msgspec.Struct, kw_only=True):
     type: str
     message: str
+    details: AnthropicErrorDetails | msgspec.UnsetType = msgspec.UNSET
 
 
 class AnthropicError(msgspec.Struct, kw_only=True):
@@ -48,7 +56,8 @@ def anthropic_error(error: PeltonError, request_id: str | None = None) -> Anthro
     body = error_body(error)
     # The envelope has no other place for it.
     message = body.message if body.param is None or body.param in body.message else f"{body.param}: {body.message}"
-    return AnthropicError(error=AnthropicErrorBody(type=kind, message=message), request_id=request_id)
+    details = AnthropicErrorDetails() if body.param == "thread" else msgspec.UNSET
+    return AnthropicError(error=AnthropicErrorBody(type=kind, message=message, details=details), request_id=request_id)
 
 
 def error_answer(scope: Scope, error: PeltonError) -> Response:

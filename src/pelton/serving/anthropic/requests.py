@@ -9,22 +9,17 @@ from msgspec import Meta, Struct
 
 from pelton.core.errors import InvalidRequestError
 from pelton.core.sampling_params import MAX_STOP_STRINGS
-from pelton.serving.openai.requests import INT32_MAX, StopString, neutral
+from pelton.serving.openai.requests import INT32_MAX, CacheControl, StopString, neutral
 
 MAX_MESSAGES = 1 << 14
 MAX_TOOLS = 1024
+# What agents send to say that no thinking is to be taken out of the conversation; none is.
+KEPT_THINKING = {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}
 BLOCK_TYPES = ("text", "thinking", "tool_use", "tool_result")
 
 
 class MessagesQuery(Struct, kw_only=True):
     beta: Annotated[bool, Meta(description="Anthropic's clients send it; changes nothing.")] = False
-
-
-class CacheControl(Struct, kw_only=True, forbid_unknown_fields=True):
-    """Prefixes are cached whatever it says; `ttl` is how long one is wanted, not how long one is kept."""
-
-    type: Literal["ephemeral"]
-    ttl: Literal["5m", "1h"] | None = None
 
 
 class TextBlock(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -146,7 +141,7 @@ class CountTokensRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     user_profile_id: Annotated[Any, neutral()] = None
     workspace_id: Annotated[Any, neutral()] = None
     mcp_servers: Annotated[Any, neutral([])] = None
-    context_management: Annotated[Any, neutral()] = None
+    context_management: Annotated[Any, neutral({"edits": []}, KEPT_THINKING)] = None
 
 
 class MessageRequest(CountTokensRequest, kw_only=True, forbid_unknown_fields=True):
@@ -163,6 +158,7 @@ class MessageRequest(CountTokensRequest, kw_only=True, forbid_unknown_fields=Tru
     inference_geo: Annotated[Any, neutral()] = None
     container: Annotated[Any, neutral()] = None
     diagnostics: Annotated[Any, neutral()] = None
+    thread: Annotated[Any, neutral()] = None
 
 
 def check_kinds(body: Any) -> None:

@@ -19,7 +19,7 @@ from pelton.weights.tokenizer import Tokenizer
 def check_belongs(request: Struct, names: tuple[str, ...], owner: str) -> None:
     """Raise for one of `names` that was sent, though `owner`, without which it says nothing, was not."""
     for name in names:
-        if getattr(request, name) not in (None, False):
+        if getattr(request, name):
             raise InvalidRequestError(f"{name} belongs to {owner}, which was not sent", param=name)
 
 

@@ -233,6 +233,14 @@ class ToolCall(Struct, kw_only=True, forbid_unknown_fields=True):
     function: FunctionCall
     id: str | None = None
     type: Literal["function"] = "function"
+    index: Annotated[int, Meta(description="Of deltas that were put together; changes nothing.")] | None = None
+
+
+class CacheControl(Struct, kw_only=True, forbid_unknown_fields=True):
+    """Prefixes are cached whatever it says; `ttl` is how long one is wanted, not how long one is kept."""
+
+    type: Literal["ephemeral"]
+    ttl: Literal["5m", "1h"] | None = None
 
 
 class ContentPart(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -240,6 +248,7 @@ class ContentPart(Struct, kw_only=True, forbid_unknown_fields=True):
 
     type: Annotated[str, Meta(extra_json_schema={"enum": ["text"]})]
     text: str | None = None
+    cache_control: CacheControl | None = None
     prompt_cache_breakpoint: Annotated[Any, neutral()] = None
 
 
@@ -250,6 +259,7 @@ ContentParts = Annotated[list[msgspec.Raw], Meta(extra_json_schema=listed("Conte
 class ChatMessage(Struct, kw_only=True, forbid_unknown_fields=True):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | ContentParts | None = None
+    type: Annotated[Literal["text"], Meta(description="lm-evaluation-harness sends it; changes nothing.")] | None = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
@@ -346,6 +356,8 @@ _REASONS = {
     "documents": "documents are not supported; put them into the messages",
     "mm_processor_kwargs": "the model reads text only",
     "media_io_kwargs": "the model reads text only",
+    "thread": "conversations are not held here: send all messages; their prefix is found in the cache",
+    "context_management": "nothing is taken out of a conversation; send less of it",
     "functions": "functions are deprecated and not supported; send tools",
     "function_call": "function_call is deprecated and not supported; send tool_choice",
 }

@@ -35,7 +35,7 @@ def chat_sampling(request: ChatRequest, defaults: GenerationDefaults) -> Samplin
                 param="max_tokens",
             )
         max_tokens = request.max_completion_tokens
-    if request.top_logprobs is not None and not request.logprobs:
+    if request.top_logprobs and not request.logprobs:
         raise InvalidRequestError("top_logprobs needs logprobs=true", param="top_logprobs")
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     return _sampling(request, defaults, _Lengths(max_tokens, logprobs, request.prompt_logprobs))

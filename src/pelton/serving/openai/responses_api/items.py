@@ -15,14 +15,15 @@ MAX_ITEMS = 1 << 14
 # Parts of a message's content, with the fields that mean something in them.
 PART_FIELDS = {
     "input_text": ("text",),
-    "output_text": ("text", "annotations", "logprobs"),
-    "text": ("text", "annotations", "logprobs"),
+    "output_text": ("text", "annotations", "logprobs", "parsed"),
+    "text": ("text", "annotations", "logprobs", "parsed"),
     "refusal": ("refusal",),
     "reasoning_text": ("text",),
 }
 PART_TYPES = tuple(PART_FIELDS)
 Phase = Annotated[Literal["commentary", "final_answer"], Meta(description="Of an answer sent back; changes nothing.")]
 SentBack = Meta(description="Of an answer that is sent back; changes nothing.")
+Parsed = Meta(description="What the official client made of it; changes nothing.")
 
 
 class InputPart(Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -33,6 +34,7 @@ class InputPart(Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=
     refusal: str | None = None
     annotations: Annotated[list[Any], SentBack] | None = None
     logprobs: Annotated[list[Any], SentBack] | None = None
+    parsed: Annotated[Any, Parsed] = None
     prompt_cache_breakpoint: Annotated[Any, neutral()] = None
 
 
@@ -44,7 +46,7 @@ class SummaryPart(Struct, kw_only=True, forbid_unknown_fields=True):
 # Which fields mean something in an item of a type, beside those that all have.
 FIELDS = {
     "message": ("role", "content", "status", "phase"),
-    "function_call": ("call_id", "name", "arguments", "status"),
+    "function_call": ("call_id", "name", "arguments", "status", "parsed_arguments"),
     "function_call_output": ("call_id", "name", "output", "status"),
     "reasoning": ("summary", "content", "encrypted_content", "status"),
     "compaction": ("encrypted_content",),
@@ -64,6 +66,7 @@ class InputItem(Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=
     call_id: ShortText | None = None
     name: ShortText | None = None
     arguments: str | None = None
+    parsed_arguments: Annotated[Any, Parsed] = None
     output: str | list[InputPart] | None = None
     summary: list[SummaryPart] | None = None
     encrypted_content: str | None = None
@@ -72,6 +75,8 @@ class InputItem(Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=
     caller: Annotated[Any, neutral()] = None
     namespace: Annotated[Any, neutral()] = None
     async_: Annotated[Any, neutral(False)] = field(default=None, name="async")
+    # As the official client's model_dump() writes it.
+    dumped_async: Annotated[None, SentBack] = field(default=None, name="async_")
 
 
 # Decoded one by one, so that an error names the item.
@@ -106,7 +111,7 @@ def part_text(part: InputPart, path: str) -> str:
     """Raises `InvalidRequestError` for what is not text."""
     check_part_type(part.type, path)
     check_supported(part, f"{path}.")
-    for name in ("text", "refusal", "annotations", "logprobs"):
+    for name in ("text", "refusal", "annotations", "logprobs", "parsed"):
         if getattr(part, name) and name not in PART_FIELDS[part.type]:
             raise InvalidRequestError(
                 f"{path} is of type {part.type!r}, which has no {name}",
