@@ -161,7 +161,7 @@ def key(data: bytes) -> None:
     split_key(text)
     is_secret(text, "0" * 64)
     headers = Headers(raw=[(b"authorization", data), (b"x-api-key", data)])
-    AccessControl("secret", None).identify(headers, "/v1/models")
+    AccessControl("secret", None).identify(headers, "/v1/models", "GET")
 
 
 def settings(data: bytes) -> None:

@@ -240,12 +240,16 @@ def test_bodies_that_are_not_json(http: httpx2.Client, content: bytes, code: str
 
 
 def test_numbers_out_of_range(http: httpx2.Client) -> None:
-    response = http.post(
-        COMPLETIONS,
-        content=b'{"prompt": "a", "temperature": 1e999}',
-        headers={"content-type": "application/json"},
-    )
+    headers = {"content-type": "application/json"}
+    response = http.post(COMPLETIONS, content=b'{"prompt": "a", "temperature": 1e999}', headers=headers)
     check_error(response, 400, "invalid_value", "temperature")
+    # These read a body twice where something is wrong with it.
+    response = http.post("/v1/responses", content=b'{"input": "a", "temperature": 1e999}', headers=headers)
+    check_error(response, 400, "invalid_value", "temperature")
+    response = http.post("/v1/messages", content=b'{"messages": [], "max_tokens": 1e999}', headers=headers)
+    assert (response.status_code, response.json()["error"]["type"]) == (400, "invalid_request_error")
+    item = b'{"input": [{"role": "user", "content": "a", "extra": 1e999}]}'
+    assert http.post("/v1/responses", content=item, headers=headers).status_code == 400
 
 
 def test_routes_methods_and_content_types(http: httpx2.Client) -> None:

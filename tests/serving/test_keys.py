@@ -106,6 +106,8 @@ async def test_scopes(server: RunningServer, store: StoreConfig) -> None:
     for scope, key in keys.items():  # this server loads no adapters: who may ask hears that
         response = httpx2.post(f"{server.url}/v1/load_lora_adapter", headers=bearer(key), json={})
         assert response.status_code == (404 if scope is Scope.ADMIN else 403), scope
+        response = httpx2.delete(f"{server.url}/v1/models/others-adapter", headers=bearer(key))
+        assert response.status_code == (404 if scope is Scope.ADMIN else 403), scope
     assert httpx2.get(f"{server.url}/admin/v1/keys").status_code == 401
     assert httpx2.get(f"{server.url}/v1/models", headers=bearer(ADMIN_KEY)).status_code == 403
 

@@ -123,5 +123,5 @@ async def test_a_budget_ends_thinking(default_model_path: Path, tmp_path: Path) 
         assert message.reasoning_content
         assert message.content
         assert hinted.usage.completion_tokens_details.reasoning_tokens == num_forced
-        assert not hasattr(hinted.choices[0].message, "reasoning_content")
+        assert hinted.choices[0].message.reasoning_content is None
         assert other.choices[0].message.reasoning_content

@@ -86,7 +86,7 @@ class RequestMiddleware:
     async def _respond(self, scope: Scope, receive: Receive, send: Send, headers: Headers) -> None:
         if scope["path"] not in OPEN_PATHS:
             try:
-                scope[IDENTITY_KEY] = self._access.identify(headers, scope["path"])
+                scope[IDENTITY_KEY] = self._access.identify(headers, scope["path"], scope["method"])
             except PeltonError as error:
                 await error_answer(scope, error)(scope, receive, send)
                 return

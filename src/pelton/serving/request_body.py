@@ -96,9 +96,7 @@ def decode_json(body: bytes, struct: type[StructT], check_kinds: Callable[[Any],
             value: StructT = _decoder(struct).decode(body)
             return value
     except msgspec.ValidationError as error:
-        if check_kinds is not None:
-            with _json_errors():  # what stands behind the wrong field was not read so far
-                found = msgspec.json.decode(body)
+        if check_kinds is not None and (found := _plain(body)) is not None:
             check_kinds(found)
         raise invalid_field(str(error), struct) from None
 
@@ -113,10 +111,18 @@ def decode_inner(raw: msgspec.Raw, struct: type[StructT], at: str, check_kind: C
             value: StructT = _decoder(struct).decode(raw)
             return value
     except msgspec.ValidationError as error:
-        with _json_errors():  # text that was skipped so far may be no UTF-8
-            found = msgspec.json.decode(raw)
-        check_kind(found, at)
+        if (found := _plain(raw)) is not None:
+            check_kind(found, at)
         raise invalid_field(str(error), struct, at=at) from None
+
+
+def _plain(body: bytes | msgspec.Raw) -> Any:
+    """The JSON as it is, of which some was skipped so far, with errors of its own; None where a number is no float."""
+    try:
+        with _json_errors():
+            return msgspec.json.decode(body)
+    except msgspec.ValidationError:
+        return None
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cache, partial
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -173,7 +172,7 @@ class _Scorer:
                 raise InvalidRequestError(f"{param} holds an empty text", param=param)
         limits = (self._request.max_tokens_per_query, self._request.max_tokens_per_doc)
         if any(limits):
-            pairs = await self._context.prepare(self._shortened, pairs, limits)
+            pairs = await self._shortened(pairs, limits)
         if self._labels:
             questions = [self._question(query, document) for query, document in pairs]
             self._prompts = await self._pooling.tokenize(questions, params[1])
@@ -197,10 +196,15 @@ class _Scorer:
         scores = [math.fsum(map(float.__mul__, vectors[first], vectors[second])) for first, second in self._places]
         return scores, pooled
 
-    def _shortened(self, pairs: Sequence[tuple[str, str]], limits: tuple[int, int]) -> list[tuple[str, str]]:
-        """The first tokens of each text, as text, for they go into a question. Slow: runs in the pool."""
-        shorten = cache(partial(_first_tokens, self._context.tokenizer))
-        return [(shorten(first, limits[0]), shorten(second, limits[1])) for first, second in pairs]
+    async def _shortened(self, pairs: Sequence[tuple[str, str]], limits: tuple[int, int]) -> list[tuple[str, str]]:
+        """The first tokens of each text, as text, for they go into a question. Others get their turn in between."""
+        context = self._context
+        sides: list[dict[str, str]] = []
+        for side, limit in enumerate(limits):
+            most = min(limit, context.max_model_len)
+            texts = dict.fromkeys(pair[side] for pair in pairs)
+            sides.append({text: await context.prepare(_first_tokens, context.tokenizer, text, most) for text in texts})
+        return [(sides[0][first], sides[1][second]) for first, second in pairs]
 
     def _question(self, query: str, document: str) -> str:
         for text in (query, document, self._instruction):

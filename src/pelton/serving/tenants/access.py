@@ -28,8 +28,9 @@ class Identity:
     scopes: frozenset[Scope] = frozenset()
 
 
-# They read the server's own files: tenants with keys of their own may not.
+# They read the server's own files, or take away what others use: tenants with keys of their own may not.
 _ADAPTER_PATHS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+_MODEL_PATH = "/v1/models/"  # DELETE unloads an adapter
 ANYBODY = Identity(scopes=frozenset({Scope.INFERENCE, Scope.METRICS}))
 
 
@@ -68,9 +69,10 @@ class AccessControl:
     def tenant(self, tenant_id: str) -> TenantRecord | None:
         return self._access.tenants.get(tenant_id)
 
-    def identify(self, headers: Headers, path: str) -> Identity:
+    def identify(self, headers: Headers, path: str, method: str) -> Identity:
         """Raises `HTTPProblemError` (401, 403), or `ServiceUnavailableError` while the keys are being read."""
-        scope = Scope.ADMIN if path in _ADAPTER_PATHS and self._access.keys else _scope_of(path)
+        changes_adapters = path in _ADAPTER_PATHS or (method == "DELETE" and path.startswith(_MODEL_PATH))
+        scope = Scope.ADMIN if changes_adapters and self._access.keys else _scope_of(path)
         key = _sent_key(headers)
         identity = self._match(key) if key else None
         if identity is None:

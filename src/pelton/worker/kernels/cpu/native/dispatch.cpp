@@ -19,7 +19,8 @@ const KernelTable* find_kernels(const char* name) {
     const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                             __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
-    if (has_avx512 && is_wanted("amx") && processor_features().tile_bf16) return &amx_kernels();
+    const bool has_tiles = has_avx512 && __builtin_cpu_supports("avx512vbmi") && processor_features().tile_bf16;
+    if (has_tiles && is_wanted("amx")) return &amx_kernels();
     if (has_avx512 && is_wanted("avx512")) return &avx512_kernels();
     if (has_avx2 && is_wanted("avx2_vnni") && processor_features().avx_vnni) return &avx2_vnni_kernels();
     if (has_avx2 && is_wanted("avx2")) return &avx2_kernels();

@@ -433,10 +433,16 @@ inline void pack_rows(const float* x, int num_rows, int num_inputs, uint16_t* to
 
 inline void gated_rows(bool gelu, const float* gate, const float* up, int64_t ld, int num_rows, uint16_t* to) {
     const __m512i order = tile_order();
-    const auto act = gelu ? avx512::gelu_tanh_mul : avx512::silu_mul;
-    for (int row = 0; row < num_rows; ++row, gate += ld, up += ld, to += 32) {
-        store_tile_row(to, act(_mm512_loadu_ps(gate), _mm512_loadu_ps(up)),
-                       act(_mm512_loadu_ps(gate + 16), _mm512_loadu_ps(up + 16)), order);
+    const auto store = [&](auto act) {
+        for (int row = 0; row < num_rows; ++row, gate += ld, up += ld, to += 32) {
+            store_tile_row(to, act(_mm512_loadu_ps(gate), _mm512_loadu_ps(up)),
+                           act(_mm512_loadu_ps(gate + 16), _mm512_loadu_ps(up + 16)), order);
+        }
+    };
+    if (gelu) {
+        store([](__m512 x, __m512 y) { return avx512::gelu_tanh_mul(x, y); });
+    } else {
+        store([](__m512 x, __m512 y) { return avx512::silu_mul(x, y); });
     }
 }
 
