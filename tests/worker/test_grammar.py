@@ -152,6 +152,24 @@ def test_a_request_that_meets_a_limit_fails_alone(monkeypatch: pytest.MonkeyPatc
             state.add_output(token_id)
 
 
+def test_without_sharing_a_request_meets_a_limit_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of equal requests on several ranks all have to, whatever ran there before and however fast it was."""
+    monkeypatch.setattr("pelton.weights.tokenizer.grammar._MAX_LEXER_STATES", 40)
+    wild = params(Grammar(kind=GrammarKind.REGEX, source="[ab]*a[ab]{12}"))
+    matchers = GrammarMatchers(ByteDecoder(), VOCAB_SIZE, shares=False)
+    ends = []
+    for _ in range(2):
+        (hungry,) = states_of(wild, matchers=matchers)
+        num_tokens = 0
+        while fill([hungry]) != [set()] and num_tokens < 300:
+            hungry.add_output(ord("a"))
+            num_tokens += 1
+        assert hungry.grammar is not None
+        assert "too many states" in (hungry.grammar.problem or "")
+        ends.append(num_tokens)
+    assert ends[0] == ends[1]
+
+
 def test_a_grammar_that_is_slow_to_compile_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pelton.weights.tokenizer.grammar._MAX_LEXER_STATES", 40)
     monkeypatch.setattr("pelton.worker.sampling.grammar._MAX_AGAIN_S", 0.0)

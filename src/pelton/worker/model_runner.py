@@ -188,6 +188,7 @@ class ModelRunner:
     def _forward(self, rows: Sequence[StepRow], step: RunningStep) -> None:
         """All at once, or where memory is short in ever smaller pieces; what does not fit alone fails alone."""
         num_tokens = num_tokens_of(rows)
+        self._limit.begin_step()
         if fits := self._limit.holds(num_tokens):
             try:
                 return self._compute(rows, step)

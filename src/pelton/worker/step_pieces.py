@@ -41,13 +41,13 @@ class StepLimit:
         self._most: int | None = None
         self._num_steps = 0  # since it last changed
 
-    def holds(self, num_tokens: int) -> bool:
-        if self._most is None:
-            return True
+    def begin_step(self) -> None:
         self._num_steps += 1
-        if self._num_steps > _STEPS_UNTIL_MORE:
+        if self._most is not None and self._num_steps > _STEPS_UNTIL_MORE:
             self._most, self._num_steps = 2 * self._most, 0
-        return num_tokens <= self._most
+
+    def holds(self, num_tokens: int) -> bool:
+        return self._most is None or num_tokens <= self._most
 
     def failed(self, num_tokens: int) -> None:
         self._most = max(1, num_tokens // 2) if self._most is None else min(self._most, max(1, num_tokens // 2))

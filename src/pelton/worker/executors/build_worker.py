@@ -106,7 +106,7 @@ def _build_here(
         plan = KVPlan(*ranks.least((plan.num_blocks, plan.max_model_len, plan.num_host_blocks)))
     kv = _allocate_kv(spec, plan, engine_config.block_size, kv_dtype, kernels)
     threading.Thread(target=kv.warm_up, name="pelton-kv-warm-up", daemon=True).start()
-    matchers = GrammarMatchers(decoder, spec.vocab_size) if decoder is not None else None
+    matchers = GrammarMatchers(decoder, spec.vocab_size, shares=ranks is None) if decoder is not None else None
     adapters, lora_modules = load_adapters(model_config, model)
     runner = ModelRunner(
         model,
@@ -193,6 +193,7 @@ def _start_others(
     except BaseException:
         for other in others:
             other.kill()
+        shutil.rmtree(Path(place.store).parent, ignore_errors=True)
         raise
     return place, others
 

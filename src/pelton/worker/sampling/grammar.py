@@ -51,9 +51,14 @@ class CompiledGrammar:
 
 
 class GrammarMatchers:
-    """Makes matchers on a thread of its own, the vocabulary's part once, on first use."""
+    """Makes matchers on a thread of its own, the vocabulary's part once, on first use.
 
-    def __init__(self, decoder: TokenDecoder, vocab_size: int) -> None:
+    Without `shares`, every request has a lexer of its own: where it meets a limit depends on that request alone and on
+    no clock, as ranks have to agree.
+    """
+
+    def __init__(self, decoder: TokenDecoder, vocab_size: int, *, shares: bool = True) -> None:
+        self._shares = shares
         self.eos_token_ids = decoder.eos_token_ids
         self._decoder = decoder
         self._vocab_size = vocab_size
@@ -65,6 +70,8 @@ class GrammarMatchers:
 
     def start(self, grammar: Grammar) -> Future[CompiledGrammar]:
         """Compile `grammar`, or find it compiled. The future fails with `GrammarError`."""
+        if not self._shares:
+            return self._thread.submit(self._compile, grammar)
         with self._lock:
             future = self._drop(grammar) or self._thread.submit(self._compile, grammar)
             self._kept[grammar] = future
@@ -124,7 +131,7 @@ class GrammarMatchers:
             kept = self._kept.get(grammar)
             if kept is not None and _is_made(kept) and kept.result() is failed:
                 self._drop(grammar)
-        return self._compile(grammar).matcher if failed.compile_s <= _MAX_AGAIN_S else None
+        return self._compile(grammar).matcher if self._shares and failed.compile_s <= _MAX_AGAIN_S else None
 
 
 def _is_made(future: Future[CompiledGrammar]) -> bool:
