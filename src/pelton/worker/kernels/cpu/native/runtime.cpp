@@ -350,13 +350,13 @@ void Runtime::attend_tiles(const AttentionShape& shape, std::span<const Attentio
     };
     // Light items are taken some at a time, heads of the same blocks, and those after them with the last one, to fetch
     // their blocks meanwhile.
-    const int at_once = std::clamp(num_items / (pool_.num_threads() * 8), 1, num_kv_heads);
+    const int per_thread = num_items / (pool_.num_threads() * 8), at_once = std::clamp(per_thread, 1, num_kv_heads);
     std::atomic<int> num_taken{0};
     pool_.run(std::min(num_items, pool_.num_threads()), [&](int, int thread) {
         const FlushDenormals flush;
         int count = 1;
         for (int first = num_taken++; first < num_items;) {
-            const bool looks_ahead = is_light(first);
+            const bool looks_ahead = per_thread > 0 && is_light(first);
             const int next = looks_ahead ? num_taken.fetch_add(at_once) : num_items;
             const int end = std::min(first + count, num_items);
             for (int index = first; index < end; ++index) {
