@@ -21,6 +21,8 @@ VIOLATIONS = {
     "no-torch": ("serving/app.py", "import torch"),
     "database": ("engine/config.py", "import sqlalchemy"),
     "worker-no-torch": ("worker/kv_storage.py", "import torch"),
+    "cluster": ("cluster/config.py", "import pelton.weights.config"),
+    "cluster-no-torch": ("cluster/transfer/wire.py", "import torch"),
     "cli-no-torch": ("cli/chat.py", "import torch"),
     "no-web": ("worker/config.py", "import fastapi"),
     "parts": ("engine/scheduler.py", "import pelton.engine.policies.fcfs"),

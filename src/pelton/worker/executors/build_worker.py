@@ -15,11 +15,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pelton.core.batch import INBOX, OUTBOX
 from pelton.core.errors import ConfigError
 from pelton.core.events import EngineInfo
 from pelton.core.lora import LoraAdapter
 from pelton.core.model_spec import ModelSpec
-from pelton.core.protocols import TokenDecoder
+from pelton.core.protocols import KVConnector, TokenDecoder
 from pelton.engine.config import EngineConfig
 from pelton.weights.channel_quantization import CHANNEL_QUANTIZATIONS, ChangedFiles, QuantizedFiles, in_groups
 from pelton.weights.config import ModelConfig, parse_lora_modules
@@ -57,16 +58,20 @@ def build_executor(
     *,
     eos_token_ids: Iterable[int],
     decoder: TokenDecoder | None = None,
+    connect: Callable[[EngineInfo], KVConnector] | None = None,
 ) -> tuple[WorkerExecutor, EngineInfo]:
     """Load the model, allot the KV cache, start the executor's thread.
 
     `eos_token_ids` end a generation; the sampler bans them until a request's `min_tokens`. Without the
-    model's `decoder`, requests with a grammar fail. Raises `ConfigError` where the settings do not fit the
-    model or the machine, `ModelFileError` or `UnsupportedModelError` where the files do not.
+    model's `decoder`, requests with a grammar fail. `connect` makes what moves blocks from and to other engines.
+    Raises `ConfigError` where the settings do not fit the model or the machine, `ModelFileError` or
+    `UnsupportedModelError` where the files do not.
     """
     parts = (files, model_config, worker_config, engine_config)
     if worker_config.tensor_parallel_size == 1:
-        return _build_here(parts, eos_token_ids, decoder, None)
+        return _build_here(parts, eos_token_ids, decoder, None, connect)
+    if connect is not None:
+        raise ConfigError("KV blocks go to other engines from one rank only: leave kv_listen and kv_peers out")
     shard_spec(files.spec, worker_config.tensor_parallel_size)
     _check_sharded(model_config, worker_config, engine_config)
     from pelton.worker.executors.sharded import ShardedExecutor
@@ -88,6 +93,7 @@ def _build_here(
     eos_token_ids: Iterable[int],
     decoder: TokenDecoder | None,
     place: RankPlace | None,
+    connect: Callable[[EngineInfo], KVConnector] | None = None,
 ) -> tuple[InProcessExecutor, EngineInfo]:
     """The executor of this process, for the whole model or a rank of it."""
     start_s = time.perf_counter()
@@ -139,7 +145,8 @@ def _build_here(
         max_loras=model_config.max_loras,
     )
     store, on_close = _open_block_store(engine_config, info, kv), None if ranks is None else ranks.leave
-    return InProcessExecutor(runner, store, matchers, adapters, on_close=on_close), info
+    connector = None if connect is None else _connected(connect(info), kv)
+    return InProcessExecutor(runner, store, matchers, adapters, on_close=on_close, connector=connector), info
 
 
 def _join(place: RankPlace, kernels: Kernels, config: WorkerConfig) -> Ranks:
@@ -247,6 +254,12 @@ def _open_block_store(config: EngineConfig, info: EngineInfo, kv: KVStorage) -> 
         return None
     folder = Path(config.disk_kv_cache_dir).expanduser()
     return DiskStore(folder, info.kv_identity, info.kv_block_bytes, kv.host_block)
+
+
+def _connected(connector: KVConnector, kv: KVStorage) -> KVConnector:
+    kv.add_tier(INBOX, connector.inbox)
+    kv.add_tier(OUTBOX, connector.outbox)
+    return connector
 
 
 def _resolve_kv_dtype(name: str, kernels: Kernels) -> str:

@@ -101,6 +101,7 @@ class ShardedExecutor:
 
     block_store = None
     adapters = None
+    connector = None
 
     def __init__(self, own: InProcessExecutor, others: Sequence[OtherRank]) -> None:
         self.matchers = own.matchers

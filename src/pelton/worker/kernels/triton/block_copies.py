@@ -37,7 +37,7 @@ class CudaCopies:
         self._in.wait_stream(self._out)  # it may have been stored just now
         with torch.cuda.stream(self._in):
             packed = torch.empty(destination.shape, dtype=destination.dtype, device=destination.device)
-            host = torch.from_numpy(source).view(destination.dtype).view(destination.shape)
+            host = _as_tensor(source).view(destination.dtype).view(destination.shape)
             with self._timing(self._in):
                 packed.copy_(host, non_blocking=True)
         steps.wait_stream(self._in)
@@ -49,7 +49,7 @@ class CudaCopies:
         self._out.wait_stream(torch.cuda.current_stream())
         packed.record_stream(self._out)
         with torch.cuda.stream(self._out):
-            host = torch.from_numpy(destination).view(source.dtype).view(source.shape)
+            host = _as_tensor(destination).view(source.dtype).view(source.shape)
             with self._timing(self._out):
                 host.copy_(packed, non_blocking=True)
 
@@ -71,3 +71,8 @@ class CudaCopies:
         time_ms = sum(start.elapsed_time(end) for start, end in timed)
         timed.clear()
         return float(time_ms) / 1e3
+
+
+def _as_tensor(slot: Bytes | torch.Tensor) -> torch.Tensor:
+    """A slot of host memory, or one of the device that blocks pass through on their way to other engines."""
+    return slot if isinstance(slot, torch.Tensor) else torch.from_numpy(slot)
