@@ -124,9 +124,9 @@ def send(link: socket.socket, message: Message, files: Sequence[int] = ()) -> No
     data = _encoder.encode(message)
     data = _LENGTH.pack(len(data)) + data
     if files:
-        num_sent = socket.send_fds(link, [data], files)
-        data = data[num_sent:]
-    link.sendall(data)
+        data = data[socket.send_fds(link, [data], files) :]
+    if data:
+        link.sendall(data)
 
 
 def receive(link: socket.socket, kind: type[_M]) -> _M:

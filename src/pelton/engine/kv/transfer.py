@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
+from itertools import compress
 
 from pelton.core.batch import INBOX, OUTBOX, BlockKey, KVOp, KVOpKind
 from pelton.core.protocols import BlockRead, KVConnector, WantedBlocks
@@ -137,28 +138,26 @@ class KVTransfer:
         self.costs.copies_from(PEER).observe(sum(result.loaded) * self._num_block_bytes, result.elapsed_s)
         self.counters.num_received_blocks += sum(result.loaded)
         self.counters.num_failed_blocks += len(keys) - sum(result.loaded)
+        slot_ids = {key: self._fetching.pop(key) for key in keys}
+        loaded = [key for key in compress(keys, result.loaded) if self._pool.find(key) is None]
+        landing = loaded[: self._pool.num_available]
+        self.counters.num_dropped_blocks += len(loaded) - len(landing)
         # Last one first: what a chain begins with is given up last.
-        for key, is_loaded in reversed(list(zip(keys, result.loaded, strict=True))):
-            slot_id = self._fetching.pop(key)
-            if not is_loaded or not self._try_land(slot_id, key, places[key]):
-                self._inbox.free.append(slot_id)
+        for key in reversed(landing):
+            self._land(slot_ids.pop(key), key, places[key])
+        self._inbox.free += slot_ids.values()
         missed = [key for key in keys if self._pool.find(key) is None]
         if missed:
             self.on_missed(missed)
 
-    def _try_land(self, slot_id: int, key: BlockKey, place: int) -> bool:
-        """Have the next step copy a slot into the cache, unless that is full or has the block by now."""
-        if self._pool.find(key) is not None:
-            return False
+    def _land(self, slot_id: int, key: BlockKey, place: int) -> None:
+        """Have the next step copy a slot into the cache."""
         taken = self._pool.try_allocate(1)
-        if taken is None:
-            self.counters.num_dropped_blocks += 1
-            return False
+        assert taken is not None
         self._pool.publish(taken[0], key, place)
         self._ops.append(KVOp(KVOpKind.LOAD, slot_id, taken[0], INBOX))
         self._landing.add(slot_id)
         self._pool.release(taken)
-        return True
 
     # -- to others ----------------------------------------------------------------------------------
 
