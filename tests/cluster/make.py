@@ -32,7 +32,13 @@ def content(key: BlockKey) -> Any:
 
 def make_connector(num_slots: int = 8, *, identity: str = "model", **settings: Any) -> PeerConnector:
     config = TransferConfig(kv_transfer_gb=(num_slots + 0.5) * BLOCK_BYTES / 2**30, **settings)
-    return open_connector(config, make_info(kv_block_bytes=BLOCK_BYTES, kv_identity=identity))
+    device = "cuda:0" if config.kv_connector == "cuda_ipc" else "cpu"
+    return open_connector(config, make_info(kv_block_bytes=BLOCK_BYTES, kv_identity=identity, device=device))
+
+
+def put(slots: Any, slot_id: int, block: Any) -> None:
+    """Into a numpy array, or a tensor on the host."""
+    np.asarray(slots[slot_id])[:] = block
 
 
 def fetch(connector: PeerConnector, keys: Sequence[BlockKey]) -> tuple[bool, ...]:

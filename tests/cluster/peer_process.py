@@ -16,7 +16,7 @@ from typing import Any
 import pelton.cluster.transfer.outlet as outlet_module
 from pelton.cluster.transfer.checksum import checksums
 from pelton.core.protocols import WantedBlocks
-from tests.cluster.make import content, make_connector
+from tests.cluster.make import content, make_connector, put
 
 
 class Source:
@@ -54,13 +54,18 @@ class Source:
         for key in wanted.keys[: len(self.free)]:
             if key[0] == 0:
                 slot_ids.append(self.free.pop())
-                self.connector.outbox[slot_ids[-1]][:] = content(key)
+                put(self.connector.outbox, slot_ids[-1], content(key))
         wanted.taken.add_done_callback(lambda _: self.free.extend(slot_ids))
         wanted.offer.set_result(tuple(slot_ids))
 
 
 if __name__ == "__main__":
-    source = Source(**json.loads(sys.argv[1]))
+    options = json.loads(sys.argv[1])
+    if (fake_cuda := options.pop("fake_cuda", None)) is not None:
+        from tests.cluster.fake_cuda import use
+
+        use(fake_cuda)
+    source = Source(**options)
     threading.Thread(target=source.run, daemon=True).start()
     print("ready", flush=True)
     sys.stdin.read()

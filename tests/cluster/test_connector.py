@@ -23,15 +23,37 @@ import numpy as np
 import pytest
 
 from pelton.cluster.config import TransferConfig
-from pelton.cluster.transfer import MOVERS, nixl, outlet, peer, wire
+from pelton.cluster.transfer import MOVERS, cuda_ipc, nixl, outlet, peer, wire
 from pelton.cluster.transfer.connector import PeerConnector
 from pelton.core.errors import ConfigError
 from tests.cluster.make import BLOCK_BYTES, KEYS, UNKNOWN, content, fetch, make_connector, peer_process
 
 CONNECTORS = [
     "shared_memory",
+    pytest.param("cuda_ipc", marks=pytest.mark.torch),
     pytest.param("nixl", marks=pytest.mark.skipif(find_spec("nixl") is None, reason="nixl is not installed")),
 ]
+
+
+@pytest.fixture(scope="module")
+def cuda_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.cluster import fake_cuda
+
+    return fake_cuda.build(tmp_path_factory.mktemp("cuda"))
+
+
+@pytest.fixture(params=CONNECTORS)
+def how(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+    """A connector, and what another process is told to use it."""
+    if request.param != "cuda_ipc":
+        yield {"kv_connector": request.param}
+        return
+    from tests.cluster.fake_cuda import FakeDriver, use
+
+    monkeypatch.setattr(cuda_ipc, "CudaDriver", FakeDriver)
+    library = str(request.getfixturevalue("cuda_library"))
+    use(library)
+    yield {"kv_connector": request.param, "fake_cuda": library}
 
 
 @pytest.fixture
@@ -48,10 +70,9 @@ def asking(tmp_path: Path) -> Iterator[Callable[..., PeerConnector]]:
         connector.close()
 
 
-@pytest.mark.parametrize("name", CONNECTORS)
-def test_blocks_come_whole(name: str, tmp_path: Path, asking: Callable[..., PeerConnector]) -> None:
-    with peer_process(tmp_path / "a", kv_connector=name):
-        connector = asking(kv_connector=name)
+def test_blocks_come_whole(how: dict[str, str], tmp_path: Path, asking: Callable[..., PeerConnector]) -> None:
+    with peer_process(tmp_path / "a", **how):
+        connector = asking(kv_connector=how["kv_connector"])
         assert fetch(connector, KEYS[:5]) == (True,) * 5
         assert fetch(connector, KEYS[3:11]) == (True,) * 8  # the slots of the first ones again
         assert fetch(connector, UNKNOWN) == (False,)
@@ -59,12 +80,11 @@ def test_blocks_come_whole(name: str, tmp_path: Path, asking: Callable[..., Peer
         assert connector.can_fetch
 
 
-@pytest.mark.parametrize("name", CONNECTORS)
 def test_an_outbox_of_three_slots_serves_two_readers(
-    name: str, tmp_path: Path, asking: Callable[..., PeerConnector]
+    how: dict[str, str], tmp_path: Path, asking: Callable[..., PeerConnector]
 ) -> None:
-    with peer_process(tmp_path / "a", kv_connector=name, num_slots=3):
-        connector = asking(kv_connector=name, num_slots=40)
+    with peer_process(tmp_path / "a", **how, num_slots=3):
+        connector = asking(kv_connector=how["kv_connector"], num_slots=40)
         futures = [connector.fetch(list(range(low, low + 8)), KEYS[low : low + 8]) for low in range(0, 40, 8)]
         for future in futures:
             result = future.result(20)
@@ -74,28 +94,32 @@ def test_an_outbox_of_three_slots_serves_two_readers(
 
 
 @pytest.mark.parametrize("problem", ["damage", "cut"])
-@pytest.mark.parametrize("name", CONNECTORS)
 def test_what_was_changed_on_its_way_is_not_taken(
-    name: str, problem: str, tmp_path: Path, asking: Callable[..., PeerConnector], capfd: pytest.CaptureFixture[str]
+    how: dict[str, str],
+    problem: str,
+    tmp_path: Path,
+    asking: Callable[..., PeerConnector],
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    with peer_process(tmp_path / "a", kv_connector=name, problem=problem):
-        connector = asking(kv_connector=name)
+    with peer_process(tmp_path / "a", **how, problem=problem):
+        connector = asking(kv_connector=how["kv_connector"])
         assert fetch(connector, KEYS[:3]) == (True, False, False)
         assert not connector.can_fetch  # for a while
     assert "a KV block came damaged" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("name", CONNECTORS)
-def test_an_engine_killed_in_mid_transfer(name: str, tmp_path: Path, asking: Callable[..., PeerConnector]) -> None:
+def test_an_engine_killed_in_mid_transfer(
+    how: dict[str, str], tmp_path: Path, asking: Callable[..., PeerConnector]
+) -> None:
     """What had come is used, what had not is computed, nobody waits; and another one at its address is found."""
     path = tmp_path / "a"
-    with peer_process(path, kv_connector=name, problem="die", num_slots=3) as process:
-        connector = asking(kv_connector=name)
+    with peer_process(path, **how, problem="die", num_slots=3) as process:
+        connector = asking(kv_connector=how["kv_connector"])
         assert fetch(connector, KEYS[:8]) == (True,) * 3 + (False,) * 5
         assert process.wait(10) == -signal.SIGKILL
         assert not connector.can_fetch
         assert fetch(connector, KEYS[:8]) == (False,) * 8
-    with peer_process(path, kv_connector=name):  # where a dead one's socket lies
+    with peer_process(path, **how):  # where a dead one's socket lies
         wait_until(lambda: connector.can_fetch and fetch(connector, KEYS[:8]) == (True,) * 8)
 
 
@@ -344,7 +368,6 @@ def test_shared_memory_that_cannot_be_had(tmp_path: Path) -> None:
         ({"kv_peers": ("tcp:host:1",)}, "works on one host"),
         ({"kv_listen": "unix:/a", "kv_peers": ("unix:/a",)}, "own address"),
         ({"kv_transfer_gb": 0.0}, "must be positive"),
-        ({"kv_listen": "unix:/a", "kv_connector": "cuda_ipc"}, "the model runs on cpu"),
     ],
 )
 def test_settings_that_cannot_be(settings: dict[str, Any], problem: str) -> None:

@@ -41,7 +41,8 @@ def _sums_of_tensor(block: Any) -> bytes:
     """Sums wrap around, signed or not: their bytes are the same. On a device beside the steps."""
     import torch
 
-    with torch.cuda.stream(torch.cuda.Stream()) if block.is_cuda else nullcontext():
+    cuda: Any = torch.cuda
+    with cuda.stream(cuda.Stream()) if block.is_cuda else nullcontext():
         rows_end = _rows_end(len(block))
         rows = block[:rows_end].view(torch.int64).view(-1, ROW_WORDS)
         parts = [rows.sum(0).view(torch.uint8), rows.sum(1).view(torch.uint8), block[rows_end:]]

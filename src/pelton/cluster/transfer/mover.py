@@ -11,6 +11,10 @@ class TransferError(Exception):
     """What was asked of another engine has not come, or cannot be trusted: it is computed instead."""
 
 
+class LinkClosedError(TransferError):
+    """The other engine has ended the connection."""
+
+
 @dataclass(frozen=True, slots=True)
 class MoverSize:
     num_inbox_slots: int

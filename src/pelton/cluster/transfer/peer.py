@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from pelton.cluster.transfer.checksum import checksums
-from pelton.cluster.transfer.mover import Mover, RemoteOutbox, TransferError
+from pelton.cluster.transfer.mover import LinkClosedError, Mover, RemoteOutbox, TransferError
 from pelton.cluster.transfer.wire import (
     Get,
     Hello,
@@ -55,17 +55,25 @@ class Peer:
         """Bring the first so many of `keys` that the other engine has into inbox slots; returns how many are there
         and whole."""
         num_loaded = 0
-        try:
-            for number in self._link().fetch(slot_ids, keys):
-                num_loaded += number
-            self._problem = ""
-        except (OSError, TransferError) as error:
-            self._close_link()
-            self._pause(str(error) or type(error).__name__)
-        return num_loaded
+        while True:
+            is_new = self._open_link() is None
+            try:
+                for number in self._link().fetch(slot_ids, keys):
+                    num_loaded += number
+                self._problem = ""
+            except (OSError, TransferError) as error:
+                self._close_link()
+                if isinstance(error, ConnectionError | LinkClosedError) and not is_new and not num_loaded:
+                    continue  # that link was one to an engine that has been started again since
+                self._pause(str(error) or type(error).__name__)
+            return num_loaded
+
+    def _open_link(self) -> Link | None:
+        link: Link | None = getattr(self._own, "link", None)
+        return link
 
     def _link(self) -> Link:
-        link: Link | None = getattr(self._own, "link", None)
+        link = self._open_link()
         if link is None:
             link = Link(self.address, self._hello, self._mover)
             with self._lock:
@@ -77,7 +85,7 @@ class Peer:
         return link
 
     def _close_link(self) -> None:
-        link: Link | None = getattr(self._own, "link", None)
+        link = self._open_link()
         if link is not None:
             self._own.link = None
             with self._lock:

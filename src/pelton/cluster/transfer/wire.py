@@ -20,7 +20,7 @@ from typing import TypeVar
 
 import msgspec
 
-from pelton.cluster.transfer.mover import TransferError
+from pelton.cluster.transfer.mover import LinkClosedError, TransferError
 from pelton.core.batch import BlockKey
 
 VERSION = 1
@@ -166,7 +166,7 @@ def _receive_bytes(link: socket.socket, num_bytes: int) -> bytes:
     while len(data) < num_bytes:
         part = link.recv(num_bytes - len(data))
         if not part:
-            raise TransferError("the other engine has closed the connection")
+            raise LinkClosedError("the other engine has closed the connection")
         data += part
     return bytes(data)
 
