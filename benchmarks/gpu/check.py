@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-TOTAL_S = 465.0
+TOTAL_S = 479.0
 ROOT = Path(__file__).resolve().parents[2]
 MISSED_LIMITS = 3  # exit status
 PEER = "transformers bf16"
@@ -42,6 +42,7 @@ ITEMS: dict[str, tuple[float, bool]] = {
     "throughput bf16": (70.0, True),
     PEER: (70.0, False),
     "throughput fp8": (60.0, True),
+    "hand-over": (14.0, True),
     "products": (10.0, False),
 }
 
@@ -62,6 +63,10 @@ def find(name: str, tiny: bool) -> Callable[[], Iterable[dict[str, Any]]]:
         from benchmarks.gpu import products
 
         return partial(products.run, _cuda())
+    if name == "hand-over":
+        from benchmarks.gpu.hand_over import hand_over
+
+        return partial(hand_over, tiny)
     if name == PEER:
         from benchmarks.gpu.transformers_item import continuous_batching
 

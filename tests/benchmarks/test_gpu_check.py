@@ -39,7 +39,7 @@ def test_without_a_gpu_it_says_so() -> None:
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("item", ["kernels", "same text", "throughput fp8"])
+@pytest.mark.parametrize("item", ["kernels", "same text", "throughput fp8", "hand-over"])
 def test_items_run_where_nothing_else_is_installed(item: str, tmp_path: Path) -> None:
     packages = tmp_path / "packages"
     packages.mkdir()

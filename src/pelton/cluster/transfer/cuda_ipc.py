@@ -10,15 +10,15 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import struct
 from collections.abc import Sequence
-from typing import Any
-
-import msgspec
+from typing import Any, NamedTuple
 
 from pelton.cluster.transfer.mover import MoverSize, TransferError
 from pelton.core.errors import ConfigError
 
 HANDLE_BYTES = 64
+_DESCRIPTION = struct.Struct("<64sQq")
 _LAZY_ENABLE_PEER_ACCESS = 1
 _NON_BLOCKING = 1
 
@@ -29,10 +29,13 @@ class IpcHandle(ctypes.Structure):
     _fields_ = (("reserved", ctypes.c_ubyte * HANDLE_BYTES),)
 
 
-class Description(msgspec.Struct, frozen=True):
+class Description(NamedTuple):
     handle: bytes
     num_bytes: int
     process_id: int
+
+    def encode(self) -> bytes:
+        return _DESCRIPTION.pack(*self)
 
 
 class CudaError(Exception):
@@ -142,7 +145,7 @@ class CudaIpcMover:
         if size.num_outbox_slots:
             handle = self._driver.share(self._pointers[-1])
             num_bytes = size.num_outbox_slots * size.block_bytes
-            self._description = msgspec.msgpack.encode(Description(handle, num_bytes, os.getpid()))
+            self._description = Description(handle, num_bytes, os.getpid()).encode()
 
     def _allocate(self, num_slots: int) -> Any:
         import torch
@@ -180,13 +183,9 @@ class CudaIpcMover:
 
 def decode(description: bytes) -> Description:
     """Raises `TransferError` for what is none."""
-    try:
-        found = msgspec.msgpack.decode(description, type=Description)
-    except msgspec.DecodeError as error:
-        raise TransferError(f"what describes its memory cannot be read: {error}") from error
-    if len(found.handle) != HANDLE_BYTES:
-        raise TransferError(f"a handle of {len(found.handle)} bytes is not CUDA's")
-    return found
+    if len(description) != _DESCRIPTION.size:
+        raise TransferError(f"its device memory is described in {len(description)} bytes, not {_DESCRIPTION.size}")
+    return Description(*_DESCRIPTION.unpack(description))
 
 
 class MappedOutbox:
