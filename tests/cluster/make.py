@@ -32,7 +32,7 @@ def content(key: BlockKey) -> Any:
 
 def make_connector(num_slots: int = 8, *, identity: str = "model", **settings: Any) -> PeerConnector:
     config = TransferConfig(kv_transfer_gb=(num_slots + 0.5) * BLOCK_BYTES / 2**30, **settings)
-    device = "cuda:0" if config.kv_connector == "cuda_ipc" else "cpu"
+    device = "A GPU" if config.kv_connector == "cuda_ipc" else "cpu"
     return open_connector(config, make_info(kv_block_bytes=BLOCK_BYTES, kv_identity=identity, device=device))
 
 

@@ -31,7 +31,7 @@ def test_a_handle_is_64_bytes_by_value() -> None:
 def test_no_driver() -> None:
     with pytest.raises(ConfigError, match="needs an NVIDIA driver"):
         cuda_ipc.CudaDriver("libthere-is-none.so.1")
-    with pytest.raises(ConfigError, match="runs on cpu: use shared_memory"):
+    with pytest.raises(ConfigError, match="runs on a CPU: use shared_memory"):
         cuda_ipc.CudaIpcMover(SIZE, "cpu")
 
 
@@ -51,7 +51,7 @@ class TestWithAFakeDriver:
 
     def test_no_memory(self, driver: cuda_ipc.CudaDriver) -> None:
         with pytest.raises(ConfigError, match="cuMemAlloc_v2: out of memory"):
-            cuda_ipc.CudaIpcMover(MoverSize(1, 2, 1 << 30), "cuda:0", driver)
+            cuda_ipc.CudaIpcMover(MoverSize(1, 2, 1 << 30), "A GPU", driver)
 
     @pytest.mark.parametrize(
         ("data", "problem"),
@@ -65,13 +65,13 @@ class TestWithAFakeDriver:
         ids=["noise", "size", "own process", "process gone", "foreign handle"],
     )
     def test_what_describes_no_memory(self, driver: cuda_ipc.CudaDriver, data: bytes, problem: str) -> None:
-        mover = cuda_ipc.CudaIpcMover(SIZE, "cuda:0", driver)
+        mover = cuda_ipc.CudaIpcMover(SIZE, "A GPU", driver)
         with pytest.raises(TransferError, match=problem):
             mover.open(data, (), 4)
         mover.close()
 
     def test_an_address_that_is_gone(self, driver: cuda_ipc.CudaDriver) -> None:
-        mover = cuda_ipc.CudaIpcMover(SIZE, "cuda:0", driver)
+        mover = cuda_ipc.CudaIpcMover(SIZE, "A GPU", driver)
         mover.close()
         with pytest.raises(cuda_ipc.CudaError, match="cuMemFree_v2"):
             driver.free(1234)

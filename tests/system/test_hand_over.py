@@ -111,7 +111,7 @@ def test_settings_that_do_not_go_together(tmp_path: Path) -> None:
     for settings, problem in (
         ({"enable_prefix_caching": False}, "need prefix caching"),
         ({"tensor_parallel_size": 2}, "from one rank only"),
-        ({"kv_connector": "cuda_ipc"}, "runs on cpu: use shared_memory"),
+        ({"kv_connector": "cuda_ipc"}, "runs on a CPU: use shared_memory"),
         ({"kv_transfer_gb": 1e6}, "GiB are free"),
         ({"kv_transfer_gb": 1e-9}, "too little for one KV block"),
     ):

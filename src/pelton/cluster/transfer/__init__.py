@@ -9,7 +9,7 @@ from pelton.cluster.config import TransferConfig
 from pelton.cluster.transfer.connector import PeerConnector, size_of
 from pelton.core.events import EngineInfo
 
-# Name -> module and class of its `Mover`, made of (size, device): imported when it is chosen.
+# Name -> module and class of its `Mover`, made of (size, `EngineInfo.device`): imported when it is chosen.
 MOVERS = {
     "shared_memory": ("shared_memory", "SharedMemoryMover"),
     "cuda_ipc": ("cuda_ipc", "CudaIpcMover"),

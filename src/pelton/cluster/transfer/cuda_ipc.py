@@ -134,8 +134,8 @@ class CudaIpcMover:
 
     def __init__(self, size: MoverSize, device: str, driver: CudaDriver | None = None) -> None:
         """Raises `ConfigError` on a CPU, and where the device has no memory left."""
-        if not device.startswith("cuda"):
-            raise ConfigError(f"kv_connector is cuda_ipc, but the model runs on {device}: use shared_memory")
+        if device == "cpu":
+            raise ConfigError("kv_connector is cuda_ipc, but the model runs on a CPU: use shared_memory")
         self._driver = driver or CudaDriver()
         self._block_bytes = size.block_bytes
         self._pointers: list[int] = []

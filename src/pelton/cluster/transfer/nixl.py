@@ -43,7 +43,7 @@ class NixlMover:
         if find_spec("nixl") is None:
             raise ConfigError("kv_connector is nixl, which is not installed: pip install 'pelton[nixl]'")
         self._size = size
-        self._is_on_device = device.startswith("cuda")
+        self._is_on_device = device != "cpu"
         self.inbox: Any = self._empty(size.num_inbox_slots)
         self.outbox: Any = self._empty(size.num_outbox_slots)
         self._lock = threading.Lock()  # around all calls of the agent

@@ -34,6 +34,7 @@ MAX_LINKS = 64
 HELLO_S = 5.0
 OFFER_S = 10.0
 TAKEN_S = 10.0
+CLOSE_S = 2.0
 
 
 class Outlet:
@@ -45,7 +46,7 @@ class Outlet:
         self._mover = mover
         self._wanted: queue.SimpleQueue[WantedBlocks] = queue.SimpleQueue()
         self._pending: set[WantedBlocks] = set()
-        self._links: set[socket.socket] = set()
+        self._links: dict[socket.socket, threading.Thread] = {}
         self._lock = threading.Lock()
         self._is_closed = False
         try:
@@ -65,7 +66,7 @@ class Outlet:
     def close(self) -> None:
         with self._lock:
             self._is_closed = True
-            links, pending = list(self._links), list(self._pending)
+            links, pending = dict(self._links), list(self._pending)
         with contextlib.suppress(OSError):
             self._server.shutdown(socket.SHUT_RDWR)  # which wakes the thread that accepts
         self._server.close()
@@ -75,6 +76,9 @@ class Outlet:
         for wanted in pending:
             wanted.offer.cancel()
         self._thread.join()
+        for thread in links.values():
+            if thread.ident is not None:  # started
+                thread.join(CLOSE_S)
         if self._address.startswith("unix:"):
             with contextlib.suppress(OSError):
                 os.unlink(self._address.removeprefix("unix:"))
@@ -91,8 +95,9 @@ class Outlet:
                 if self._is_closed or len(self._links) >= MAX_LINKS:
                     link.close()
                     continue
-                self._links.add(link)
-            threading.Thread(target=self._serve, args=(link,), name="pelton-kv-send", daemon=True).start()
+                thread = threading.Thread(target=self._serve, args=(link,), name="pelton-kv-send", daemon=True)
+                self._links[link] = thread
+            thread.start()
 
     def _serve(self, link: socket.socket) -> None:
         # What goes wrong ends the link; who was served by it computes what it has not got.
@@ -112,7 +117,7 @@ class Outlet:
                     self._give(link, get)
         finally:
             with self._lock:
-                self._links.discard(link)
+                self._links.pop(link, None)
 
     def _give(self, link: socket.socket, get: Get) -> None:
         if len(get.keys) > MAX_KEYS or any(len(block_hash) != HASH_BYTES for _, block_hash in get.keys):

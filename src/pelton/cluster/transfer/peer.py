@@ -65,7 +65,7 @@ class Peer:
                 self._close_link()
                 if isinstance(error, ConnectionError | LinkClosedError) and not is_new and not num_loaded:
                     continue  # that link was one to an engine that has been started again since
-                self._pause(str(error) or type(error).__name__)
+                self._pause(getattr(error, "strerror", None) or str(error))
             return num_loaded
 
     def _open_link(self) -> Link | None:
