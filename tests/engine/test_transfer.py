@@ -15,7 +15,16 @@ from pelton.core.batch import INBOX, OUTBOX, BlockKey
 from pelton.core.model_spec import KVGroupSpec
 from pelton.core.protocols import BlockRead, WantedBlocks
 from pelton.engine.engine import Engine
-from tests.make import FULL_ATTENTION, ManualClock, generate, make_engine, make_request, make_submission, step
+from tests.make import (
+    FULL_ATTENTION,
+    ManualClock,
+    SlowBlockStore,
+    generate,
+    make_engine,
+    make_request,
+    make_submission,
+    step,
+)
 
 WINDOWED = (KVGroupSpec((0,)), KVGroupSpec((1,), 6), KVGroupSpec((2,), 6))
 PROMPT = list(range(30))
@@ -168,6 +177,27 @@ def test_what_was_evicted_to_host_memory_is_sent_too() -> None:
         generate(first, make_submission(range(start, start + 30)))
     assert all(first.scheduler.kv.pool.find(key) is None for key in first_keys(first))
     assert hand_over(first, second, wire, make_submission(PROMPT, "r")) == expected
+    assert second.scheduler.counters.num_prefix_hits == 28
+
+
+def test_disk_first_and_a_peer_for_the_rest() -> None:
+    disk = SlowBlockStore()
+    before = make_engine(num_host_blocks=100, disk=disk)
+    generate(before, make_submission(PROMPT[:13], max_tokens=1))
+    while disk.tick() or len(disk.files) < 3:
+        step(before)
+    first, second, wire = make_pair()
+    expected = generate(first, make_submission(PROMPT, "r"))
+    second = make_engine(num_host_blocks=100, disk=disk, connector=wire)
+    second.submit(make_submission(PROMPT, "r"))
+    for _ in range(20):
+        turn(first, second, wire)
+    assert wire.num_asked == 0  # the disk has not answered
+    assert second.stats().num_deferred == 1
+    while disk.tick():
+        step(second)
+    assert hand_over(first, second, wire) == expected
+    assert wire.num_asked == 4
     assert second.scheduler.counters.num_prefix_hits == 28
 
 

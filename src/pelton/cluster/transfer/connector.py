@@ -81,6 +81,8 @@ class PeerConnector:
         if self._outlet is not None:
             self._outlet.close()
         for peer in self._peers:
-            peer.close()
+            peer.interrupt()
         self._readers.shutdown(cancel_futures=True)
+        for peer in self._peers:
+            peer.close()
         self._mover.close()

@@ -11,6 +11,7 @@ import contextlib
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -47,6 +48,7 @@ class NixlMover:
         self.inbox: Any = self._empty(size.num_inbox_slots)
         self.outbox: Any = self._empty(size.num_outbox_slots)
         self._lock = threading.Lock()  # around all calls of the agent
+        self._num_links: Counter[str] = Counter()  # to each other agent
         self._given_up: list[tuple[Any, Any]] = []  # reads that may still write, with their memory
         try:
             api: Any = import_module("nixl._api")
@@ -90,6 +92,7 @@ class NixlMover:
             registered = self.register(bounce)
             with self._lock:
                 name = self._agent.add_remote_agent(found.metadata)
+                self._num_links[name] += 1
         except Exception as error:
             raise TransferError(f"NIXL does not connect: {error}") from error
         return NixlOutbox(self, name, found, (bounce, registered))
@@ -127,7 +130,9 @@ class NixlMover:
 
     def forget(self, remote_name: str, bounce: Any, registered: Any) -> None:
         with self._lock, contextlib.suppress(Exception):
-            self._agent.remove_remote_agent(remote_name)
+            self._num_links[remote_name] -= 1
+            if not self._num_links[remote_name]:
+                self._agent.remove_remote_agent(remote_name)
             if all(other is not bounce for _, other in self._given_up):
                 self._agent.deregister_memory(registered)
 

@@ -102,12 +102,17 @@ class Peer:
                 flush=True,
             )
 
-    def close(self) -> None:
-        """Ends what its threads wait for."""
+    def interrupt(self) -> None:
+        """End what its threads wait for, and begin nothing more."""
         with self._lock:
             self._is_closed = True
             for link in self._links:
                 link.interrupt()
+
+    def close(self) -> None:
+        """No thread is in it any more."""
+        for link in self._links:
+            link.close()
 
 
 class Link:
