@@ -51,22 +51,23 @@ class Peer:
     def is_paused(self) -> bool:
         return time.monotonic() < self._paused_until_s
 
-    def fetch(self, slot_ids: Sequence[int], keys: Sequence[BlockKey]) -> int:
+    def fetch(self, slot_ids: Sequence[int], keys: Sequence[BlockKey]) -> tuple[int, float]:
         """Bring the first so many of `keys` that the other engine has into inbox slots; returns how many are there
-        and whole."""
-        num_loaded = 0
+        and whole, and how long they were read."""
+        num_loaded, read_s = 0, 0.0
         while True:
             is_new = self._open_link() is None
             try:
-                for number in self._link().fetch(slot_ids, keys):
+                for number, elapsed_s in self._link().fetch(slot_ids, keys):
                     num_loaded += number
+                    read_s += elapsed_s
                 self._problem = ""
             except (OSError, TransferError) as error:
                 self._close_link()
                 if isinstance(error, ConnectionError | LinkClosedError) and not is_new and not num_loaded:
                     continue  # that link was one to an engine that has been started again since
                 self._pause(getattr(error, "strerror", None) or str(error))
-            return num_loaded
+            return num_loaded, read_s
 
     def _open_link(self) -> Link | None:
         link: Link | None = getattr(self._own, "link", None)
@@ -137,8 +138,8 @@ class Link:
             self._socket.close()
             raise
 
-    def fetch(self, slot_ids: Sequence[int], keys: Sequence[BlockKey]) -> Iterator[int]:
-        """As `Peer.fetch`, a number for each offer. Raises `OSError` and `TransferError`."""
+    def fetch(self, slot_ids: Sequence[int], keys: Sequence[BlockKey]) -> Iterator[tuple[int, float]]:
+        """As `Peer.fetch`, for each offer. Raises `OSError` and `TransferError`."""
         assert self._outbox is not None
         start = 0
         while start < len(keys):
@@ -148,11 +149,13 @@ class Link:
                 return
             self._check(offer, len(keys) - start)
             inbox_ids = slot_ids[start : start + len(offer.slot_ids)]
+            start_s = time.perf_counter()
             self._outbox.read(offer.slot_ids, inbox_ids)
-            send(self._socket, Taken())
             found = checksums(self._mover.inbox, inbox_ids)
+            elapsed_s = time.perf_counter() - start_s
+            send(self._socket, Taken())
             whole = [own == theirs for own, theirs in zip(found, offer.checksums, strict=True)]
-            yield [*whole, False].index(False)
+            yield [*whole, False].index(False), elapsed_s
             if not all(whole):
                 raise TransferError("a KV block came damaged")
             start += len(offer.slot_ids)
