@@ -35,7 +35,7 @@ def no_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextlib.contextmanager
-def other_engine(prompts: list[list[int]], **settings: Any) -> Iterator[subprocess.Popen[str]]:
+def other_engine(prompts: list[list[int]], lora: str | None = None, **settings: Any) -> Iterator[subprocess.Popen[str]]:
     """A process with the KV of `prompts`."""
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.cluster.llm_process"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -43,7 +43,7 @@ def other_engine(prompts: list[list[int]], **settings: Any) -> Iterator[subproce
     assert process.stdin is not None
     assert process.stdout is not None
     try:
-        process.stdin.write(json.dumps({"settings": settings, "prompts": prompts}) + "\n")
+        process.stdin.write(json.dumps({"settings": settings, "prompts": prompts, "lora": lora}) + "\n")
         process.stdin.flush()
         while (line := process.stdout.readline()) != "ready\n":
             assert line, "the engine did not start"
@@ -55,17 +55,17 @@ def other_engine(prompts: list[list[int]], **settings: Any) -> Iterator[subproce
         process.stdout.close()
 
 
-def tiny(row: str, folder: Path, **sizes: Any) -> str:
+def tiny(row: str, folder: Path) -> str:
     from tests.worker.tiny_models import save_tiny
 
-    save_tiny(row, folder, **sizes)
+    save_tiny(row, folder)
     train_byte_level().save(str(folder / "tokenizer.json"))
     return str(folder)
 
 
-def answers(llm: LLM, prompts: list[list[int]]) -> tuple[list[list[int]], list[int]]:
+def answers(llm: LLM, prompts: list[list[int]], lora: str | None = None) -> tuple[list[list[int]], list[int]]:
     """Token ids, and how many prompt tokens were cached, of each prompt."""
-    found = llm.generate(prompts, SAMPLING)
+    found = llm.generate(prompts, SAMPLING, lora=lora)
     return [answer.sequences[0].token_ids for answer in found], [answer.num_cached_tokens for answer in found]
 
 
@@ -132,6 +132,28 @@ def test_another_model_and_another_tenant_get_nothing(tmp_path: Path, capfd: pyt
         assert "KV blocks have" in capfd.readouterr().err
         with LLM(model, kv_peers=(address,), **TINY) as llm:
             assert answers(llm, prompts)[1] == [96]
+
+
+@pytest.mark.torch
+def test_an_adapter_finds_what_it_has_computed(tmp_path: Path) -> None:
+    """By whatever name it goes; the model without it finds nothing of it, and it nothing of the model."""
+    from tests.make_lora import ATTENTION, save_adapter
+    from tests.worker.tiny_models import make_tiny
+
+    model = tiny("llama", tmp_path / "model")
+    save_adapter(make_tiny("llama"), tmp_path / "adapter", r=4, target_modules=ATTENTION)
+    prompts = [[i % 200 + 3 for i in range(100)]]
+    address = f"unix:{tmp_path / 'kv'}"
+    with LLM(model, lora_modules=(f"own={tmp_path / 'adapter'}",), **TINY) as llm:
+        expected, _ = answers(llm, prompts, "own")
+        assert answers(llm, prompts)[0] != expected
+    first = {"model": model, "kv_listen": address, "lora_modules": [f"theirs={tmp_path / 'adapter'}"], **TINY}
+    with (
+        other_engine(prompts, lora="theirs", **first),
+        LLM(model, lora_modules=(f"own={tmp_path / 'adapter'}",), kv_peers=(address,), **TINY) as llm,
+    ):
+        assert answers(llm, prompts)[1] == [0]
+        assert answers(llm, prompts, "own") == (expected, [96])
 
 
 @pytest.mark.torch
