@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pelton.core.batch import KVOp, KVOpKind
 from pelton.core.errors import EngineStepError
 from pelton.core.model_spec import ModelSpec
-from pelton.worker.kernels.block_copies import CopyTimes
+from pelton.worker.kernels.block_copies import RunningCopies
 from pelton.worker.kernels.ops import Kernels, LayerCache
 from pelton.worker.kv_format import KV_FORMATS
 
@@ -69,8 +69,8 @@ class KVStorage:
         """The bytes of a block in host memory, to read and to write."""
         return self._host_bytes[slot_id].data
 
-    def move(self, ops: Iterable[KVOp]) -> None:
-        """Copy blocks, in every layer, one operation after another. Host memory is right after `wait`."""
+    def move(self, ops: Iterable[KVOp]) -> RunningCopies:
+        """Copy blocks, in every layer, one operation after another. Host memory is right once they are waited for."""
         for op in ops:
             if op.kind is KVOpKind.COPY:
                 self._copies.copy(self._data[:, :, op.destination], self._data[:, :, op.source])
@@ -80,7 +80,4 @@ class KVStorage:
                 self._copies.store(self._host_bytes[op.destination], self._data[:, :, op.source])
             else:
                 self._copies.load(self._data[:, :, op.destination], self._host_bytes[op.source])
-
-    def wait(self) -> CopyTimes | None:
-        """Until the moves so far are done. Their times, where the host's clock has not seen them."""
-        return self._copies.wait()
+        return self._copies.take_running()

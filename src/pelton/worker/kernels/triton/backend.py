@@ -70,6 +70,11 @@ class TritonKernels:
         self._scratch = Scratch(self.device)
         self._lora: LoraBatch | None = None  # of the last step that had adapters
 
+    def give_up_kept(self) -> None:
+        """What an op has kept for the next one."""
+        self._scratch.forget_rounded()
+        self._lora = None
+
     def num_free_bytes(self) -> int | None:
         return num_free_bytes(self.device)
 
@@ -95,7 +100,7 @@ class TritonKernels:
         return load_dense(table, self._dtype, self.device)
 
     def make_block_copies(self) -> BlockCopies:
-        return CudaCopies() if self.device.type == "cuda" else TensorCopies()
+        return CudaCopies(self.device) if self.device.type == "cuda" else TensorCopies()
 
     def make_adapter(self, weights: LoraWeights, sites: Sequence[LoraSite]) -> TritonAdapter:
         return TritonAdapter(weights, sites, self._dtype, self.device)

@@ -57,6 +57,9 @@ class Scratch:
         """What `quantize_rows` would make of x, for the next product of x, which must stay as it is."""
         self._rounded = (x, kind, codes)
 
+    def forget_rounded(self) -> None:
+        self._rounded = None
+
     def rounded(self, x: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
         kept = self._rounded
         if kept is not None and kept[0] is x and kept[1] == kind:

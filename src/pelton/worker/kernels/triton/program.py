@@ -60,8 +60,17 @@ class TritonProgram:
         """`late_rows` [T]: which tokens are rows of `late_tokens`, on the device, and not what `batch` says; -1: no."""
         if self._kernels.device.type == "cuda":
             torch.cuda.set_device(self._kernels.device)  # of this thread
-        with memory_errors(self._graphs.clear):
+        with memory_errors(self._give_up_all):
             self._forward(batch, late_tokens, late_rows)
+
+    def _give_up_kept(self) -> None:
+        self._graphs.clear()
+        self._kernels.give_up_kept()
+
+    def _give_up_all(self) -> None:
+        """The hidden states of the step before, too: there will be no other logits of them."""
+        self._give_up_kept()
+        self._hidden = torch.empty(0)
 
     def _forward(self, batch: ForwardBatch, late_tokens: torch.Tensor | None, late_rows: Ints | None) -> None:
         planned = _Planned(batch, self._shapes, self._configs)
@@ -102,7 +111,7 @@ class TritonProgram:
     @torch.inference_mode()
     def logits(self, rows: Ints, adapters: Adapters = ()) -> torch.Tensor:
         """On the device."""
-        with memory_errors(self._graphs.clear):
+        with memory_errors(self._give_up_kept):
             ops = self._ops(adapters_among(adapters, rows))
             logits: torch.Tensor = self._model.compute_logits(ops, self._select(rows)).float()
             return logits
