@@ -104,6 +104,42 @@ def test_blocks_come_back_as_they_were(runner: ModelRunner) -> None:
     assert [float(cache.keys[block].min()) for block in (8, 9, 10)] == [4.0, 3.0, 3.0]
 
 
+class FakeRuntime:
+    """Of the pinning calls of CUDA's runtime."""
+
+    def __init__(self, status: int) -> None:
+        self.status = status
+        self.pinned: dict[int, int] = {}
+
+    def cudaHostRegister(self, address: int, num_bytes: int, _: int) -> int:
+        self.pinned[address] = num_bytes
+        return self.status
+
+    def cudaHostUnregister(self, address: int) -> int:
+        del self.pinned[address]
+        return 0
+
+
+def test_as_much_host_memory_is_pinned_as_was_asked_for(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no longer than it is there: the next one may come to lie at the same place."""
+    del runner  # for its streams
+    runtime = FakeRuntime(0)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    copies = CudaCopies(torch.device("cpu"))
+    assert copies.empty_host(0, 64).shape == (0, 64)
+    blocks = copies.empty_host(5, 1000)
+    assert list(runtime.pinned.items()) == [(blocks.ctypes.data, 5000)]
+    block = blocks[3]
+    del blocks
+    assert runtime.pinned
+    block[:] = 7
+    del block
+    assert not runtime.pinned
+    runtime.status = 2
+    with pytest.raises(MemoryError, match="5000 bytes of host memory could not be pinned: CUDA error 2"):
+        copies.empty_host(5, 1000)
+
+
 def test_an_executor_passes_them_on() -> None:
     """Without a device: what is not timed beside the steps is timed by the host's clock."""
     config = WorkerConfig(kernel_backend="triton", threads=1)

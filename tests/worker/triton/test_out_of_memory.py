@@ -149,6 +149,7 @@ def test_after_a_while_larger_steps_are_tried_again() -> None:
     [
         (torch.OutOfMemoryError("full"), MemoryError),
         (RuntimeError("Triton Error [CUDA]: out of memory"), MemoryError),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), MemoryError),
         (RuntimeError("an illegal memory access was encountered"), RuntimeError),
     ],
 )

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pelton.core.errors import ConfigError
 from pelton.core.step_size import CPU_STEP, StepSize
 from pelton.weights.lora.adapter import LoraWeights
 from pelton.weights.tensors import ModelFiles, WeightTensor
@@ -22,7 +23,14 @@ from pelton.worker.kernels.triton.activation import gelu_tanh_mul, silu_mul, sof
 from pelton.worker.kernels.triton.attention import paged_attention, plan_attention
 from pelton.worker.kernels.triton.block_copies import CudaCopies
 from pelton.worker.kernels.triton.dense import load_dense
-from pelton.worker.kernels.triton.device import device_name, find_device, is_interpreted, memory_errors, num_free_bytes
+from pelton.worker.kernels.triton.device import (
+    device_name,
+    find_device,
+    has_float8,
+    is_interpreted,
+    memory_errors,
+    num_free_bytes,
+)
 from pelton.worker.kernels.triton.embedding import embedding
 from pelton.worker.kernels.triton.kv_tiles import format_of
 from pelton.worker.kernels.triton.linear import Scratch, TritonLinearLoader, linear
@@ -63,7 +71,9 @@ class TritonKernels:
         self.device_name = device_name(self.device)
         self.name = "triton (interpreted)" if is_interpreted() else "triton"
         self.dtype = dtype
-        self.kv_dtypes = (dtype, *(other for other in KV_FORMATS if other != dtype))
+        self._has_float8 = has_float8(self.device)
+        others = (name for name in KV_FORMATS if name != dtype and (name != "fp8" or self._has_float8))
+        self.kv_dtypes = (dtype, *others)
         self.step_size = _GPU_STEP if self.device.type == "cuda" else CPU_STEP
         self.batch_invariant = batch_invariant
         self._quantization = quantization
@@ -94,6 +104,10 @@ class TritonKernels:
         return load_experts(self.make_linear_loader(), gate_up, down, self._scratch)
 
     def round_weights(self, quantization: str) -> None:
+        if quantization.startswith("fp8") and not self._has_float8:
+            raise ConfigError(
+                f"quantization is {quantization}, which needs a GPU of compute capability 8.9 or more: use int8 or int4"
+            )
         self._quantization = quantization
 
     def load_embedding(self, table: WeightTensor) -> torch.Tensor:
@@ -103,7 +117,8 @@ class TritonKernels:
         return CudaCopies(self.device) if self.device.type == "cuda" else TensorCopies()
 
     def make_adapter(self, weights: LoraWeights, sites: Sequence[LoraSite]) -> TritonAdapter:
-        return TritonAdapter(weights, sites, self._dtype, self.device)
+        with memory_errors():
+            return TritonAdapter(weights, sites, self._dtype, self.device)
 
     def adapt(self, y: torch.Tensor, x: torch.Tensor, site: int) -> torch.Tensor:
         del x, site  # no row has an adapter

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,11 +26,17 @@ class CudaCopies:
         self._stores: _Times = []
 
     def empty_host(self, num_blocks: int, block_bytes: int) -> Bytes:
-        try:
-            memory = torch.empty((num_blocks, block_bytes), dtype=torch.uint8, pin_memory=True)
-        except RuntimeError as error:
-            raise MemoryError(str(error)) from error
-        return memory.numpy()
+        """Pinned where it lies: torch's own pinned memory comes in powers of two, at worst twice what was asked for."""
+        memory = torch.empty((num_blocks, block_bytes), dtype=torch.uint8)
+        if memory.numel():
+            status = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+            if status:
+                raise MemoryError(f"{memory.nbytes} bytes of host memory could not be pinned: CUDA error {status}")
+        blocks: Bytes = memory.numpy()
+        if memory.numel():
+            unpin = weakref.finalize(blocks, torch.cuda.cudart().cudaHostUnregister, memory.data_ptr())
+            unpin.atexit = False  # the driver may be gone by then
+        return blocks
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         destination.copy_(source)
