@@ -50,10 +50,10 @@ def _norms() -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def _elementwise() -> Iterator[tuple[str, Callable[[], object]]]:
+    angles, slots = torch.empty(9, 64), torch.zeros(9, dtype=torch.int32)
     for dtype in (torch.bfloat16, torch.float32):
         name = str(dtype).removeprefix("torch.")
         query, key, value = split_heads(torch.empty(9, 48 * 128, dtype=dtype), 32, 8)
-        angles, slots = torch.empty(9, 64), torch.zeros(9, dtype=torch.int32)
         caches = torch.empty(2, 4, 16, 8, 128, dtype=dtype)
         wide = torch.empty(9, 28672, dtype=dtype)
         yield (
