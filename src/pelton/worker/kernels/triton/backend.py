@@ -20,7 +20,7 @@ from pelton.worker.kernels.block_copies import BlockCopies
 from pelton.worker.kernels.ops import AttentionShape, Forward, LayerCache, LoraSite
 from pelton.worker.kernels.reference.block_copies import TensorCopies
 from pelton.worker.kernels.triton.activation import gelu_tanh_mul, silu_mul, softcap
-from pelton.worker.kernels.triton.attention import paged_attention, plan_attention
+from pelton.worker.kernels.triton.attention import AttentionPlan, paged_attention, plan_attention
 from pelton.worker.kernels.triton.block_copies import CudaCopies
 from pelton.worker.kernels.triton.dense import load_dense
 from pelton.worker.kernels.triton.device import (
@@ -32,6 +32,7 @@ from pelton.worker.kernels.triton.device import (
     num_free_bytes,
 )
 from pelton.worker.kernels.triton.embedding import embedding
+from pelton.worker.kernels.triton.flashinfer_attention import FlashInferAttention, FlashInferPlan, find_rivals
 from pelton.worker.kernels.triton.kv_tiles import format_of
 from pelton.worker.kernels.triton.linear import Scratch, TritonLinearLoader, linear
 from pelton.worker.kernels.triton.lora import LoraBatch, TritonAdapter
@@ -140,7 +141,12 @@ class TritonKernels:
         return x[torch.from_numpy(rows).to(self.device)]
 
     def compile(self, model: Forward, shapes: Sequence[AttentionShape], caches: Sequence[LayerCache]) -> TritonProgram:
-        return TritonProgram(self, model, shapes, caches)
+        rivals: list[FlashInferAttention | None] = [None] * len(shapes)
+        if not self.batch_invariant:
+            rivals = find_rivals(shapes, caches, self._dtype, self.device)
+        if any(rivals):
+            self.name += ", flashinfer"
+        return TritonProgram(self, model, shapes, caches, rivals)
 
     def weight_cache(self, files: ModelFiles, path: Path | None) -> AbstractContextManager[None]:
         """Nothing is kept."""
@@ -186,6 +192,21 @@ class TritonKernels:
         store = rotate_and_store_packed if format_of(key_cache).is_packed else rotate_and_store
         return store(query, key, value, cos, sin, key_cache, value_cache, slot_mapping)
 
+    def paged_attention(
+        self,
+        query: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        plan: AttentionPlan | FlashInferPlan,
+        scale: float,
+        softcap: float | None = None,
+    ) -> torch.Tensor:
+        if isinstance(plan, FlashInferPlan):
+            if softcap is None:
+                return plan.attend(query, key_cache, value_cache, scale)
+            plan = plan.own
+        return paged_attention(query, key_cache, value_cache, plan, scale, softcap)
+
     @property
     def _dtype(self) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, self.dtype)
@@ -196,7 +217,6 @@ class TritonKernels:
     rms_norm = staticmethod(rms_norm)
     split_heads = staticmethod(split_heads)
     plan_attention = staticmethod(plan_attention)
-    paged_attention = staticmethod(paged_attention)
     silu_mul = staticmethod(silu_mul)
     gelu_tanh_mul = staticmethod(gelu_tanh_mul)
     softcap = staticmethod(softcap)
