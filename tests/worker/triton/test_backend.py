@@ -46,5 +46,5 @@ def test_float8_needs_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None
     assert "fp8" not in kernels.kv_dtypes
     assert "int8" in kernels.kv_dtypes
     for name in ("fp8", "fp8_block"):
-        with pytest.raises(ConfigError, match=r"capability 8\.9 or more: use int8 or int4"):
+        with pytest.raises(ConfigError, match=r"capability 8\.9 or more: use w8a8 or int4"):
             kernels.round_weights(name)

@@ -107,7 +107,7 @@ class TritonKernels:
     def round_weights(self, quantization: str) -> None:
         if quantization.startswith("fp8") and not self._has_float8:
             raise ConfigError(
-                f"quantization is {quantization}, which needs a GPU of compute capability 8.9 or more: use int8 or int4"
+                f"quantization is {quantization}, which needs a GPU of compute capability 8.9 or more: use w8a8 or int4"
             )
         self._quantization = quantization
 
