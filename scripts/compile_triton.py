@@ -1,6 +1,7 @@
 """Compile Triton kernels for a GPU that is not there, and say what the assembler made of them.
 
-    python scripts/compile_triton.py          products, MoE, LoRA, sampling, for an H100 (sm_90)
+    python scripts/compile_triton.py              every kernel, for an H100 (sm_90)
+    python scripts/compile_triton.py float32      the cases whose name contains this
 
 The launches of the real code run on CPU tensors of real sizes, but compile instead of launching: `ptxas` and
 `cuobjdump` come with Triton. A row for each kernel: registers, bytes spilled to local memory, shared memory, and how
@@ -24,9 +25,11 @@ os.environ.pop("TRITON_INTERPRET", None)
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
+from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
 
 _H100 = GPUTarget("cuda", 90, 32)
+_MOST_SHARED_BYTES = 227 << 10  # of a program there
 _CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -68,6 +71,8 @@ class Compiler:
         def compile_only(function: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
             del warmup
             kernel = run(function, *args, grid=grid, warmup=True, **kwargs)
+            if kernel.metadata.shared > _MOST_SHARED_BYTES:  # as a driver does
+                raise OutOfResources(kernel.metadata.shared, _MOST_SHARED_BYTES, "shared memory")
             self._kernels.append((self._label, kernel))
             return kernel
 
@@ -125,7 +130,10 @@ def main() -> int:
     compiler = Compiler()
     print(f"{'case':<34} {'kernel':<26} {'regs':>5} {'spill':>6} {'shared':>7} {'wgmma':>6} {'mma':>5}")
     num_failed, compiled = 0, list[Compiled]()
+    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
     for label, launch in cases():
+        if wanted not in label:
+            continue
         try:
             for row in compiler.collect(label, launch):
                 compiled.append(row)

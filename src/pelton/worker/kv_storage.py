@@ -8,7 +8,7 @@ from typing import Any
 from pelton.core.batch import KVOp, KVOpKind
 from pelton.core.errors import EngineStepError
 from pelton.core.model_spec import ModelSpec
-from pelton.worker.kernels.block_copies import CopyTimes
+from pelton.worker.kernels.block_copies import RunningCopies
 from pelton.worker.kernels.ops import Kernels, LayerCache
 from pelton.worker.kv_format import KV_FORMATS
 
@@ -75,8 +75,8 @@ class KVStorage:
         """Let operations name another tier: bytes [num_slots, block_bytes], a numpy array or one of the device."""
         self._tiers[name] = slots
 
-    def move(self, ops: Iterable[KVOp]) -> None:
-        """Copy blocks, in every layer, one operation after another. Host memory is right after `wait`."""
+    def move(self, ops: Iterable[KVOp]) -> RunningCopies:
+        """Copy blocks, in every layer, one operation after another. Host memory is right once they are waited for."""
         for op in ops:
             if op.kind is KVOpKind.COPY:
                 self._copies.copy(self._data[:, :, op.destination], self._data[:, :, op.source])
@@ -86,7 +86,4 @@ class KVStorage:
                 self._copies.store(slots[op.destination], self._data[:, :, op.source])
             else:
                 self._copies.load(self._data[:, :, op.destination], slots[op.source])
-
-    def wait(self) -> CopyTimes | None:
-        """Until the moves so far are done. Their times, where the host's clock has not seen them."""
-        return self._copies.wait()
+        return self._copies.take_running()

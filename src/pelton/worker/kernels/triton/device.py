@@ -11,6 +11,9 @@ import triton
 
 from pelton.core.errors import ConfigError
 
+# The driver's words, and those of a library that could not make its workspace.
+_FULL = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
 
 def is_interpreted() -> bool:
     """Whether kernels run as numpy on the CPU: as TRITON_INTERPRET said when Triton was first imported."""
@@ -38,10 +41,15 @@ def find_device(index: int = 0) -> torch.device:
     return device
 
 
+def has_float8(device: torch.device) -> bool:
+    """Whether kernels may convert to and from float8 there."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether that is what it came of: torch has a type for it, the driver a word, and other errors may follow."""
+    """Whether that is what it came of: torch has a type for it, others have words, and other errors may follow."""
     while error is not None:
-        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
+        if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _FULL):
             return True
         error = error.__context__
     return False
