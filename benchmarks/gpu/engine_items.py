@@ -72,20 +72,16 @@ def engine_of(
     return RunningEngine(spec, worker, settings, quantization=quantization)
 
 
+def equal_text_model(tiny: bool) -> ModelSpec:
+    if tiny:
+        return TINY
+    rope = RopeSpec(theta=1e4, rotary_dim=64)
+    return replace(TINY, hidden_size=256, intermediate_size=704, head_dim=64, vocab_size=2048, rope=rope)
+
+
 def same_text(tiny: bool) -> Rows:
     """Greedy tokens of the reference on the CPU and of Triton's kernels, on equal weights in float32."""
-    spec = (
-        TINY
-        if tiny
-        else replace(
-            TINY,
-            hidden_size=256,
-            intermediate_size=704,
-            head_dim=64,
-            vocab_size=2048,
-            rope=RopeSpec(theta=1e4, rotary_dim=64),
-        )
-    )
+    spec = equal_text_model(tiny)
     prompts = [make_prompts(spec, 1, length, length)[0] for length in ((5, 9) if tiny else (3, 17, 64, 130, 200))]
     found: list[list[list[int]]] = []
     for backend in ("reference", "triton"):
