@@ -28,15 +28,19 @@ class CudaCopies:
     def empty_host(self, num_blocks: int, block_bytes: int) -> Bytes:
         """Pinned where it lies: torch's own pinned memory comes in powers of two, at worst twice what was asked for."""
         memory = torch.empty((num_blocks, block_bytes), dtype=torch.uint8)
-        if memory.numel():
-            status = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
-            if status:
-                raise MemoryError(f"{memory.nbytes} bytes of host memory could not be pinned: CUDA error {status}")
         blocks: Bytes = memory.numpy()
-        if memory.numel():
+        if not blocks.size:
+            return blocks
+        status = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+        if not status:
             unpin = weakref.finalize(blocks, torch.cuda.cudart().cudaHostUnregister, memory.data_ptr())
             unpin.atexit = False  # the driver may be gone by then
-        return blocks
+            return blocks
+        try:  # some hosts pin nothing but what the driver has made
+            return torch.empty((num_blocks, block_bytes), dtype=torch.uint8, pin_memory=True).numpy()
+        except RuntimeError as error:
+            problem = f"{memory.nbytes} bytes of host memory could not be pinned: CUDA error {status}, {error}"
+            raise MemoryError(problem) from error
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         destination.copy_(source)
