@@ -1,4 +1,4 @@
-"""A pool beyond 2**31 elements, as an H100's is: offsets in 32 bits would wrap. Its pages are there, but never touched."""
+"""A pool beyond 2**31 elements, as an H100's is: offsets in 32 bits would wrap. Few of its pages are ever touched."""
 
 from __future__ import annotations
 
