@@ -1,13 +1,12 @@
 // Products of weights by channel in tiles of 8 bits: one scale per output, one per row of activations.
 #pragma once
 
-#include "channel_avx512.h"
+#include "channel_strips_amx.h"
+#include "gated_amx.h"
 #include "linear_amx.h"
 
 namespace pelton::amx {
 
-constexpr int kChunkWeightBytes = kChunk * kPanel;
-constexpr int kSumStride = kPanel * 4;
 constexpr int kBlockSums = 2 * kTileHeight * kPanel;  // of a pair of blocks
 constexpr int kMadeChunks = 4;                        // made of 4 bits, that wait for a few rows
 
@@ -17,11 +16,12 @@ inline void multiply_bytes() {
     asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kA), "i"(kB));
 }
 
-// A chunk of two blocks of rows, `next_block` bytes apart, times one of a panel.
+// A chunk of two blocks of rows, `next_block` bytes apart, times two tiles of weights with rows `stride` bytes apart.
 template <bool kTwoBlocks, bool kPassing>
-inline void add_chunk(const int8_t* rows, int64_t next_block, const uint8_t* weights) {
-    load_tile<6>(weights, 2 * kRowBytes);
-    load_tile<7>(weights + kRowBytes, 2 * kRowBytes);
+inline void add_chunk(const int8_t* rows, int64_t next_block, const uint8_t* first, const uint8_t* second,
+                      int64_t stride) {
+    load_tile<6>(first, stride);
+    load_tile<7>(second, stride);
     kPassing ? load_passing_tile<4>(rows, kRowBytes) : load_tile<4>(rows, kRowBytes);
     multiply_bytes<0, 4, 6>();
     multiply_bytes<1, 4, 7>();
@@ -32,176 +32,232 @@ inline void add_chunk(const int8_t* rows, int64_t next_block, const uint8_t* wei
     }
 }
 
-// Finished sums on their way to the result, some rows between products: vector units work while tiles do.
+// Panels of a matrix, one after another, and where their sums go.
+struct PlainColumns {
+    const PackedMatrix& matrix;
+    int first_panel;
+    const LinearResult& result;
+
+    struct Sink {
+        avx512::ChannelColumns columns;
+
+        void store(const ByteRows& rows, int row, int count, const int32_t* sums) const {
+            for (const int end = row + count; row < end; ++row, sums += kPanel) {
+                for (int half = 0; half < 2; ++half) {
+                    columns.store(rows, row, half, _mm512_load_si512(sums + 16 * half));
+                }
+            }
+        }
+    };
+
+    TileColumns tiles(int unit) const {
+        const uint8_t* panel = matrix.panel(first_panel + unit);
+        return {{panel, panel}, {0, 1}};
+    }
+    Sink sink(int unit) const { return {{matrix, first_panel + unit, result}}; }
+};
+
+// 16 outputs of gate beside the same of up, so that both sums of a row are there at once.
+struct GatedColumns {
+    const PackedMatrix* const (&sides)[2];
+    const float* const (&bias)[2];  // may be null
+    bool gelu;
+    int first_panel;
+    const PairedRows& hidden;
+
+    struct Sink {
+        GatedSums sums_of;
+        bool gelu;
+        uint16_t* to;
+        int64_t pair_values;
+
+        // Whole pairs of rows; the last may reach past the end.
+        void store(const ByteRows& rows, int row, int count, const int32_t* sums) const {
+            for (const int end = row + count; row < end; row += 2, sums += 2 * kPanel) {
+                const __m512 first = act(rows, row, sums), second = act(rows, row + 1, sums + kPanel);
+                _mm512_store_si512(to + row / 2 * pair_values,
+                                   reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first)));
+            }
+        }
+        __m512 act(const ByteRows& rows, int row, const int32_t* sums) const {
+            const __m512 gate = sums_of.value(rows, row, 0, sums), up = sums_of.value(rows, row, 1, sums + 16);
+            return gelu ? rough_gelu_mul(gate, up) : rough_silu_mul(gate, up);
+        }
+    };
+
+    TileColumns tiles(int unit) const {
+        const int panel = first_panel + unit / 2;
+        return {{sides[0]->panel(panel), sides[1]->panel(panel)}, {unit % 2, unit % 2}};
+    }
+    Sink sink(int unit) const {
+        const int panel = first_panel + unit / 2, half = unit % 2;
+        return {GatedSums(sides, bias, panel, half), gelu, hidden.at(0, panel * kPanel + 16 * half), hidden.pair_values()};
+    }
+};
+
+// Finished sums on their way out, some rows between products: vector units work while tiles do.
+template <typename Sink>
 struct PendingSums {
-    const avx512::ChannelColumns* columns;
     const ByteRows& rows;
+    Sink sink;
     const int32_t* sums = nullptr;
     int row = 0;
     int last = 0;
 
-    void set(const int32_t* from, int first, int count) {
-        sums = from - static_cast<int64_t>(first) * kPanel;
+    void set(const Sink& to, const int32_t* from, int first, int count) {
+        sink = to;
+        sums = from;
         row = first;
         last = first + count;
     }
     void store(int count) {
-        for (const int end = std::min(row + count, last); row < end; ++row) {
-            for (int half = 0; half < 2; ++half) {
-                columns->store(rows, row, half, _mm512_load_si512(sums + static_cast<int64_t>(row) * kPanel + 16 * half));
-            }
-        }
+        count = std::min(count, last - row);
+        if (count <= 0) return;
+        sink.store(rows, row, count, sums);
+        row += count;
+        sums += static_cast<int64_t>(count) * kPanel;
     }
 };
 
-// The next chunk of a panel as tiles take it.
-template <Format kFormat>
-inline void make_chunk(avx512::ChannelGroups<kFormat>& groups, uint8_t* to) {
-    for (int group = 0; group < kChunk / kGroup; ++group, groups.next()) {
-        groups.start();
-        for (int pair = 0; pair < 4; ++pair, to += 4 * 64) {
-            for (int half = 0; half < 2; ++half) {
-                __m512i codes[2];
-                groups.load_pair(pair, half, codes[0], codes[1]);
-                _mm512_store_si512(to + half * 64, codes[0]);
-                _mm512_store_si512(to + (2 + half) * 64, codes[1]);
-            }
-        }
-    }
-}
-
 // Up to 32 rows: codes that are made are multiplied a little later, as a tile that was just stored is slow to load.
-template <Format kFormat, bool kTwoBlocks>
-void channel_few(const PackedMatrix& matrix, PanelRange panels, const ByteRows& rows, const LinearResult& result,
-                 int32_t* sums, uint8_t* made) {
-    using Groups = avx512::ChannelGroups<kFormat>;
-    constexpr int kBehind = Groups::kHasSteps ? kMadeChunks / 2 : 0;
+template <Format kFormat, bool kTwoBlocks, typename Columns>
+void channel_few(const Columns& columns, int num_units, const ByteRows& rows, int32_t* sums, uint8_t* made) {
+    constexpr bool kHasSteps = Strip<kFormat>::Groups::kHasSteps;
+    constexpr int kBehind = kHasSteps ? kMadeChunks / 2 : 0;
     const int num_chunks = rows.num_chunks();
-    for (int panel = panels.first; panel < panels.last; ++panel) {
+    for (int unit = 0; unit < num_units; ++unit) {
         zero_sums();
-        Groups groups(matrix.panel(panel));
+        const TileColumns tiles = columns.tiles(unit);
+        const Strip<kFormat> whole{tiles, 0, num_chunks, made};
         const int8_t* values = rows.values;
         for (int chunk = 0; chunk < num_chunks + kBehind; ++chunk) {
             if (chunk >= kBehind) {
-                const uint8_t* weights = groups.group;
-                if constexpr (Groups::kHasSteps) weights = made + (chunk - kBehind) % kMadeChunks * kChunkWeightBytes;
-                add_chunk<kTwoBlocks, false>(values, rows.block_bytes(), weights);
+                const int place = kHasSteps ? (chunk - kBehind) % kMadeChunks : chunk;
+                const int64_t at = static_cast<int64_t>(place) * 2 * kWeightTileBytes;
+                add_chunk<kTwoBlocks, false>(values, rows.block_bytes(), whole.tile(0) + at, whole.tile(1) + at,
+                                             Strip<kFormat>::kStride);
                 values += ByteRows::kTileBytes;
             }
-            if constexpr (!Groups::kHasSteps) {
-                groups.next();
-                groups.next();
-            } else if (chunk < num_chunks) {
-                make_chunk(groups, made + chunk % kMadeChunks * kChunkWeightBytes);
+            if constexpr (kHasSteps) {
+                if (chunk >= num_chunks) continue;
+                Strip<kFormat> one{tiles, chunk, chunk + 1, made + chunk % kMadeChunks * 2 * kWeightTileBytes};
+                one.make_next();
+                one.make_next();
+            } else {
+                whole.prefetch_ahead(chunk);
             }
         }
         store_sums<kTwoBlocks>(reinterpret_cast<float*>(sums), kPanel);
-        const avx512::ChannelColumns columns(matrix, panel, result);
-        PendingSums pending{&columns, rows};
-        pending.set(sums, 0, rows.num_rows);
-        pending.store(rows.num_rows);
+        columns.sink(unit).store(rows, 0, rows.num_rows, sums);
     }
 }
 
-template <Format kFormat>
-void channel_many(const PackedMatrix& matrix, int panel, const ByteRows& rows, const LinearResult& result, int32_t* sums,
-                  uint8_t* made) {
+// More rows: while they all pass by a strip, the next one is made.
+template <Format kFormat, typename Columns>
+void channel_many(const Columns& columns, int num_units, const ByteRows& rows, int32_t* sums, uint8_t* made) {
+    constexpr int kPairHeight = 2 * kTileHeight;
     const int num_chunks = rows.num_chunks();
     const int num_strips = (num_chunks + kStripChunks - 1) / kStripChunks;
-    const avx512::ChannelColumns columns(matrix, panel, result);
-    PendingSums pending{&columns, rows};
-    avx512::ChannelGroups<kFormat> groups(matrix.panel(panel));
-    for (int strip = 0; strip < num_strips; ++strip) {
-        const int first = num_chunks * strip / num_strips, last = num_chunks * (strip + 1) / num_strips;
-        const int rows_at_once = (2 * kTileHeight + last - first - 1) / (last - first);
-        const uint8_t* strip_weights = groups.group;
-        if constexpr (avx512::ChannelGroups<kFormat>::kHasSteps) {
-            strip_weights = made;
-            for (int chunk = first; chunk < last; ++chunk) make_chunk(groups, made + (chunk - first) * kChunkWeightBytes);
-        } else {
-            groups.group += static_cast<int64_t>(last - first) * kChunkWeightBytes;
-        }
-        for (int row = 0; row < rows.num_rows; row += 2 * kTileHeight) {
+    const int num_pairs = (rows.num_rows + kPairHeight - 1) / kPairHeight;
+    const auto strip_at = [&](int index) {
+        const int strip = index % num_strips;
+        return Strip<kFormat>{columns.tiles(index / num_strips), num_chunks * strip / num_strips,
+                              num_chunks * (strip + 1) / num_strips, made + index % 2 * kStripBytes};
+    };
+    auto next = strip_at(0);
+    while (next.num_made < next.num_tiles()) next.make_next();
+    PendingSums<typename Columns::Sink> pending{rows, columns.sink(0)};
+    int turn = 0;
+    for (int index = 0; index < num_units * num_strips; ++index) {
+        const auto strip = next;
+        const bool is_last = index + 1 == num_units * num_strips;
+        if (!is_last) next = strip_at(index + 1);
+        const int num_left = is_last ? 0 : next.num_tiles();
+        const int length = strip.last - strip.first, num_steps = num_pairs * length;
+        const int rows_at_once = ((kPairHeight + length - 1) / length + 1) / 2 * 2;
+        const bool starts = index % num_strips == 0, ends = index % num_strips == num_strips - 1;
+        const auto sink = columns.sink(index / num_strips);
+        int due = 0;
+        for (int pair = 0; pair < num_pairs; ++pair) {
             // One strip: two places in turn. More: one for every pair of blocks.
-            const int pair = row / (2 * kTileHeight);
-            auto* own = sums + (num_strips == 1 ? pair % 2 : pair) * kBlockSums;
-            if (strip == 0) {
+            auto* own = sums + (num_strips == 1 ? turn : pair) * kBlockSums;
+            turn ^= 1;
+            if (starts) {
                 zero_sums();
             } else {
                 load_sums<true>(reinterpret_cast<const float*>(own), kPanel);
             }
-            const int8_t* values = rows.row(row) + static_cast<int64_t>(first) * ByteRows::kTileBytes;
-            const uint8_t* weights = strip_weights;
-            for (int chunk = first; chunk < last; ++chunk) {
-                add_chunk<true, true>(values, rows.block_bytes(), weights);
+            const int8_t* values = rows.row(pair * kPairHeight) + static_cast<int64_t>(strip.first) * ByteRows::kTileBytes;
+            const uint8_t *first = strip.tile(0), *second = strip.tile(1);
+            for (int chunk = 0; chunk < length; ++chunk) {
+                add_chunk<true, true>(values, rows.block_bytes(), first, second, Strip<kFormat>::kStride);
                 pending.store(rows_at_once);
+                for (due += num_left; due >= num_steps; due -= num_steps) next.make_next();
                 values += ByteRows::kTileBytes;
-                weights += kChunkWeightBytes;
+                first += 2 * kWeightTileBytes;
+                second += 2 * kWeightTileBytes;
             }
             store_sums<true>(reinterpret_cast<float*>(own), kPanel);
-            if (strip == num_strips - 1) pending.set(own, row, std::min(2 * kTileHeight, rows.num_rows - row));
+            if (ends) {
+                pending.set(sink, own, pair * kPairHeight, std::min(kPairHeight, rows.num_rows - pair * kPairHeight));
+            }
         }
     }
-    pending.store(2 * kTileHeight);
+    pending.store(kPairHeight);
 }
 
-template <Format kFormat>
-void multiply_channels(const PackedMatrix& matrix, PanelRange panels, const ByteRows& rows, const LinearResult& result,
-                       uint8_t* made, int32_t* sums) {
-    if (rows.is_few()) {
-        configure(std::min(rows.num_rows, kTileHeight), std::max(rows.num_rows - kTileHeight, 1));
-        const auto few = rows.num_rows > kTileHeight ? channel_few<kFormat, true> : channel_few<kFormat, false>;
-        few(matrix, panels, rows, result, sums, made);
-    } else {
+template <Format kFormat, typename Columns>
+void multiply_columns(const Columns& columns, int num_units, const ByteRows& rows, uint8_t* scratch) {
+    uint8_t* made = scratch;
+    auto* sums = reinterpret_cast<int32_t*>(scratch + 2 * kStripBytes);
+    if (!rows.is_few()) {
         configure(kTileHeight, kTileHeight);
-        for (int panel = panels.first; panel < panels.last; ++panel) {
-            channel_many<kFormat>(matrix, panel, rows, result, sums, made);
-        }
+        channel_many<kFormat>(columns, num_units, rows, sums, made);
+    } else {
+        configure(std::min(rows.num_rows, kTileHeight), std::max(rows.num_rows - kTileHeight, 1));
+        const bool has_two_blocks = rows.num_rows > kTileHeight;
+        const auto few = has_two_blocks ? channel_few<kFormat, true, Columns> : channel_few<kFormat, false, Columns>;
+        few(columns, num_units, rows, sums, made);
     }
     release_tiles();
+}
+
+template <typename Columns>
+void multiply_columns(Format format, const Columns& columns, int num_units, const ByteRows& rows, uint8_t* scratch) {
+    const auto multiply = format == Format::INT8_CHANNEL ? multiply_columns<Format::INT8_CHANNEL, Columns>
+                                                         : multiply_columns<Format::INT4_CHANNEL, Columns>;
+    multiply(columns, num_units, rows, scratch);
 }
 
 inline void channel_panels(const PackedMatrix& matrix, PanelRange panels, const ByteRows& rows, const LinearResult& result,
                            uint8_t* scratch) {
     if (rows.num_rows == 1) return avx512::channel_panels(matrix, panels, rows, result, scratch);
-    auto* sums = reinterpret_cast<int32_t*>(scratch + kStripChunks * kChunkWeightBytes);
-    const bool is_int8 = matrix.format == Format::INT8_CHANNEL;
-    const auto multiply = is_int8 ? multiply_channels<Format::INT8_CHANNEL> : multiply_channels<Format::INT4_CHANNEL>;
-    multiply(matrix, panels, rows, result, scratch, sums);
+    multiply_columns(matrix.format, PlainColumns{matrix, panels.first, result}, panels.last - panels.first, rows, scratch);
 }
 
-// Values [num_inputs / 32][16][32] of tiles of bfloat16, of which `row` is the first of a row.
-struct TileRow {
+inline void gated_channel_panels(const GatedPanels& gated, PanelRange panels, const ByteRows& rows,
+                                 const PairedRows& hidden, uint8_t* scratch) {
+    if (rows.num_rows == 1) return gated_channel_row(gated, panels, rows, hidden);
+    const GatedColumns columns{gated.sides, gated.bias, gated.gelu, panels.first, hidden};
+    multiply_columns(gated.sides[0]->format, columns, 2 * (panels.last - panels.first), rows, scratch);
+}
+
+// A row of bfloat16 of which `row` is the first value of a pair's.
+struct PairedRow {
     const uint16_t* row;
 
     __m512 operator()(int start) const {
-        const auto* at = row + start / 32 * kTileValues + start % 32;
-        const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
+        const __m512i words = _mm512_cvtepu16_epi32(_mm256_load_si256(reinterpret_cast<const __m256i*>(row + 2 * start)));
         return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
     }
 };
 
-// Within each four inputs the order of tiles is (0, 3, 1, 2): puts codes back in theirs.
-inline void restore_order(int num_inputs, int8_t* codes) {
-    alignas(16) static constexpr int8_t kBack[16] = {0, 2, 3, 1, 4, 6, 7, 5, 8, 10, 11, 9, 12, 14, 15, 13};
-    const __m128i back = _mm_load_si128(reinterpret_cast<const __m128i*>(kBack));
-    for (int start = 0; start < num_inputs; start += kChunk, codes += ByteRows::kTileBytes) {
-        for (int i = 0; i < kChunk; i += 16) {
-            auto* at = reinterpret_cast<__m128i*>(codes + i);
-            _mm_storeu_si128(at, _mm_shuffle_epi8(_mm_loadu_si128(at), back));
-        }
-    }
+inline bool quantize_paired_row(const uint16_t* row, int num_inputs, int8_t* to, float* scale, int32_t* sum) {
+    return avx512::quantize_channel(PairedRow{row}, num_inputs, to, scale, sum);
 }
 
-inline bool quantize_tile_row(const uint16_t* row, int num_inputs, int8_t* to, float* scale, int32_t* sum) {
-    const bool wants_rest = avx512::quantize_channel(TileRow{row}, num_inputs, to, scale, sum);
-    restore_order(num_inputs, to);
-    return wants_rest;
-}
-
-inline void quantize_tile_rest(const uint16_t* row, int num_inputs, int8_t* to, float* scale, int32_t* sum) {
-    avx512::quantize_rest(TileRow{row}, num_inputs, to, scale, sum);
-    restore_order(num_inputs, to);
+inline void quantize_paired_rest(const uint16_t* row, int num_inputs, int8_t* to, float* scale, int32_t* sum) {
+    avx512::quantize_rest(PairedRow{row}, num_inputs, to, scale, sum);
 }
 
 }  // namespace pelton::amx

@@ -17,6 +17,11 @@ constexpr int kChannelRows = 6;
 // Into the second level: the first has too few places for lines under way.
 constexpr int kChannelBytesAhead = 9216;
 
+// By how much a sum of unsigned codes is too much: 128 times the row's sum.
+inline __m512i excess(const ByteRows& rows, int row) {
+    return _mm512_slli_epi32(_mm512_set1_epi32(rows.sums[row]), 7);
+}
+
 // What turns the sums of a panel's columns into a result.
 struct ChannelColumns {
     __m512 scale[2];
@@ -37,9 +42,8 @@ struct ChannelColumns {
         }
     }
 
-    // `sum`: of unsigned codes, so 128 times the row's sum too much.
     void store(const ByteRows& rows, int row, int half, __m512i sum) const {
-        const __m512i exact = _mm512_sub_epi32(sum, _mm512_set1_epi32(128 * rows.sums[row]));
+        const __m512i exact = _mm512_sub_epi32(sum, excess(rows, row));
         const __m512 factor = _mm512_mul_ps(scale[half], _mm512_set1_ps(rows.scales[row]));
         float* to = out + rows.targets[row] * ld_out + 16 * half;
         const __m512 base = rows.is_rest(row) ? _mm512_maskz_loadu_ps(mask[half], to) : bias[half];
@@ -59,6 +63,9 @@ struct ChannelGroups {
     explicit ChannelGroups(const uint8_t* panel) : group(panel) {}
     void next() {
         group += kGroupBytes;
+        prefetch();
+    }
+    void prefetch() const {
         for (int line = 0; line < kGroupBytes; line += 64) {
             _mm_prefetch(reinterpret_cast<const char*>(group + kChannelBytesAhead + line), _MM_HINT_T1);
         }

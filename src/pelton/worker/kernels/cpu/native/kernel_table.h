@@ -88,11 +88,11 @@ inline size_t linear_scratch_bytes(int num_inputs) {
 // Chunks of weights that stay in the first-level cache while all rows pass by.
 constexpr int kStripChunks = 16;
 
-// Sums of all rows in 32 bits, and a strip of weights made of fewer than 8.
+// Sums of all rows in 32 bits, and two strips of weights made of fewer than 8.
 inline size_t channel_scratch_bytes(int num_rows) {
     const int height = 2 * ByteRows::kHeight;
     return static_cast<size_t>(std::max((num_rows + height - 1) / height, 2)) * height * kPanel * 4 +
-           static_cast<size_t>(kStripChunks) * kChunk * kPanel;
+           2 * static_cast<size_t>(kStripChunks) * kChunk * kPanel;
 }
 
 // A panel of quantized weights as float32 [inputs][32].

@@ -9,9 +9,9 @@ namespace pelton {
 
 const KernelTable& amx_kernels() {
     static const TileKernels tiles = {amx::pack_rows,    amx::linear_panels,
-                                      amx::quantize_tile_row, amx::quantize_tile_rest,
-                                      amx::gated_rows,   amx::can_attend,
-                                      amx::store_values, amx::attend,
+                                      amx::gated_channel_panels, amx::quantize_paired_row,
+                                      amx::quantize_paired_rest, amx::gated_rows,
+                                      amx::can_attend,   amx::store_values, amx::attend,
                                       amx::attend_chunk, amx::merge_chunks,
                                       amx::PartialSums::num_floats, amx::HeadColumns::scratch_floats};
     static const KernelTable table = [] {

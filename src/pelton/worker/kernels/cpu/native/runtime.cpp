@@ -17,7 +17,6 @@ constexpr int kChunkBytes = 512 * 1024;
 constexpr int kTileChunkRows = 512;
 constexpr int kTileChunkGroups = 32;
 constexpr int kFewPanels = 8;
-constexpr int kByteChunkBytes = 1280 * 1024;  // rows in 8 bits, beside a panel
 
 // Rows of so many inputs that take as much memory as such a chunk; whole pairs of blocks.
 constexpr int tile_rows_at_once(int num_inputs) {
@@ -48,8 +47,8 @@ size_t LinearWeight::num_bytes() const {
 }
 
 void Runtime::linear(const LinearWeight& weight, const float* x, int num_rows, const float* bias, float* out) {
-    if (is_by_channel(weight)) {
-        multiply_channels(weight, quantize_channels(x, num_rows, weight.num_inputs, true), bias, out);
+    if (weight.is_by_channel()) {
+        channels_.linear(weight, x, num_rows, bias, out);
     } else if (multiplies_tiles(weight)) {
         multiply_tiles(weight, pack_tiles(x, num_rows, weight.num_inputs), bias, out);
     } else {
@@ -58,7 +57,7 @@ void Runtime::linear(const LinearWeight& weight, const float* x, int num_rows, c
 }
 
 bool Runtime::multiplies_tiles(const LinearWeight& weight) const {
-    if (kernels_.tiles == nullptr || activation_ == ActivationType::INT8 || is_by_channel(weight)) return false;
+    if (kernels_.tiles == nullptr || activation_ == ActivationType::INT8 || weight.is_by_channel()) return false;
     return std::all_of(weight.parts.begin(), weight.parts.end(), [this](const PackedMatrix& part) {
         const bool whole_groups = part.format == Format::BF16 && part.num_inputs % kGroup == 0;
         return !multiplies_floats(part) || (whole_groups && activation_ != ActivationType::F32);
@@ -125,74 +124,6 @@ void Runtime::multiply_panels(const LinearWeight& weight, const float* x, int nu
     });
 }
 
-ByteRows Runtime::reserve_bytes(int num_rows, int num_inputs) {
-    ByteRows rows = {num_rows, num_inputs, nullptr, nullptr, nullptr, nullptr};
-    // Every row may have a rest. Blocks are read in pairs; what lies past the last row is never part of a result.
-    const int64_t num_blocks = (2 * num_rows + ByteRows::kHeight - 1) / ByteRows::kHeight + 1;
-    const size_t value_bytes = num_blocks * rows.block_bytes(), scale_bytes = aligned(2 * num_rows * sizeof(float));
-    auto* memory = static_cast<uint8_t*>(activations_.reserve(value_bytes + 3 * scale_bytes));
-    rows.values = reinterpret_cast<int8_t*>(memory);
-    rows.scales = reinterpret_cast<float*>(memory + value_bytes);
-    rows.sums = reinterpret_cast<int32_t*>(memory + value_bytes + scale_bytes);
-    rows.targets = reinterpret_cast<int32_t*>(memory + value_bytes + 2 * scale_bytes);
-    return rows;
-}
-
-ByteRows Runtime::quantize_channels(const float* x, int num_rows, int num_inputs, bool with_rests) {
-    return quantize_rows(
-        num_rows, num_inputs, with_rests,
-        [&](int row, const ByteRows& to) {
-            return kernels_.quantize_channel_row(x + static_cast<int64_t>(row) * num_inputs, num_inputs, to.row(row),
-                                                 to.scales + row, to.sums + row);
-        },
-        [&](int row, const ByteRows& to, int rest) {
-            kernels_.quantize_channel_rest(x + static_cast<int64_t>(row) * num_inputs, num_inputs, to.row(rest),
-                                           to.scales + rest, to.sums + rest);
-        });
-}
-
-ByteRows Runtime::quantize_channels(const TiledRows& x) {
-    const auto row_of = [&](int row) { return x.block(row / kTileHeight) + row % kTileHeight * 32; };
-    return quantize_rows(
-        x.num_rows, x.num_inputs, true,
-        [&](int row, const ByteRows& to) {
-            return kernels_.tiles->quantize_tile_row(row_of(row), x.num_inputs, to.row(row), to.scales + row, to.sums + row);
-        },
-        [&](int row, const ByteRows& to, int rest) {
-            kernels_.tiles->quantize_tile_rest(row_of(row), x.num_inputs, to.row(rest), to.scales + rest, to.sums + rest);
-        });
-}
-
-// quantize(row, rows) tells whether the row wants a rest, which add_rest(row, rows, index) then makes.
-template <typename Quantize, typename AddRest>
-ByteRows Runtime::quantize_rows(int num_rows, int num_inputs, bool with_rests, const Quantize& quantize,
-                                const AddRest& add_rest) {
-    ByteRows rows = reserve_bytes(num_rows, num_inputs);
-    pool_.run_small(num_rows, [&](int row, int) { rows.targets[row] = quantize(row, rows) && with_rests ? -1 : row; });
-    for (int row = 0; row < num_rows; ++row) {
-        if (rows.targets[row] == row) continue;
-        rows.targets[row] = row;
-        rows.targets[rows.num_rows++] = row;
-    }
-    pool_.run_small(rows.num_rows - num_rows, [&](int i, int) {
-        add_rest(rows.targets[num_rows + i], rows, num_rows + i);
-    });
-    return rows;
-}
-
-void Runtime::multiply_channels(const LinearWeight& weight, const ByteRows& x, const float* bias, float* out) {
-    const int chunk_rows = std::max(1, kByteChunkBytes / x.num_inputs / (2 * kTileHeight)) * 2 * kTileHeight;
-    const size_t scratch_bytes = channel_scratch_bytes(std::min(x.num_rows, chunk_rows));
-    auto* scratch = static_cast<uint8_t*>(scratch_.reserve(scratch_bytes * pool_.num_threads()));
-    for (int row = 0; row < x.num_rows; row += chunk_rows) {
-        const ByteRows rows = x.from(row, chunk_rows);
-        run_panels(weight.parts, [&](const PackedMatrix& part, PanelRange panels, int column, int thread) {
-            const LinearResult result = {bias != nullptr ? bias + column : nullptr, out + column, weight.num_outputs};
-            kernels_.channel_panels(part, panels, rows, result, scratch + thread * scratch_bytes);
-        });
-    }
-}
-
 TiledRows Runtime::reserve_tiles(Buffer& buffer, int num_rows, int num_inputs) {
     // Blocks are read in pairs; what lies past the last row is never part of a result.
     const int64_t num_blocks = (num_rows + kTileHeight - 1) / kTileHeight + 1;
@@ -219,7 +150,7 @@ void Runtime::multiply_tiles(const LinearWeight& weight, const TiledRows& x, con
         const int groups_at_once = rows.is_few() ? num_groups : kTileChunkRows * kTileChunkGroups / rows.num_rows;
         for (int group = 0; group < num_groups; group += groups_at_once) {
             const GroupRange groups = {group, std::min(group + groups_at_once, num_groups)};
-            run_panels(weight.parts, [&](const PackedMatrix& part, PanelRange panels, int column, int thread) {
+            run_panels(pool_, weight.parts, [&](const PackedMatrix& part, PanelRange panels, int column, int thread) {
                 const FlushDenormals flush;  // as tiles do
                 const LinearResult result = {bias != nullptr ? bias + column : nullptr,
                                              out + static_cast<int64_t>(row) * weight.num_outputs + column,
@@ -231,13 +162,8 @@ void Runtime::multiply_tiles(const LinearWeight& weight, const TiledRows& x, con
 }
 
 void Runtime::gated_mlp(const GatedWeights& weights, const float* x, int num_rows, float* out) {
-    const bool has_sides = kernels_.tiles != nullptr && weights.gate_up->parts.size() == 2;
-    if (has_sides && is_by_channel(*weights.gate_up) && is_by_channel(*weights.down)) {
-        const ByteRows rows = quantize_channels(x, num_rows, weights.gate_up->num_inputs, false);
-        multiply_channels(*weights.down, quantize_channels(multiply_gated(weights, rows)), weights.down_bias, out);
-        return;
-    }
-    if (has_sides && multiplies_tiles(*weights.gate_up) && multiplies_tiles(*weights.down)) {
+    if (channels_.can_fuse(weights)) return channels_.gated_mlp(weights, x, num_rows, out);
+    if (weights.gate_up->parts.size() == 2 && multiplies_tiles(*weights.gate_up) && multiplies_tiles(*weights.down)) {
         const TiledRows hidden = multiply_gated(weights, pack_tiles(x, num_rows, weights.gate_up->num_inputs));
         multiply_tiles(*weights.down, hidden, weights.down_bias, out);
         return;
@@ -252,8 +178,7 @@ void Runtime::gated_mlp(const GatedWeights& weights, const float* x, int num_row
 
 // Panels of gate and up are multiplied side by side, and their activation goes straight into tiles: for many rows
 // the two wide results would cost as much time in memory as the products.
-template <typename Rows>
-TiledRows Runtime::multiply_gated(const GatedWeights& weights, const Rows& x) {
+TiledRows Runtime::multiply_gated(const GatedWeights& weights, const TiledRows& x) {
     const int size = weights.down->num_inputs;
     const auto& parts = weights.gate_up->parts;
     const float* bias[2] = {weights.gate_up_bias, weights.gate_up_bias == nullptr ? nullptr : weights.gate_up_bias + size};
@@ -262,21 +187,20 @@ TiledRows Runtime::multiply_gated(const GatedWeights& weights, const Rows& x) {
     const int panels_at_once = x.is_few() ? kFewPanels : 1;
     const int64_t ld = panels_at_once * kPanel;
     const size_t side_bytes = aligned(static_cast<size_t>(chunk_rows) * ld * sizeof(float));
-    const size_t work_bytes =
-        std::max(tile_scratch_bytes(chunk_rows, x.num_inputs), channel_scratch_bytes(chunk_rows)) + 2 * side_bytes;
+    const size_t work_bytes = tile_scratch_bytes(chunk_rows, x.num_inputs) + 2 * side_bytes;
     auto* scratch = static_cast<uint8_t*>(scratch_.reserve(work_bytes * pool_.num_threads()));
     for (int row = 0; row < x.num_rows; row += chunk_rows) {
-        const Rows rows = x.from(row, chunk_rows);
+        const TiledRows rows = x.from(row, chunk_rows);
         const TiledRows to = hidden.from(row, chunk_rows);
-        run_panels(std::span(parts).first(1), [&](const PackedMatrix&, PanelRange panels, int, int thread) {
+        run_panels(pool_, std::span(parts).first(1), [&](const PackedMatrix&, PanelRange panels, int, int thread) {
             const FlushDenormals flush;
             uint8_t* work = scratch + thread * work_bytes;
             float* sides[2] = {reinterpret_cast<float*>(work), reinterpret_cast<float*>(work + side_bytes)};
             for (int first = panels.first; first < panels.last; first += panels_at_once) {
                 const PanelRange some = {first, std::min(first + panels_at_once, panels.last)};
                 for (int side = 0; side < 2; ++side) {
-                    multiply_side(parts[side], some, rows, {bias[side], sides[side] - first * kPanel, ld},
-                                  work + 2 * side_bytes);
+                    kernels_.tiles->linear_panels(parts[side], some, {0, rows.num_inputs / kGroup}, rows,
+                                                  {bias[side], sides[side] - first * kPanel, ld}, work + 2 * side_bytes);
                 }
                 for (int panel = some.first; panel < some.last; ++panel) {
                     store_gated(weights.gelu, sides, (panel - some.first) * kPanel, ld, to, panel);
@@ -285,18 +209,6 @@ TiledRows Runtime::multiply_gated(const GatedWeights& weights, const Rows& x) {
         });
     }
     return hidden;
-}
-
-void Runtime::multiply_side(const PackedMatrix& part, PanelRange panels, const TiledRows& rows,
-                            const LinearResult& result, uint8_t* scratch) const {
-    kernels_.tiles->linear_panels(part, panels, {0, rows.num_inputs / kGroup}, rows, result, scratch);
-}
-
-void Runtime::multiply_side(const PackedMatrix& part, PanelRange panels, const ByteRows& rows,
-                            const LinearResult& result, uint8_t* scratch) const {
-    // Targets are rows of the whole result, of which this is a part.
-    const LinearResult whole = {result.bias, result.out - rows.first * result.ld_out, result.ld_out};
-    kernels_.channel_panels(part, panels, rows, whole, scratch);
 }
 
 // Columns [column, column + 32) of both sides, rows `ld` apart, to group `group` of `to`.

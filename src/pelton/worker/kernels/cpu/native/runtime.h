@@ -7,42 +7,13 @@
 #include <vector>
 
 #include "attention_schedule.h"
+#include "channel_products.h"
 #include "kernel_table.h"
+#include "linear_weight.h"
 #include "thread_pool.h"
+#include "workers.h"
 
 namespace pelton {
-
-// Memory that grows and is kept; contents are not preserved.
-class Buffer {
-public:
-    void* reserve(size_t num_bytes);
-
-private:
-    std::unique_ptr<uint8_t, FreeAligned> data_;
-    size_t num_bytes_ = 0;
-};
-
-// Matrices over the same inputs, side by side in the output. They may differ in format.
-struct LinearWeight {
-    explicit LinearWeight(int inputs) : num_inputs(inputs) {}
-    LinearWeight(const LinearWeight&) = delete;
-    LinearWeight& operator=(const LinearWeight&) = delete;
-
-    std::vector<PackedMatrix> parts;
-    int num_inputs;
-    int num_outputs = 0;
-
-    size_t num_bytes() const;
-};
-
-// Of a gated feed-forward layer; biases may be null.
-struct GatedWeights {
-    const LinearWeight* gate_up;
-    const float* gate_up_bias;
-    const LinearWeight* down;
-    const float* down_bias;
-    bool gelu;
-};
 
 // What activations are rounded to as they enter a product with quantized weights, and in tiles with those of BF16.
 enum class ActivationType {
@@ -72,12 +43,10 @@ struct HeadRows {
 
 // One operation at a time: not thread-safe.
 class Runtime {
-    static constexpr int kTasksPerThread = 16;
-
 public:
     Runtime(const KernelTable& kernels, int num_threads, const std::vector<int>& cpus,
             ActivationType activation = ActivationType::Auto)
-        : kernels_(kernels), activation_(activation), pool_(num_threads, cpus) {}
+        : kernels_(kernels), activation_(activation), pool_(num_threads, cpus), channels_(kernels, pool_) {}
 
     const KernelTable& kernels() const { return kernels_; }
     ThreadPool& pool() { return pool_; }
@@ -93,7 +62,7 @@ public:
 
     // Whether `gated_mlp` rounds otherwise than its products one by one.
     static bool rounds_by_channel(const GatedWeights& weights) {
-        return is_by_channel(*weights.gate_up) || is_by_channel(*weights.down);
+        return weights.gate_up->is_by_channel() || weights.down->is_by_channel();
     }
 
     // [S, 2F] -> [S, F].
@@ -122,48 +91,12 @@ private:
     void multiply_panels(const LinearWeight& weight, const float* x, int num_rows, const float* bias, float* out);
     // Rows in 8 bits, in memory that the next call reuses.
     QuantizedRows quantize(const float* x, int num_rows, int num_inputs);
-    // All parts of a weight have formats by channel or none has.
-    static bool is_by_channel(const LinearWeight& weight) {
-        return !weight.parts.empty() && traits_of(weight.parts.front().format).by_channel;
-    }
-    ByteRows reserve_bytes(int num_rows, int num_inputs);
-    ByteRows quantize_channels(const float* x, int num_rows, int num_inputs, bool with_rests);
-    ByteRows quantize_channels(const TiledRows& x);
-    template <typename Quantize, typename AddRest>
-    ByteRows quantize_rows(int num_rows, int num_inputs, bool with_rests, const Quantize& quantize, const AddRest& add_rest);
-    void multiply_channels(const LinearWeight& weight, const ByteRows& x, const float* bias, float* out);
     TiledRows reserve_tiles(Buffer& buffer, int num_rows, int num_inputs);
     TiledRows pack_tiles(const float* x, int num_rows, int num_inputs);
     void multiply_tiles(const LinearWeight& weight, const TiledRows& x, const float* bias, float* out);
-    template <typename Rows>
-    TiledRows multiply_gated(const GatedWeights& weights, const Rows& x);
-    void multiply_side(const PackedMatrix& part, PanelRange panels, const TiledRows& rows, const LinearResult& result,
-                       uint8_t* scratch) const;
-    void multiply_side(const PackedMatrix& part, PanelRange panels, const ByteRows& rows, const LinearResult& result,
-                       uint8_t* scratch) const;
+    TiledRows multiply_gated(const GatedWeights& weights, const TiledRows& x);
     void store_gated(bool gelu, const float* const (&sides)[2], int column, int64_t ld, const TiledRows& to,
                      int group) const;
-
-    // Calls run(part, panels, first column, thread) for all panels, some neighbours at a time: streams of memory
-    // are long, and the kernel prefetches a next panel that is its own.
-    template <typename Run>
-    void run_panels(std::span<const PackedMatrix> parts, const Run& run) {
-        int num_panels = 0;
-        for (const auto& part : parts) num_panels += part.num_panels();
-        const int num_tasks = std::min(num_panels, pool_.num_threads() * kTasksPerThread);
-        pool_.run(num_tasks, [&](int task, int thread) {
-            int first = static_cast<int>(static_cast<int64_t>(num_panels) * task / num_tasks);
-            int last = static_cast<int>(static_cast<int64_t>(num_panels) * (task + 1) / num_tasks);
-            int column = 0;
-            for (const auto& part : parts) {
-                const PanelRange panels = {std::max(first, 0), std::min(last, part.num_panels())};
-                if (panels.first < panels.last) run(part, panels, column, thread);
-                first -= part.num_panels();
-                last -= part.num_panels();
-                column += part.num_outputs;
-            }
-        });
-    }
 
     void attend_tiles(const AttentionShape& shape, std::span<const AttentionRequest> requests,
                       const AttentionSchedule& schedule, const void* key_cache, const void* value_cache);
@@ -171,6 +104,7 @@ private:
     const KernelTable& kernels_;
     ActivationType activation_;
     ThreadPool pool_;
+    ChannelProducts channels_;
     Buffer activations_;
     Buffer scratch_;
     Buffer parts_;

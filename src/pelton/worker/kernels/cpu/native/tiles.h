@@ -46,6 +46,20 @@ constexpr int tile_input(int place) {
     return place / 4 * 4 + kOrder[place % 4];
 }
 
+// Rows two by two: [ceil(num_rows / 2)][num_inputs / 16][2][16] bfloat16.
+struct PairedRows {
+    int num_rows;
+    int num_inputs;
+    uint16_t* values;
+
+    int64_t pair_values() const { return 2 * static_cast<int64_t>(num_inputs); }
+    // Input `input`, a multiple of 16, of a row.
+    uint16_t* at(int row, int input) const { return values + row / 2 * pair_values() + row % 2 * 16 + 2 * input; }
+
+    // `count` rows or those that are left from `first` on, an even number.
+    PairedRows from(int first, int count) const { return {std::min(count, num_rows - first), num_inputs, at(first, 0)}; }
+};
+
 struct GroupRange {
     int first;
     int last;
@@ -61,6 +75,13 @@ struct LinearResult {
     const float* bias;
     float* out;
     int64_t ld_out;
+};
+
+// Both sides of a gated layer by channel, of one format; biases may be null.
+struct GatedPanels {
+    const PackedMatrix* sides[2];
+    const float* bias[2];
+    bool gelu;
 };
 
 // Bytes that linear_panels needs: for many rows two strips of weights and the sums, for a single
@@ -81,9 +102,14 @@ struct TileKernels {
     void (*linear_panels)(const PackedMatrix& matrix, PanelRange panels, GroupRange groups, const TiledRows& rows,
                           const LinearResult& result, uint8_t* scratch);
 
-    // A row of tiles, of which `row` is the first, to codes of 8 bits: as quantize_channel_row and _rest.
-    bool (*quantize_tile_row)(const uint16_t* row, int num_inputs, int8_t* to, float* scale, int32_t* sum);
-    void (*quantize_tile_rest)(const uint16_t* row, int num_inputs, int8_t* to, float* scale, int32_t* sum);
+    // hidden = act(gate) * up of the `panels` of both sides, within 3e-4 before it is rounded. `scratch`:
+    // channel_scratch_bytes, aligned to 64.
+    void (*gated_channel_panels)(const GatedPanels& gated, PanelRange panels, const ByteRows& rows,
+                                 const PairedRows& hidden, uint8_t* scratch);
+
+    // A row of pairs, from PairedRows::at on, to codes of 8 bits: as quantize_channel_row and _rest.
+    bool (*quantize_paired_row)(const uint16_t* row, int num_inputs, int8_t* to, float* scale, int32_t* sum);
+    void (*quantize_paired_rest)(const uint16_t* row, int num_inputs, int8_t* to, float* scale, int32_t* sum);
 
     // act(gate) * up of a group of 32 columns [num_rows <= 16, 32], rows `ld` apart, as a tile.
     void (*gated_rows)(bool gelu, const float* gate, const float* up, int64_t ld, int num_rows, uint16_t* to);

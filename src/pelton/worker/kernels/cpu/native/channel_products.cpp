@@ -1,0 +1,188 @@
+#include "channel_products.h"
+
+#include <algorithm>
+
+#include "denormals.h"
+
+namespace pelton {
+
+namespace {
+
+constexpr int kPairHeight = 2 * ByteRows::kHeight;
+constexpr size_t kAlign = 64;
+constexpr int kChunkBytes = 1280 * 1024;  // rows in 8 bits that stay in the second-level cache, beside a panel
+
+// A feed-forward layer of so many rows fits in a core's second-level cache, with what lies between its products. What
+// another core has written comes at a fifth of the speed of memory: threads that share rows, not panels, need none of it.
+constexpr int kRowsAtOnce = 128;
+// With fewer rows to a thread it costs more that each of them makes all weights.
+constexpr int kFewestRowsAtOnce = 80;
+
+constexpr size_t aligned(size_t num_bytes) { return (num_bytes + kAlign - 1) / kAlign * kAlign; }
+
+int chunk_rows(int num_inputs) { return std::max(1, kChunkBytes / num_inputs / kPairHeight) * kPairHeight; }
+
+// Places of all buffers for rows in 8 bits.
+struct ByteLayout {
+    size_t value_bytes;
+    size_t scale_bytes;
+
+    // Every row may have a rest. Blocks are read in pairs; what lies past the last row is never part of a result.
+    ByteLayout(int num_rows, int num_inputs) {
+        const ByteRows rows = {num_rows, num_inputs, nullptr, nullptr, nullptr, nullptr};
+        const int64_t num_blocks = (2 * num_rows + ByteRows::kHeight - 1) / ByteRows::kHeight + 1;
+        value_bytes = num_blocks * rows.block_bytes();
+        // One more for the second row of a pair.
+        scale_bytes = aligned((2 * num_rows + 1) * sizeof(float));
+    }
+    size_t num_bytes() const { return value_bytes + 3 * scale_bytes; }
+};
+
+size_t hidden_bytes(int num_rows, int size) { return static_cast<size_t>(num_rows + 1) * size * sizeof(uint16_t); }
+
+// How many pieces of a step's rows the threads take in turn; 0: they share panels.
+int num_pieces(int num_rows, int num_threads) {
+    const int per_thread = num_rows / num_threads;
+    if (per_thread < kFewestRowsAtOnce) return 0;
+    return (per_thread + kRowsAtOnce - 1) / kRowsAtOnce * num_threads;
+}
+
+}  // namespace
+
+void ChannelProducts::linear(const LinearWeight& weight, const float* x, int num_rows, const float* bias, float* out) {
+    multiply(pool_, shared_, weight, quantize(pool_, shared_, x, num_rows, weight.num_inputs, true), bias, out);
+}
+
+bool ChannelProducts::can_fuse(const GatedWeights& weights) const {
+    const auto& sides = weights.gate_up->parts;
+    return kernels_.tiles != nullptr && sides.size() == 2 && sides[0].format == sides[1].format &&
+           weights.gate_up->is_by_channel() && weights.down->is_by_channel();
+}
+
+void ChannelProducts::gated_mlp(const GatedWeights& weights, const float* x, int num_rows, float* out) {
+    const int pieces = num_pieces(num_rows, pool_.num_threads());
+    if (pieces == 0) return gated_mlp(pool_, shared_, weights, x, num_rows, out);
+    const int num_blocks = (num_rows + ByteRows::kHeight - 1) / ByteRows::kHeight;
+    const auto first_row = [&](int piece) {
+        return std::min(num_rows, static_cast<int>(static_cast<int64_t>(num_blocks) * piece / pieces) * ByteRows::kHeight);
+    };
+    int most = 0;
+    for (int piece = 0; piece < pieces; ++piece) most = std::max(most, first_row(piece + 1) - first_row(piece));
+    for (auto& space : own_) reserve(space, weights, most);
+    pool_.run(pieces, [&](int piece, int thread) {
+        const int64_t first = first_row(piece);
+        AloneWorker worker{thread};
+        gated_mlp(worker, own_[thread], weights, x + first * weights.gate_up->num_inputs, first_row(piece + 1) - first,
+                  out + first * weights.down->num_outputs);
+    });
+}
+
+// All that a piece of `num_rows` needs: tasks of a pool must not throw.
+void ChannelProducts::reserve(Workspace& space, const GatedWeights& weights, int num_rows) {
+    const int num_inputs = weights.gate_up->num_inputs, size = weights.down->num_inputs;
+    space.rows.reserve(std::max(ByteLayout(num_rows, num_inputs).num_bytes(), ByteLayout(num_rows, size).num_bytes()));
+    space.hidden.reserve(hidden_bytes(num_rows, size));
+    space.scratch.reserve(aligned(channel_scratch_bytes(2 * num_rows)));
+}
+
+template <typename Workers>
+void ChannelProducts::gated_mlp(Workers& workers, Workspace& space, const GatedWeights& weights, const float* x,
+                                int num_rows, float* out) {
+    const ByteRows rows = quantize(workers, space, x, num_rows, weights.gate_up->num_inputs, false);
+    const PairedRows hidden = multiply_gated(workers, space, weights, rows);
+    multiply(workers, space, *weights.down, quantize(workers, space, hidden), weights.down_bias, out);
+}
+
+template <typename Workers>
+PairedRows ChannelProducts::multiply_gated(Workers& workers, Workspace& space, const GatedWeights& weights,
+                                           const ByteRows& x) {
+    const int size = weights.down->num_inputs;
+    const auto& sides = weights.gate_up->parts;
+    const float* bias = weights.gate_up_bias;
+    const GatedPanels gated = {{&sides[0], &sides[1]}, {bias, bias == nullptr ? nullptr : bias + size}, weights.gelu};
+    const PairedRows hidden = {x.num_rows, size, static_cast<uint16_t*>(space.hidden.reserve(hidden_bytes(x.num_rows, size)))};
+    const int at_once = chunk_rows(x.num_inputs);
+    const size_t scratch_bytes = aligned(channel_scratch_bytes(std::min(x.num_rows, at_once)));
+    auto* scratch = static_cast<uint8_t*>(space.scratch.reserve(scratch_bytes * workers.num_threads()));
+    for (int row = 0; row < x.num_rows; row += at_once) {
+        const ByteRows rows = x.from(row, at_once);
+        const PairedRows to = hidden.from(row, at_once);
+        run_panels(workers, std::span(sides).first(1), [&](const PackedMatrix&, PanelRange panels, int, int thread) {
+            const FlushDenormals flush;
+            const int own = workers.num_threads() == 1 ? 0 : thread;
+            kernels_.tiles->gated_channel_panels(gated, panels, rows, to, scratch + own * scratch_bytes);
+        });
+    }
+    return hidden;
+}
+
+template <typename Workers>
+void ChannelProducts::multiply(Workers& workers, Workspace& space, const LinearWeight& weight, const ByteRows& x,
+                               const float* bias, float* out) {
+    const int at_once = chunk_rows(x.num_inputs);
+    const size_t scratch_bytes = aligned(channel_scratch_bytes(std::min(x.num_rows, at_once)));
+    auto* scratch = static_cast<uint8_t*>(space.scratch.reserve(scratch_bytes * workers.num_threads()));
+    for (int row = 0; row < x.num_rows; row += at_once) {
+        const ByteRows rows = x.from(row, at_once);
+        run_panels(workers, weight.parts, [&](const PackedMatrix& part, PanelRange panels, int column, int thread) {
+            const LinearResult result = {bias != nullptr ? bias + column : nullptr, out + column, weight.num_outputs};
+            const int own = workers.num_threads() == 1 ? 0 : thread;
+            kernels_.channel_panels(part, panels, rows, result, scratch + own * scratch_bytes);
+        });
+    }
+}
+
+template <typename Workers>
+ByteRows ChannelProducts::quantize(Workers& workers, Workspace& space, const float* x, int num_rows, int num_inputs,
+                                   bool with_rests) {
+    const auto row_of = [&](int row) { return x + static_cast<int64_t>(row) * num_inputs; };
+    return quantize_rows(
+        workers, space, num_rows, num_inputs, with_rests,
+        [&](int row, const ByteRows& to) {
+            return kernels_.quantize_channel_row(row_of(row), num_inputs, to.row(row), to.scales + row, to.sums + row);
+        },
+        [&](int row, const ByteRows& to, int rest) {
+            kernels_.quantize_channel_rest(row_of(row), num_inputs, to.row(rest), to.scales + rest, to.sums + rest);
+        });
+}
+
+template <typename Workers>
+ByteRows ChannelProducts::quantize(Workers& workers, Workspace& space, const PairedRows& x) {
+    const TileKernels& tiles = *kernels_.tiles;
+    return quantize_rows(
+        workers, space, x.num_rows, x.num_inputs, true,
+        [&](int row, const ByteRows& to) {
+            return tiles.quantize_paired_row(x.at(row, 0), x.num_inputs, to.row(row), to.scales + row, to.sums + row);
+        },
+        [&](int row, const ByteRows& to, int rest) {
+            tiles.quantize_paired_rest(x.at(row, 0), x.num_inputs, to.row(rest), to.scales + rest, to.sums + rest);
+        });
+}
+
+// quantize(row, rows) tells whether the row wants a rest, which add_rest(row, rows, index) then makes. The rows lie in
+// memory that the next call reuses.
+template <typename Workers, typename Quantize, typename AddRest>
+ByteRows ChannelProducts::quantize_rows(Workers& workers, Workspace& space, int num_rows, int num_inputs, bool with_rests,
+                                        const Quantize& quantize, const AddRest& add_rest) {
+    const ByteLayout layout(num_rows, num_inputs);
+    auto* memory = static_cast<uint8_t*>(space.rows.reserve(layout.num_bytes()));
+    const auto words = [&](int index) { return memory + layout.value_bytes + index * layout.scale_bytes; };
+    ByteRows rows = {num_rows,
+                     num_inputs,
+                     reinterpret_cast<int8_t*>(memory),
+                     reinterpret_cast<float*>(words(0)),
+                     reinterpret_cast<int32_t*>(words(1)),
+                     reinterpret_cast<int32_t*>(words(2))};
+    workers.run_small(num_rows, [&](int row, int) { rows.targets[row] = quantize(row, rows) && with_rests ? -1 : row; });
+    for (int row = 0; row < num_rows; ++row) {
+        if (rows.targets[row] == row) continue;
+        rows.targets[row] = row;
+        rows.targets[rows.num_rows++] = row;
+    }
+    workers.run_small(rows.num_rows - num_rows, [&](int i, int) {
+        add_rest(rows.targets[num_rows + i], rows, num_rows + i);
+    });
+    return rows;
+}
+
+}  // namespace pelton
