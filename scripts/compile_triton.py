@@ -23,13 +23,10 @@ from typing import Any
 os.environ.pop("TRITON_INTERPRET", None)
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.driver import driver
-from triton.runtime.errors import OutOfResources
-from triton.runtime.jit import JITFunction
 
-_H100 = GPUTarget("cuda", 90, 32)
-_MOST_SHARED_BYTES = 227 << 10  # of a program there
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks.gpu.compile_only import compile_only
+
 _CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -46,43 +43,18 @@ class Compiled:
     shapes: frozenset[str]  # of `wgmma`, the number of rows (n) left out, and of `mma`
 
 
-class _AbsentDevice:
-    """Enough of a driver to compile for."""
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return device
-
-    def get_current_target(self) -> GPUTarget:
-        return _H100
-
-
 class Compiler:
     """Within `collect`, launches compile."""
 
     def __init__(self) -> None:
-        driver.set_active(_AbsentDevice())
-        self._kernels: list[tuple[str, Any]] = []
-        self._label = ""
-        run = JITFunction.run
-
-        def compile_only(function: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-            del warmup
-            kernel = run(function, *args, grid=grid, warmup=True, **kwargs)
-            if kernel.metadata.shared > _MOST_SHARED_BYTES:  # as a driver does
-                raise OutOfResources(kernel.metadata.shared, _MOST_SHARED_BYTES, "shared memory")
-            self._kernels.append((self._label, kernel))
-            return kernel
-
-        JITFunction.run = compile_only
+        self._kernels: list[Any] = []
+        compile_only(lambda kernel: self._kernels.append(kernel))
 
     def collect(self, label: str, launch: Callable[[], object]) -> list[Compiled]:
-        self._label, self._kernels = label, []
+        self._kernels.clear()
         launch()
         seen: dict[str, Compiled] = {}
-        for _, kernel in self._kernels:
+        for kernel in self._kernels:
             seen.setdefault(kernel.hash, _inspect(label, kernel))
         return list(seen.values())
 
@@ -152,5 +124,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent.parent))
     sys.exit(main())

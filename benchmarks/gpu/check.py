@@ -33,6 +33,10 @@ TOTAL_S = 479.0
 ROOT = Path(__file__).resolve().parents[2]
 MISSED_LIMITS = 3  # exit status
 _KILL_S = 10.0
+# Items that measure nothing: kernels may be compiled beside them, and for so long before the first other one.
+UNTIMED = ("kernels", "same text", "batch invariance")
+_WARM_S = 40.0
+_MOST_WARMING = 8  # processes
 PEER = "transformers bf16"
 # Item -> seconds that it is sure to get on a GPU, in the order in which they run, and whether it can be interpreted.
 # Together they are TOTAL_S: what an item leaves, those after it may take.
@@ -152,6 +156,34 @@ def run_apart(name: str, limit_s: float, folder: Path) -> dict[str, Any]:
     return {**found, "s": time.perf_counter() - start_s}
 
 
+def start_warming(folder: Path) -> list[subprocess.Popen[bytes]]:
+    """Processes that compile what items will launch (`warm.py`), on half of the cores."""
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    count = max(1, min(_MOST_WARMING, (os.cpu_count() or 2) // 2))
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "benchmarks.gpu.warm"]
+    with (folder / "warm.log").open("w") as log:
+        return [
+            subprocess.Popen(
+                [*command, str(share), str(count), f"{major}{minor}"], cwd=ROOT, env=environment, stdout=log, stderr=log
+            )
+            for share in range(count)
+        ]
+
+
+def finish_warming(processes: list[subprocess.Popen[bytes]], limit_s: float) -> None:
+    end_s = time.monotonic() + limit_s
+    for process in processes:
+        try:
+            process.wait(max(0.0, end_s - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    processes.clear()
+
+
 def describe() -> dict[str, Any]:
     """The device and what runs on it; nothing of it is worth failing for."""
     import numpy
@@ -212,7 +244,10 @@ def main() -> int:
     folder = arguments.out.parent
     folder.mkdir(parents=True, exist_ok=True)
     _write(arguments.out, report)
+    warming = [] if arguments.interpret else start_warming(folder)
     for place, name in enumerate(names):
+        if name not in UNTIMED:
+            finish_warming(warming, _WARM_S)
         later_s = sum(ITEMS[later][0] for later in names[place + 1 :])
         if arguments.interpret:
             run_item(name, True, folder / "item.json")
@@ -223,6 +258,7 @@ def main() -> int:
         report["items"][name] = result
         _write(arguments.out, report)
         _show(name, result)
+    finish_warming(warming, 0.0)
     status = conclude(report, judged=not arguments.interpret)
     _write(arguments.out, report)
     return status

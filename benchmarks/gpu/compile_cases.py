@@ -15,6 +15,7 @@ from pelton.weights.lora.adapter import LoraModule, LoraWeights
 from pelton.weights.tensors import WeightTensor
 from pelton.worker.kernels.ops import LoraSite
 from pelton.worker.kernels.triton.activation import gelu_tanh_mul, silu_mul, softcap
+from pelton.worker.kernels.triton.block_copies import copy_block
 from pelton.worker.kernels.triton.embedding import embedding, put_late_tokens
 from pelton.worker.kernels.triton.linear import LinearWeight, Scratch, expand, linear
 from pelton.worker.kernels.triton.lora import TritonAdapter, add_lora
@@ -30,7 +31,7 @@ _CPU = torch.device("cpu")
 def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield from attention_cases.cases()
     yield from _norms()
-    yield from _elementwise()
+    yield from elementwise()
     yield from _products()
     yield from _experts()
     yield from _lora()
@@ -49,7 +50,7 @@ def _norms() -> Iterator[tuple[str, Callable[[], object]]]:
             )
 
 
-def _elementwise() -> Iterator[tuple[str, Callable[[], object]]]:
+def elementwise() -> Iterator[tuple[str, Callable[[], object]]]:
     angles, slots = torch.empty(9, 64), torch.zeros(9, dtype=torch.int32)
     for dtype in (torch.bfloat16, torch.float32):
         name = str(dtype).removeprefix("torch.")
@@ -64,6 +65,8 @@ def _elementwise() -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"GELU, {name}", lambda wide=wide: gelu_tanh_mul(wide)
         yield f"softcap, {name}", lambda wide=wide: softcap(wide, 30.0)
         yield f"embedding, {name}", lambda wide=wide: embedding(slots, wide, 2.0)
+    pool = torch.empty(2, 2, 3, 16, 8, 128, dtype=torch.bfloat16)
+    yield "copy of a block", lambda: copy_block(pool[:, :, 1], pool[:, :, 2])
     yield "late tokens", lambda: put_late_tokens(slots, slots, torch.zeros(4, dtype=torch.int64))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.gpu.check import ITEMS, MISSED_LIMITS, PEER, TOTAL_S, conclude, run_apart
+from benchmarks.gpu import warm
+from benchmarks.gpu.check import ITEMS, MISSED_LIMITS, PEER, TOTAL_S, UNTIMED, conclude, finish_warming, run_apart
 from benchmarks.gpu.engine_items import summary
 from benchmarks.gpu.parts import in_parts
 from benchmarks.gpu.verdicts import LIMITS
@@ -172,3 +174,26 @@ def test_an_item_that_hangs_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(subprocess, "Popen", start_sleeper)
     found = run_apart("kernels", 3.0, tmp_path)
     assert (found["rows"], found["error"]) == ([{"done": 1}], "took more than 3 s")
+
+
+def test_what_items_launch_can_be_compiled_before(tmp_path: Path) -> None:
+    """A decode of the model of equal text: every kernel of a step goes to Triton's cache."""
+    labels = [label for label, _ in warm.work()]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    share = str(labels.index("same text, 1"))
+    command = [sys.executable, "-m", "benchmarks.gpu.warm", share, str(len(labels)), "90"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    compiled = {path.stem for path in tmp_path.rglob("*.cubin")}
+    assert {"product_kernel", "attention_kernel", "merge_kernel", "_rms_norm_kernel", "choose_kernel"} <= compiled
+
+
+def test_compiling_ends_before_anything_is_timed() -> None:
+    sleepers = [subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) for _ in range(2)]
+    processes = list(sleepers)
+    finish_warming(processes, 0.05)
+    assert all(sleeper.returncode == -signal.SIGKILL for sleeper in sleepers)
+    assert not processes
+    assert set(UNTIMED) < set(ITEMS)
+    assert not set(UNTIMED) & {limit.item for limit in LIMITS}

@@ -6,6 +6,7 @@ Streams and events are stood in for: a copy takes a millisecond of a clock that 
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from pelton.weights.config import ModelConfig
 from pelton.worker.config import WorkerConfig
 from pelton.worker.executors.build_worker import build_executor
 from pelton.worker.kernels.block_copies import ArrayCopies
+from pelton.worker.kernels.triton import block_copies
 from pelton.worker.kernels.triton.backend import TritonKernels
 from pelton.worker.kernels.triton.block_copies import CudaCopies
 from pelton.worker.kv_storage import KVStorage
@@ -101,7 +103,34 @@ def test_blocks_come_back_as_they_were(runner: ModelRunner) -> None:
     runner.run_step(make_batch(1, (STORE, 8, 1)))
     cache.keys[8] = 4.0
     runner.run_step(make_batch(2, (LOAD, 1, 9), (LOAD, 1, 10)))
-    assert [float(cache.keys[block].min()) for block in (8, 9, 10)] == [4.0, 3.0, 3.0]
+    runner.run_step(replace(make_batch(3), kv_ops=(KVOp(KVOpKind.COPY, 9, 11),)))
+    assert [float(cache.keys[block].min()) for block in (8, 9, 10, 11)] == [4.0, 3.0, 3.0, 3.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8, torch.float32, torch.float8_e4m3fn])
+def test_a_block_is_copied_in_one_launch_wherever_it_lies(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between layers that are more than 2**31 bytes apart, too, in a pool of which only two blocks are touched."""
+    launches: list[Any] = []
+    kernel = block_copies.copy_block_kernel
+    monkeypatch.setattr(block_copies, "copy_block_kernel", CountedLaunches(kernel, launches))
+    num_blocks = 2**30 // (3000 * dtype.itemsize) + 10
+    pool = torch.empty((2, 2, num_blocks, 3, 1000), dtype=dtype)
+    values = torch.randint(0, 100, (2, 2, 3, 1000)).to(dtype)
+    block_copies.copy_block(pool[:, :, 5], values)
+    block_copies.copy_block(pool[:, :, num_blocks - 2], pool[:, :, 5])
+    packed = torch.empty_like(values)
+    block_copies.copy_block(packed, pool[:, :, num_blocks - 2])
+    assert torch.equal(packed.float(), values.float())
+    assert len(launches) == 3
+
+
+class CountedLaunches:
+    def __init__(self, kernel: Any, launches: list[Any]) -> None:
+        self._kernel, self._launches = kernel, launches
+
+    def __getitem__(self, grid: Any) -> Any:
+        self._launches.append(grid)
+        return self._kernel[grid]
 
 
 class FakeRuntime:
@@ -135,8 +164,12 @@ def test_as_much_host_memory_is_pinned_as_was_asked_for(runner: ModelRunner, mon
     block[:] = 7
     del block
     assert not runtime.pinned
-    runtime.status = 2
-    with pytest.raises(MemoryError, match="5000 bytes of host memory could not be pinned: CUDA error 2"):
+    runtime.status = 801
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, dtype, **_: empty(*args, dtype=dtype))
+    assert copies.empty_host(5, 1000).shape == (5, 1000)  # as torch pins it
+    monkeypatch.setattr(torch, "empty", empty)
+    with pytest.raises(MemoryError, match="5000 bytes of host memory could not be pinned: CUDA error 801, "):
         copies.empty_host(5, 1000)
 
 

@@ -30,6 +30,7 @@ from pelton.worker.kernels.triton.device import (
     is_interpreted,
     memory_errors,
     num_free_bytes,
+    send,
 )
 from pelton.worker.kernels.triton.embedding import embedding
 from pelton.worker.kernels.triton.flashinfer_attention import FlashInferAttention, FlashInferPlan, find_rivals
@@ -138,7 +139,7 @@ class TritonKernels:
             raise MemoryError(str(error)) from error
 
     def select_rows(self, x: torch.Tensor, rows: npt.NDArray[np.int64]) -> torch.Tensor:
-        return x[torch.from_numpy(rows).to(self.device)]
+        return x[send(rows, self.device)]
 
     def compile(self, model: Forward, shapes: Sequence[AttentionShape], caches: Sequence[LayerCache]) -> TritonProgram:
         rivals: list[FlashInferAttention | None] = [None] * len(shapes)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
+import triton
+import triton.language as tl
 
 from pelton.worker.kernels.block_copies import Block, Bytes, CopyTimes, RunningCopies
 
+_BLOCK = 2048
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # by bytes of an element
 _Times = list[tuple[torch.cuda.Event, torch.cuda.Event]]  # start and end of each copy, in their order
 
 
@@ -28,18 +32,23 @@ class CudaCopies:
     def empty_host(self, num_blocks: int, block_bytes: int) -> Bytes:
         """Pinned where it lies: torch's own pinned memory comes in powers of two, at worst twice what was asked for."""
         memory = torch.empty((num_blocks, block_bytes), dtype=torch.uint8)
-        if memory.numel():
-            status = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
-            if status:
-                raise MemoryError(f"{memory.nbytes} bytes of host memory could not be pinned: CUDA error {status}")
         blocks: Bytes = memory.numpy()
-        if memory.numel():
+        if not blocks.size:
+            return blocks
+        status = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+        if not status:
             unpin = weakref.finalize(blocks, torch.cuda.cudart().cudaHostUnregister, memory.data_ptr())
             unpin.atexit = False  # the driver may be gone by then
-        return blocks
+            return blocks
+        try:  # some hosts pin nothing but what the driver has made
+            return torch.empty((num_blocks, block_bytes), dtype=torch.uint8, pin_memory=True).numpy()
+        except RuntimeError as error:
+            problem = f"{memory.nbytes} bytes of host memory could not be pinned: CUDA error {status}, {error}"
+            raise MemoryError(problem) from error
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
-        destination.copy_(source)
+        with self._on_device():
+            copy_block(destination, source)
 
     def load(self, destination: Block, source: Bytes) -> None:
         steps = torch.cuda.current_stream(self._device)
@@ -51,16 +60,20 @@ class CudaCopies:
                 packed.copy_(host, non_blocking=True)
         steps.wait_stream(self._in)
         packed.record_stream(steps)
-        destination.copy_(packed)
+        self.copy(destination, packed)
 
     def store(self, destination: Bytes, source: Block) -> None:
-        packed = source.clone(memory_format=torch.contiguous_format)
+        packed = torch.empty(source.shape, dtype=source.dtype, device=source.device)
+        self.copy(packed, source)
         self._out.wait_stream(torch.cuda.current_stream(self._device))
         packed.record_stream(self._out)
         with torch.cuda.stream(self._out):
             host = _as_tensor(destination).view(source.dtype).view(source.shape)
             with _timed(self._stores, self._out):
                 host.copy_(packed, non_blocking=True)
+
+    def _on_device(self) -> AbstractContextManager[object]:
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
 
     def take_running(self) -> RunningCopies:
         running = CudaRunningCopies(self._loads, self._stores)
@@ -77,6 +90,29 @@ class CudaRunningCopies:
 
     def wait(self) -> CopyTimes:
         return CopyTimes(_wait_s(self.loads), _wait_s(self.stores))
+
+
+def copy_block(destination: torch.Tensor, source: torch.Tensor) -> None:
+    """Blocks [layer slots, 2, *block] whose last axes lie together. In one launch: torch makes one for each part of a
+    pool whose offsets fit 32 bits, so dozens."""
+    destination, source = (
+        each.view(*each.shape[:2], -1).view(_WORDS[each.element_size()]) for each in (destination, source)
+    )
+    num_layers, _, size = destination.shape
+    copy_block_kernel[(2 * num_layers, triton.cdiv(size, _BLOCK))](
+        destination, source, *destination.stride()[:2], *source.stride()[:2], size, _BLOCK, num_warps=4
+    )
+
+
+@triton.jit
+def copy_block_kernel(to_ptr, from_ptr, to_layer, to_half, from_layer, from_half, size, BLOCK: tl.constexpr):
+    """Grid: keys and values of layer slots, parts of a block."""
+    layer = (tl.program_id(0) // 2).to(tl.int64)
+    half = (tl.program_id(0) % 2).to(tl.int64)
+    places = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = places < size
+    values = tl.load(from_ptr + layer * from_layer + half * from_half + places, mask=mask)
+    tl.store(to_ptr + layer * to_layer + half * to_half + places, values, mask=mask)
 
 
 @contextmanager

@@ -5,7 +5,9 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import numpy.typing as npt
 import torch
 import triton
 
@@ -71,6 +73,12 @@ def memory_errors(release: Callable[[], None] = lambda: None) -> Iterator[None]:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     raise MemoryError(problem)
+
+
+def send(values: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
+    """To the device, without waiting for what it does: from memory that is not pinned a copy would."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def device_name(device: torch.device) -> str:
