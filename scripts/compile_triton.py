@@ -1,6 +1,7 @@
 """Compile Triton kernels for a GPU that is not there, and say what the assembler made of them.
 
-    python scripts/compile_triton.py          products, MoE, LoRA, sampling, for an H100 (sm_90)
+    python scripts/compile_triton.py              every kernel, for an H100 (sm_90)
+    python scripts/compile_triton.py float32      the cases whose name contains this
 
 The launches of the real code run on CPU tensors of real sizes, but compile instead of launching: `ptxas` and
 `cuobjdump` come with Triton. A row for each kernel: registers, bytes spilled to local memory, shared memory, and how
@@ -22,11 +23,10 @@ from typing import Any
 os.environ.pop("TRITON_INTERPRET", None)
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction
 
-_H100 = GPUTarget("cuda", 90, 32)
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks.gpu.compile_only import compile_only
+
 _CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -43,41 +43,18 @@ class Compiled:
     shapes: frozenset[str]  # of `wgmma`, the number of rows (n) left out, and of `mma`
 
 
-class _AbsentDevice:
-    """Enough of a driver to compile for."""
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return device
-
-    def get_current_target(self) -> GPUTarget:
-        return _H100
-
-
 class Compiler:
     """Within `collect`, launches compile."""
 
     def __init__(self) -> None:
-        driver.set_active(_AbsentDevice())
-        self._kernels: list[tuple[str, Any]] = []
-        self._label = ""
-        run = JITFunction.run
-
-        def compile_only(function: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-            del warmup
-            kernel = run(function, *args, grid=grid, warmup=True, **kwargs)
-            self._kernels.append((self._label, kernel))
-            return kernel
-
-        JITFunction.run = compile_only
+        self._kernels: list[Any] = []
+        compile_only(lambda kernel: self._kernels.append(kernel))
 
     def collect(self, label: str, launch: Callable[[], object]) -> list[Compiled]:
-        self._label, self._kernels = label, []
+        self._kernels.clear()
         launch()
         seen: dict[str, Compiled] = {}
-        for _, kernel in self._kernels:
+        for kernel in self._kernels:
             seen.setdefault(kernel.hash, _inspect(label, kernel))
         return list(seen.values())
 
@@ -125,7 +102,10 @@ def main() -> int:
     compiler = Compiler()
     print(f"{'case':<34} {'kernel':<26} {'regs':>5} {'spill':>6} {'shared':>7} {'wgmma':>6} {'mma':>5}")
     num_failed, compiled = 0, list[Compiled]()
+    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
     for label, launch in cases():
+        if wanted not in label:
+            continue
         try:
             for row in compiler.collect(label, launch):
                 compiled.append(row)
@@ -144,5 +124,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent.parent))
     sys.exit(main())

@@ -10,7 +10,17 @@ from hashlib import blake2b
 from itertools import count
 from typing import Any
 
-from pelton.core.batch import NULL_BLOCK_ID, PENDING_TOKEN_ID, BlockKey, KVOp, KVOpKind, ScheduledBatch, StepResult
+from pelton.core.batch import (
+    INBOX,
+    NULL_BLOCK_ID,
+    OUTBOX,
+    PENDING_TOKEN_ID,
+    BlockKey,
+    KVOp,
+    KVOpKind,
+    ScheduledBatch,
+    StepResult,
+)
 from pelton.core.events import EngineInfo
 from pelton.core.model_spec import KVGroupSpec
 from pelton.core.output import RequestOutput, TokenLogprobs
@@ -25,6 +35,7 @@ from pelton.engine.kv.disk import DiskTier
 from pelton.engine.kv.eviction import EVICTIONS
 from pelton.engine.kv.manager import KVManager
 from pelton.engine.kv.tiers import KVTiers
+from pelton.engine.kv.transfer import KVTransfer
 from pelton.engine.policies import POLICIES
 from pelton.engine.policies.context import PolicyContext
 from pelton.engine.scheduler import Scheduler
@@ -86,6 +97,7 @@ class ContextExecutor:
         self.tells_prompt_logprobs = False
         self._slots = [[-7] * block_size for _ in range(num_blocks)]
         self.host_slots = [[-8] * block_size for _ in range(num_host_blocks)]
+        self.tiers = {"host": self.host_slots}
         self._contexts: dict[str, list[int]] = {}
         self._num_prompt_tokens: dict[str, int] = {}
         self._thread = ThreadPoolExecutor(1) if in_thread else None
@@ -119,9 +131,10 @@ class ContextExecutor:
         return StepResult(batch.step_id, sampled, prompt_logprobs=told, elapsed_s=self.delay_s)
 
     def _move(self, kv_ops: Iterable[KVOp]) -> None:
-        device, host = self._slots, self.host_slots
+        device = self._slots
         for op in kv_ops:
             assert (op.tier == "device") == (op.kind is KVOpKind.COPY)
+            host = self.tiers.get(op.tier, device)
             source, destination = {
                 KVOpKind.COPY: (device, device),
                 KVOpKind.STORE: (device, host),
@@ -262,6 +275,7 @@ def make_engine(
     disk: SlowBlockStore | None = None,
     num_disk_blocks: int = 10**6,
     eviction: str = "lru",
+    connector: Any = None,
     **info: Any,
 ) -> Engine:
     """An engine over a `ContextExecutor`; further arguments as in `EngineInfo`."""
@@ -288,6 +302,9 @@ def make_engine(
         enable_prefix_caching=engine_info.enable_prefix_caching,
         tiers=tiers,
     )
+    if connector is not None:
+        executor.tiers |= {INBOX: connector.inbox, OUTBOX: connector.outbox}
+        kv.transfer = KVTransfer(connector, kv.pool, tiers, kv.ops, costs)
     context = PolicyContext(
         tenants=parse_tenants(tenants),
         clock=clock,

@@ -4,9 +4,10 @@
     python -m benchmarks.gpu.check --interpret       the same code on tiny shapes under Triton's interpreter, no GPU
 
 Items run one after another, each in a process of its own with a limit: one that fails, hangs or breaks the device
-costs nothing but itself. Prints a table and verdicts, and writes both as JSON. Exit status: 0 results are right and
-every limit of speed is reached; 1 a result is wrong, or an item gave none; 2 no device; 3 results are right, limits
-were missed or not measured.
+costs nothing but itself, and a part of one that raises costs nothing but that part. Prints versions first, then a table
+and verdicts, and writes all of it as JSON after each item (rows of the running one to item.json beside it, as they
+come). Exit status: 0 results are right and every limit of speed is reached; 1 a result is wrong, or an item or a part
+gave none; 2 no device; 3 results are right, limits were missed or not measured.
 """
 
 from __future__ import annotations
@@ -14,20 +15,28 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-TOTAL_S = 465.0
+TOTAL_S = 479.0
 ROOT = Path(__file__).resolve().parents[2]
 MISSED_LIMITS = 3  # exit status
+_KILL_S = 10.0
+# Items that measure nothing: kernels may be compiled beside them, and for so long before the first other one.
+UNTIMED = ("kernels", "same text", "batch invariance")
+_WARM_S = 40.0
+_MOST_WARMING = 8  # processes
 PEER = "transformers bf16"
 # Item -> seconds that it is sure to get on a GPU, in the order in which they run, and whether it can be interpreted.
 # Together they are TOTAL_S: what an item leaves, those after it may take.
@@ -42,8 +51,12 @@ ITEMS: dict[str, tuple[float, bool]] = {
     "throughput bf16": (70.0, True),
     PEER: (70.0, False),
     "throughput fp8": (60.0, True),
+    "hand-over": (9.0, True),
     "products": (10.0, False),
+    "flashinfer": (5.0, False),
 }
+# What they lack is no fault of Pelton's, or of the time that they were left.
+OPTIONAL = (PEER, "products", "flashinfer")
 
 
 def find(name: str, tiny: bool) -> Callable[[], Iterable[dict[str, Any]]]:
@@ -62,6 +75,14 @@ def find(name: str, tiny: bool) -> Callable[[], Iterable[dict[str, Any]]]:
         from benchmarks.gpu import products
 
         return partial(products.run, _cuda())
+    if name == "hand-over":
+        from benchmarks.gpu.hand_over import hand_over
+
+        return partial(hand_over, tiny)
+    if name == "flashinfer":
+        from benchmarks.gpu.flashinfer_item import beside_flashinfer
+
+        return partial(beside_flashinfer, _cuda())
     if name == PEER:
         from benchmarks.gpu.transformers_item import continuous_batching
 
@@ -104,7 +125,7 @@ def run_item(name: str, tiny: bool, path: Path) -> None:
 def _write(path: Path, result: dict[str, Any]) -> None:
     """At once or not at all: the process may be killed meanwhile."""
     beside = path.with_suffix(".new")
-    beside.write_text(json.dumps(result))
+    beside.write_text(json.dumps(result, indent=1))
     beside.replace(path)
 
 
@@ -116,10 +137,17 @@ def run_apart(name: str, limit_s: float, folder: Path) -> dict[str, Any]:
     start_s = time.perf_counter()
     error = None
     with (folder / "item.log").open("w") as log:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
         try:
-            subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, timeout=limit_s, check=False)
+            process.wait(limit_s)
         except subprocess.TimeoutExpired:
             error = f"took more than {limit_s:.0f} s"
+        finally:
+            process.kill()
+        try:
+            process.wait(_KILL_S)
+        except subprocess.TimeoutExpired:  # it hangs in the driver
+            error = f"{error or 'ended'}, and could not be killed: what follows may find no memory"
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": []}
     if error is None and "s" not in found:
         error = "the process died:\n" + (folder / "item.log").read_text()[-3000:]
@@ -128,16 +156,63 @@ def run_apart(name: str, limit_s: float, folder: Path) -> dict[str, Any]:
     return {**found, "s": time.perf_counter() - start_s}
 
 
+def start_warming(folder: Path) -> list[subprocess.Popen[bytes]]:
+    """Processes that compile what items will launch (`warm.py`), on half of the cores."""
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    count = max(1, min(_MOST_WARMING, (os.cpu_count() or 2) // 2))
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "benchmarks.gpu.warm"]
+    with (folder / "warm.log").open("w") as log:
+        return [
+            subprocess.Popen(
+                [*command, str(share), str(count), f"{major}{minor}"], cwd=ROOT, env=environment, stdout=log, stderr=log
+            )
+            for share in range(count)
+        ]
+
+
+def finish_warming(processes: list[subprocess.Popen[bytes]], limit_s: float) -> None:
+    end_s = time.monotonic() + limit_s
+    for process in processes:
+        try:
+            process.wait(max(0.0, end_s - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    processes.clear()
+
+
 def describe() -> dict[str, Any]:
+    """The device and what runs on it; nothing of it is worth failing for."""
+    import numpy
     import torch
     import triton
 
-    return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu (interpreted)",
-        "torch": torch.__version__,
-        "triton": triton.__version__,
+    found: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
     }
+    found |= {"torch": torch.__version__, "triton": triton.__version__, "numpy": numpy.__version__}
+    for name in ("transformers", "flashinfer-python"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    found["device"] = "cpu (interpreted)"
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        found |= {
+            "device": properties.name,
+            "compute capability": f"{properties.major}.{properties.minor}",
+            "memory": f"{properties.total_memory / 2**30:.1f} GiB",
+            "multiprocessors": properties.multi_processor_count,
+            "cuda": torch.version.cuda,
+        }
+    with suppress(OSError, subprocess.SubprocessError, IndexError):
+        query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
+        said = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+        found["driver, clock, power"] = said.splitlines()[0]
+    return found
 
 
 def main() -> int:
@@ -159,37 +234,43 @@ def main() -> int:
         print("gpu-check: no CUDA device: torch finds none (--interpret runs tiny shapes without)", file=sys.stderr)
         return 2
     report: dict[str, Any] = {**describe(), "items": {}}
+    print("; ".join(f"{name} {value}" for name, value in report.items() if name != "items"), flush=True)
     names = [
         name
         for name, (_, tiny) in ITEMS.items()
         if (tiny or not arguments.interpret) and (arguments.only is None or arguments.only in name)
     ]
     start_s = time.perf_counter()
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    folder = arguments.out.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(arguments.out, report)
+    warming = [] if arguments.interpret else start_warming(folder)
     for place, name in enumerate(names):
+        if name not in UNTIMED:
+            finish_warming(warming, _WARM_S)
         later_s = sum(ITEMS[later][0] for later in names[place + 1 :])
         if arguments.interpret:
-            run_item(name, True, arguments.out)
-            result = json.loads(arguments.out.read_text())
+            run_item(name, True, folder / "item.json")
+            result = json.loads((folder / "item.json").read_text())
         else:
             limit_s = TOTAL_S - (time.perf_counter() - start_s) - later_s
-            result = run_apart(name, max(limit_s, 5.0), arguments.out.parent)
+            result = run_apart(name, max(limit_s, 5.0), folder)
         report["items"][name] = result
+        _write(arguments.out, report)
         _show(name, result)
-        arguments.out.write_text(json.dumps(report, indent=1))
+    finish_warming(warming, 0.0)
     status = conclude(report, judged=not arguments.interpret)
-    arguments.out.write_text(json.dumps(report, indent=1))
+    _write(arguments.out, report)
     return status
 
 
 def conclude(report: dict[str, Any], judged: bool = True) -> int:
     """Judge a report's items, add what was found, print it. The exit status."""
-    from benchmarks.gpu.verdicts import judge, wrong_results
+    from benchmarks.gpu.verdicts import failures, judge, wrong_results
 
     items = report["items"]
     report["wrong"] = wrong_results(items)
-    # The peer's breakdown is no fault of Pelton's; products come last and give what there was time for.
-    broken = [name for name, result in items.items() if "error" in result and name not in (PEER, "products")]
+    broken = failures({name: result for name, result in items.items() if name not in OPTIONAL})
     verdicts = judge(items) if judged else []
     report["verdicts"] = [{**asdict(verdict), "verdict": verdict.word} for verdict in verdicts]
     for verdict in verdicts:
@@ -212,7 +293,8 @@ def _show(name: str, result: dict[str, Any]) -> None:
     said = summary(result["rows"])
     if "error" in result:
         said = "; ".join(filter(None, (result["error"].strip().splitlines()[-1], said)))
-    print(f"{'FAILED' if 'error' in result else 'ok':7}{name:28}{result['s']:6.1f} s  {said}", flush=True)
+    is_whole = "error" not in result and not any("failed" in row for row in result["rows"])
+    print(f"{'ok' if is_whole else 'FAILED':7}{name:28}{result['s']:6.1f} s  {said}", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
@@ -13,10 +14,14 @@ from pelton.core.sampling_params import SamplingParams
 from pelton.weights.lora.adapter import LoraModule, LoraWeights
 from pelton.weights.tensors import WeightTensor
 from pelton.worker.kernels.ops import LoraSite
-from pelton.worker.kernels.triton.linear import LinearWeight, Scratch, linear
+from pelton.worker.kernels.triton.activation import gelu_tanh_mul, silu_mul, softcap
+from pelton.worker.kernels.triton.block_copies import copy_block
+from pelton.worker.kernels.triton.embedding import embedding, put_late_tokens
+from pelton.worker.kernels.triton.linear import LinearWeight, Scratch, expand, linear
 from pelton.worker.kernels.triton.lora import TritonAdapter, add_lora
 from pelton.worker.kernels.triton.moe import TritonExperts, moe
 from pelton.worker.kernels.triton.norm import add_rms_norm_rounded, rms_norm
+from pelton.worker.kernels.triton.rotary import rotate_and_store, split_heads
 from pelton.worker.kernels.triton.sampling import DeviceSampler
 from pelton.worker.kernels.triton.weights import DenseWeight, PackedWeight, Weights
 
@@ -26,6 +31,7 @@ _CPU = torch.device("cpu")
 def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield from attention_cases.cases()
     yield from _norms()
+    yield from elementwise()
     yield from _products()
     yield from _experts()
     yield from _lora()
@@ -42,6 +48,26 @@ def _norms() -> Iterator[tuple[str, Callable[[], object]]]:
                 f"norm rounded to {kind}, {num_rows} rows",
                 lambda x=x, kind=kind: add_rms_norm_rounded(x, x.clone(), weight, 1e-6, kind),
             )
+
+
+def elementwise() -> Iterator[tuple[str, Callable[[], object]]]:
+    angles, slots = torch.empty(9, 64), torch.zeros(9, dtype=torch.int32)
+    for dtype in (torch.bfloat16, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        query, key, value = split_heads(torch.empty(9, 48 * 128, dtype=dtype), 32, 8)
+        caches = torch.empty(2, 4, 16, 8, 128, dtype=dtype)
+        wide = torch.empty(9, 28672, dtype=dtype)
+        yield (
+            f"rotary and write, {name}",
+            lambda q=query, k=key, v=value, caches=caches: rotate_and_store(q, k, v, angles, angles, *caches, slots),
+        )
+        yield f"SiLU, {name}", lambda wide=wide: silu_mul(wide)
+        yield f"GELU, {name}", lambda wide=wide: gelu_tanh_mul(wide)
+        yield f"softcap, {name}", lambda wide=wide: softcap(wide, 30.0)
+        yield f"embedding, {name}", lambda wide=wide: embedding(slots, wide, 2.0)
+    pool = torch.empty(2, 2, 3, 16, 8, 128, dtype=torch.bfloat16)
+    yield "copy of a block", lambda: copy_block(pool[:, :, 1], pool[:, :, 2])
+    yield "late tokens", lambda: put_late_tokens(slots, slots, torch.zeros(4, dtype=torch.int64))
 
 
 def _products() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -66,6 +92,16 @@ def _products() -> Iterator[tuple[str, Callable[[], object]]]:
         for num_rows in (1, 32, 64, 512):
             x = torch.empty(num_rows, inputs, dtype=torch.bfloat16)
             yield f"{name}, {num_rows} rows", lambda x=x, whole=whole: linear(x, whole)
+    yield "int4 expanded", lambda: expand(kinds["int4 groups of 128"], torch.bfloat16)  # type: ignore[arg-type]
+    # Float32 has half as many stages, or fewer: what the check's item of equal text runs.
+    narrow = {"": DenseWeight("float", torch.empty(704, 256)), " int4": _packed(4, 128, 704, 256, has_minima=False)}
+    for name, weight in narrow.items():
+        scratch = Scratch(_CPU)
+        scratch.reserve(weight)
+        whole = LinearWeight(Weights((weight,)), scratch, True)
+        for num_rows in (1, 32, 64, 512):
+            x = torch.empty(num_rows, 256)
+            yield f"float32{name}, {num_rows} rows", lambda x=x, whole=whole: linear(x, whole)
 
 
 def _packed(bits: int, group: int, outputs: int, inputs: int, *, has_minima: bool) -> PackedWeight:
@@ -87,7 +123,7 @@ def _sampling() -> Iterator[tuple[str, Callable[[], object]]]:
 
 def _ignore_answer(launch: Callable[[], object]) -> None:
     """Nothing ran, so what is read back means nothing."""
-    with suppress(ValueError):
+    with suppress(ValueError, struct.error):
         launch()
 
 

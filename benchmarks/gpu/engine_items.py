@@ -9,9 +9,11 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
+from benchmarks.gpu.parts import in_parts
 from benchmarks.gpu.running_engine import Answer, RunningEngine, make_prompts, num_product_weights
 
 from pelton.core.model_spec import ModelSpec, RopeSpec, make_kv_groups
@@ -66,24 +68,21 @@ def engine_of(
         # One size of tile: the interpreter multiplies with numpy, which sums up by a matrix's shape.
         settings = {"max_num_seqs": 8, "max_num_batched_tokens": 16, "num_kv_blocks": 128}
         quantization = None
-    worker = {"kernel_backend": "triton", **(worker or {})}
+    # Said, not found out: what decides is a file of the driver's, which not every container has.
+    worker = {"kernel_backend": "triton", "dtype": "float32" if tiny else "bfloat16", **(worker or {})}
     return RunningEngine(spec, worker, settings, quantization=quantization)
+
+
+def equal_text_model(tiny: bool) -> ModelSpec:
+    if tiny:
+        return TINY
+    rope = RopeSpec(theta=1e4, rotary_dim=64)
+    return replace(TINY, hidden_size=256, intermediate_size=704, head_dim=64, vocab_size=2048, rope=rope)
 
 
 def same_text(tiny: bool) -> Rows:
     """Greedy tokens of the reference on the CPU and of Triton's kernels, on equal weights in float32."""
-    spec = (
-        TINY
-        if tiny
-        else replace(
-            TINY,
-            hidden_size=256,
-            intermediate_size=704,
-            head_dim=64,
-            vocab_size=2048,
-            rope=RopeSpec(theta=1e4, rotary_dim=64),
-        )
-    )
+    spec = equal_text_model(tiny)
     prompts = [make_prompts(spec, 1, length, length)[0] for length in ((5, 9) if tiny else (3, 17, 64, 130, 200))]
     found: list[list[list[int]]] = []
     for backend in ("reference", "triton"):
@@ -118,28 +117,29 @@ def single_stream(tiny: bool) -> Iterator[dict[str, Any]]:
     from benchmarks.gpu.products import measure_copy
 
     copy_gb_s = None if tiny else measure_copy(torch.device("cuda"))
-    for quantization in (None, "fp8", "int4"):
-        spec = model_of(tiny)
-        with engine_of(
-            spec, tiny, quantization, max_num_seqs=4, max_num_batched_tokens=512, max_model_len=4096
-        ) as engine:
-            prompt = make_prompts(spec, 1, 16)
-            start_s = time.perf_counter()
-            engine.generate(prompt, 1)
-            first_token_s = time.perf_counter() - start_s
-            engine.generate(prompt, 2 if tiny else 64)
-            token_s = _token_s(engine.generate(prompt, 3 if tiny else 256)[0])
-            gb_s = num_product_weights(spec) * WEIGHT_BYTES[quantization] / token_s / 1e9
-            yield {
-                "weights": quantization or engine.info.dtype,
-                "ms": 1e3 * token_s,
-                "gb_s": gb_s,
-                "copy_gb_s": copy_gb_s,
-                "share": copy_gb_s and gb_s / copy_gb_s,
-                "load_s": engine.load_s,
-                "first_token_s": first_token_s,
-            }
-        _free()
+    kinds = (None, "fp8", "int4")
+    return in_parts((str(kind), partial(_single_stream, tiny, kind, copy_gb_s)) for kind in kinds)
+
+
+def _single_stream(tiny: bool, quantization: str | None, copy_gb_s: float | None) -> Iterator[dict[str, Any]]:
+    spec = model_of(tiny)
+    with engine_of(spec, tiny, quantization, max_num_seqs=4, max_num_batched_tokens=512, max_model_len=4096) as engine:
+        prompt = make_prompts(spec, 1, 16)
+        start_s = time.perf_counter()
+        engine.generate(prompt, 1)
+        first_token_s = time.perf_counter() - start_s
+        engine.generate(prompt, 2 if tiny else 64)
+        token_s = _token_s(engine.generate(prompt, 3 if tiny else 256)[0])
+        gb_s = num_product_weights(spec) * WEIGHT_BYTES[quantization] / token_s / 1e9
+        yield {
+            "weights": quantization or engine.info.dtype,
+            "ms": 1e3 * token_s,
+            "gb_s": gb_s,
+            "copy_gb_s": copy_gb_s,
+            "share": copy_gb_s and gb_s / copy_gb_s,
+            "load_s": engine.load_s,
+            "first_token_s": first_token_s,
+        }
 
 
 def prefill(tiny: bool) -> Rows:
@@ -179,42 +179,55 @@ def throughput(tiny: bool, quantization: str | None) -> Iterator[dict[str, Any]]
     with engine_of(
         spec, tiny, quantization, kv_format, max_num_seqs=512, max_num_batched_tokens=8192, max_model_len=4096
     ) as engine:
-        for num_input, num_output, num_requests in ((6, 3, 4),) if tiny else WORK[quantization]:
-            # Compiles, and captures the steps of a full batch.
-            engine.generate(make_prompts(spec, min(num_requests, 512), num_input, 1), min(num_output, 4))
-            start_s = time.perf_counter()
-            answers = engine.generate(make_prompts(spec, num_requests, num_input, 2), num_output)
-            time_s = max(answer.times_s[-1] for answer in answers) - start_s
-            rate = num_requests * num_output / time_s
-            published = PUBLISHED.get((num_input, num_output)) if quantization == "fp8" else None
-            yield {
-                "weights": quantization or engine.info.dtype,
-                "input": num_input,
-                "output": num_output,
-                "requests": num_requests,
-                "s": time_s,
-                "output_tok_s": rate,
-                "published_tok_s": published,
-                "share": published and rate / published,
-            }
+        work = ((6, 3, 4),) if tiny else WORK[quantization]
+        yield from in_parts((str(lengths), partial(_throughput, engine, quantization, *lengths)) for lengths in work)
 
 
-def busy(tiny: bool) -> Rows:
+def _throughput(
+    engine: RunningEngine, quantization: str | None, num_input: int, num_output: int, num_requests: int
+) -> Iterator[dict[str, Any]]:
+    # Compiles, and captures the steps of a full batch.
+    engine.generate(make_prompts(engine.spec, min(num_requests, 512), num_input, 1), min(num_output, 4))
+    start_s = time.perf_counter()
+    answers = engine.generate(make_prompts(engine.spec, num_requests, num_input, 2), num_output)
+    time_s = max(answer.times_s[-1] for answer in answers) - start_s
+    rate = num_requests * num_output / time_s
+    published = PUBLISHED.get((num_input, num_output)) if quantization == "fp8" else None
+    yield {
+        "weights": quantization or engine.info.dtype,
+        "input": num_input,
+        "output": num_output,
+        "requests": num_requests,
+        "s": time_s,
+        "output_tok_s": rate,
+        "published_tok_s": published,
+        "share": published and rate / published,
+    }
+
+
+def busy(tiny: bool) -> Iterator[dict[str, Any]]:
     """Steady decode at batch 256: the part of the time that the device works, and on what."""
     spec, batch = model_of(tiny), 4 if tiny else 256
     with engine_of(spec, tiny, max_num_seqs=256, max_num_batched_tokens=8192, max_model_len=2048) as engine:
         prompts = make_prompts(spec, batch, 8 if tiny else 256)
         engine.generate(prompts, 2 if tiny else 64)
+        yield {"tpot_ms": 1e3 * _token_s(engine.generate(prompts, 4 if tiny else 64)[0])}
         if tiny:
-            return [{"batch": batch}]
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            answers = engine.generate(prompts, 96)
+            return
+        yield from in_parts([("profile", partial(_profile, engine, prompts))])
+
+
+def _profile(engine: RunningEngine, prompts: list[list[int]]) -> Iterator[dict[str, Any]]:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        answers = engine.generate(prompts, 96)
         torch.cuda.synchronize()
     spans = sorted(
         (event.time_range.start, event.time_range.end, event.name)
         for event in profile.events()
         if event.device_type == torch.autograd.DeviceType.CUDA
     )
+    if not spans:
+        raise RuntimeError("the profiler saw nothing on the device: may this process read its counters?")
     # The middle of the run: every request decodes.
     start, end = spans[0][0], max(span[1] for span in spans)
     low, high = start + 0.5 * (end - start), start + 0.9 * (end - start)
@@ -226,14 +239,12 @@ def busy(tiny: bool) -> Rows:
             working += max(0.0, last - max(first, reached))
             reached = max(reached, last)
     top = sorted(by_name.items(), key=lambda item: -item[1])[:12]
-    return [
-        {
-            "batch": batch,
-            "busy": working / (high - low),
-            "tpot_ms": 1e3 * _token_s(answers[0]),
-            "kernels": {name[:60]: round(part / (high - low), 4) for name, part in top},
-        }
-    ]
+    yield {
+        "batch": len(prompts),
+        "busy": working / (high - low),
+        "profiled_tpot_ms": 1e3 * _token_s(answers[0]),
+        "kernels": {name[:60]: round(part / (high - low), 4) for name, part in top},
+    }
 
 
 def measure_product() -> float:
@@ -249,14 +260,12 @@ def _token_s(answer: Answer) -> float:
     return statistics.fmean(gaps[len(gaps) // 4 :])
 
 
-def _free() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def summary(rows: Sequence[dict[str, Any]]) -> str:
     return "; ".join(
-        ", ".join(f"{name} {_shown(value)}" for name, value in row.items() if value is not None) for row in rows
+        f"{row['part']}: {row['failed'].strip().splitlines()[-1]}"
+        if "failed" in row
+        else ", ".join(f"{name} {_shown(value)}" for name, value in row.items() if value is not None)
+        for row in rows
     )
 
 

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from benchmarks.gpu.parts import in_parts
 
 from pelton.core.sampling_params import SamplingParams
 from pelton.worker.kernels.triton.activation import gelu_tanh_mul, silu_mul, softcap
@@ -20,22 +23,38 @@ from pelton.worker.sampling.reference import ReferenceSampler
 _MOST = {torch.float32: 1e-5, torch.bfloat16: 6e-3}
 
 
-def kernels(tiny: bool) -> list[dict[str, Any]]:
+def kernels(tiny: bool) -> Iterator[dict[str, Any]]:
     device = torch.device("cpu" if tiny else "cuda")
-    rows = []
-    for dtype, most in _MOST.items():
-        errors = _errors(dtype, device, tiny)
+    parts: list[tuple[str, Callable[[], Iterable[dict[str, Any]]]]] = []
+    for dtype in _MOST:
         # The interpreter cuts float32 to bfloat16 where a GPU rounds.
-        wrong = {name: error for name, error in errors.items() if not error <= most * (2 if tiny else 1)}
-        if wrong:
-            raise AssertionError(f"{dtype}: too far from float64: {wrong}")
-        rows.append({"dtype": str(dtype).removeprefix("torch."), **errors})
-    return [*rows, _sampling(device, tiny)]
+        most = _MOST[dtype] * (2 if tiny else 1)
+        for group in (_norms, _activations, _embedding, _rotary):
+            name = f"{group.__name__.strip('_')}, {str(dtype).removeprefix('torch.')}"
+            parts.append((name, partial(_compared, name, group, dtype, device, (tiny, most))))
+    return in_parts([*parts, ("sampling", partial(_sampling, device, tiny))])
 
 
-def _errors(dtype: torch.dtype, device: torch.device, tiny: bool) -> dict[str, float]:
-    num_rows, width, heads, head_dim = (3, 40, (4, 2), 16) if tiny else (333, 4096, (32, 8), 128)
+def _compared(
+    name: str,
+    group: Callable[[torch.dtype, torch.device, bool], dict[str, float]],
+    dtype: torch.dtype,
+    device: torch.device,
+    how: tuple[bool, float],
+) -> Iterator[dict[str, Any]]:
+    tiny, most = how
     torch.manual_seed(0)
+    errors = {each: float(error) for each, error in group(dtype, device, tiny).items()}
+    yield {"part": name, "most_error": most, **errors}
+
+
+def _sizes(tiny: bool) -> tuple[int, int, tuple[int, int], int]:
+    """Rows, width of a row, heads, head size."""
+    return (3, 40, (4, 2), 16) if tiny else (333, 4096, (32, 8), 128)
+
+
+def _norms(dtype: torch.dtype, device: torch.device, tiny: bool) -> dict[str, float]:
+    num_rows, width, _, _ = _sizes(tiny)
     x, residual = (torch.randn(num_rows, width, device=device).to(dtype) for _ in range(2))
     weight = torch.rand(width, device=device)
     errors = {"rms_norm": _error(rms_norm(x, weight, 1e-5), _normed(x, weight))}
@@ -44,15 +63,7 @@ def _errors(dtype: torch.dtype, device: torch.device, tiny: bool) -> dict[str, f
     _same_codes(dtype, device)
     total = x.double() + residual.double()
     normed, kept = add_rms_norm(x.clone(), residual.clone(), weight, 1e-5)
-    errors |= {"sum": _error(kept, total), "add_rms_norm": _error(normed, _normed(kept, weight))}
-    gate, up = x.double().chunk(2, dim=1)
-    errors["silu_mul"] = _error(silu_mul(x), torch.nn.functional.silu(gate) * up)
-    errors["gelu_tanh_mul"] = _error(gelu_tanh_mul(x), torch.nn.functional.gelu(gate, approximate="tanh") * up)
-    errors["softcap"] = _error(softcap(x, 3.0), 3.0 * torch.tanh(x.double() / 3.0))
-    ids = torch.randint(0, num_rows, (17,), device=device, dtype=torch.int32)
-    errors["embedding"] = _error(embedding(ids, x, 1.5), x[ids.long()].double() * 1.5)
-    errors |= _rotary(dtype, device, num_rows, heads, head_dim)
-    return {name: float(error) for name, error in errors.items()}
+    return errors | {"sum": _error(kept, total), "add_rms_norm": _error(normed, _normed(kept, weight))}
 
 
 def _same_codes(dtype: torch.dtype, device: torch.device) -> None:
@@ -65,9 +76,26 @@ def _same_codes(dtype: torch.dtype, device: torch.device) -> None:
             assert torch.equal(one.float(), other.float()), f"a norm rounds to other codes of {kind}"
 
 
-def _rotary(
-    dtype: torch.dtype, device: torch.device, num_rows: int, heads: tuple[int, int], head_dim: int
-) -> dict[str, float]:
+def _activations(dtype: torch.dtype, device: torch.device, tiny: bool) -> dict[str, float]:
+    num_rows, width, _, _ = _sizes(tiny)
+    x = torch.randn(num_rows, width, device=device).to(dtype)
+    gate, up = x.double().chunk(2, dim=1)
+    return {
+        "silu_mul": _error(silu_mul(x), torch.nn.functional.silu(gate) * up),
+        "gelu_tanh_mul": _error(gelu_tanh_mul(x), torch.nn.functional.gelu(gate, approximate="tanh") * up),
+        "softcap": _error(softcap(x, 3.0), 3.0 * torch.tanh(x.double() / 3.0)),
+    }
+
+
+def _embedding(dtype: torch.dtype, device: torch.device, tiny: bool) -> dict[str, float]:
+    num_rows, width, _, _ = _sizes(tiny)
+    table = torch.randn(num_rows, width, device=device).to(dtype)
+    ids = torch.randint(0, num_rows, (17,), device=device, dtype=torch.int32)
+    return {"embedding": _error(embedding(ids, table, 1.5), table[ids.long()].double() * 1.5)}
+
+
+def _rotary(dtype: torch.dtype, device: torch.device, tiny: bool) -> dict[str, float]:
+    num_rows, _, heads, head_dim = _sizes(tiny)
     qkv = torch.randn(num_rows, (heads[0] + 2 * heads[1]) * head_dim, device=device).to(dtype)
     query, key, value = split_heads(qkv, *heads)
     angles = torch.rand(num_rows, head_dim // 2, device=device) * 1000
@@ -91,7 +119,7 @@ def _rotary(
     }
 
 
-def _sampling(device: torch.device, tiny: bool) -> dict[str, Any]:
+def _sampling(device: torch.device, tiny: bool) -> Iterator[dict[str, Any]]:
     """Tokens and logprobs of the reference, which draws from integers: equal, not near."""
     size, count = (500, 4) if tiny else (128_256, 64)
     logits = np.random.default_rng(0).standard_normal((count, size), np.float32) * np.float32(4)
@@ -106,7 +134,7 @@ def _sampling(device: torch.device, tiny: bool) -> dict[str, Any]:
         rows: list[Any] = [sampler.make_row(kinds[i % 4], i) for i in range(count)]
         found.append(sampler.sample(logits.copy(), rows, list(range(count))))
     assert found[0].token_ids == found[1].token_ids, "the device draws other tokens than the reference"
-    return {"sampled": count}
+    yield {"sampled": count}
 
 
 def _normed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

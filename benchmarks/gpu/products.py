@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 import triton.testing
+from benchmarks.gpu.parts import in_parts
 
 from pelton.worker.kernels.triton.linear import LinearWeight, Scratch, expand, linear
 from pelton.worker.kernels.triton.weights import (
@@ -50,11 +52,12 @@ class ProductRow:
 
 
 def run(device: torch.device) -> Iterator[dict[str, object]]:
-    """All rows. Raises what torch raises where memory runs out."""
+    """All rows."""
     copy_gb_s = measure_copy(device)
-    for shape in SHAPES:
-        for kind in KINDS:
-            yield from (asdict(row) for row in _measure_shape(kind, shape, copy_gb_s, device))
+    work = [(kind, shape) for shape in SHAPES for kind in KINDS]
+    return in_parts(
+        (f"{kind} {shape}", partial(_measure_shape, kind, shape, copy_gb_s, device)) for kind, shape in work
+    )
 
 
 def measure_copy(device: torch.device) -> float:
@@ -64,7 +67,7 @@ def measure_copy(device: torch.device) -> float:
     return 2 * source.nbytes / _median_ms(lambda: target.copy_(source)) / 1e6
 
 
-def _measure_shape(kind: str, shape: str, copy_gb_s: float, device: torch.device) -> list[ProductRow]:
+def _measure_shape(kind: str, shape: str, copy_gb_s: float, device: torch.device) -> Iterator[dict[str, object]]:
     outputs, inputs = SHAPES[shape]
     torch.manual_seed(0)
     matrix = torch.randn(outputs, inputs, device=device, dtype=torch.bfloat16) * 0.02
@@ -72,7 +75,6 @@ def _measure_shape(kind: str, shape: str, copy_gb_s: float, device: torch.device
     num_bytes = sum(each.nbytes for each in _tensors(weight))
     num_sets = max(2, -(-_CACHE_BYTES // num_bytes))
     weights = [weight, *(_copied(weight) for _ in range(num_sets - 1))]
-    rows = []
     for num_rows in (*FEW_ROWS, MANY_ROWS):
         x = torch.randn(num_rows, inputs, device=device, dtype=torch.bfloat16)
         reference = copy_gb_s
@@ -88,7 +90,7 @@ def _measure_shape(kind: str, shape: str, copy_gb_s: float, device: torch.device
             moved = num_bytes + x.nbytes + num_rows * outputs * 2
             gb_s, tflop_s = moved / time_ms / 1e6, 2 * num_rows * outputs * inputs / time_ms / 1e9
             achieved = tflop_s if num_rows == MANY_ROWS else gb_s
-            rows.append(
+            yield asdict(
                 ProductRow(
                     kind,
                     shape,
@@ -103,7 +105,6 @@ def _measure_shape(kind: str, shape: str, copy_gb_s: float, device: torch.device
                     torch.equal(linear(x[:1], sets[0]), linear(x, sets[0])[:1]) if batch_invariant else None,
                 )
             )
-    return rows
 
 
 def _make(kind: str, matrix: torch.Tensor) -> tuple[Weight, torch.Tensor]:

@@ -7,12 +7,14 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pelton.build import join_engine
+from pelton.build import connect_peers, join_engine
+from pelton.cluster.config import TransferConfig
 from pelton.core.model_spec import ModelSpec
 from pelton.core.protocols import MonotonicClock
 from pelton.core.request import Submission
@@ -85,14 +87,19 @@ class RunningEngine:
         *,
         quantization: str | None = None,
         same_weights: bool = False,
+        transfer: TransferConfig | None = None,
     ) -> None:
-        """`same_weights`: those of `MadeUpFiles`, else what a device draws by itself, which takes no time."""
+        """`same_weights`: those of `MadeUpFiles`, else what a device draws by itself, which takes no time. `transfer`:
+        other engines to take blocks from, or to give them to."""
         start_s = time.perf_counter()
         config = EngineConfig(**{"enable_prefix_caching": False, "host_kv_cache_gb": 0.0, **engine})
         model = ModelConfig(load_format="auto" if same_weights else "dummy", quantization=quantization)
         worker_config = WorkerConfig(**{"enable_weight_cache": False, **worker})
-        executor, info = build_executor(MadeUpFiles(spec), model, worker_config, config, eos_token_ids=())
-        joined = join_engine(config, executor, info, Letters(), MonotonicClock(), spec.kv_groups)
+        connect = partial(connect_peers, transfer) if transfer is not None else None
+        files = MadeUpFiles(spec)
+        executor, info = build_executor(files, model, worker_config, config, eos_token_ids=(), connect=connect)
+        joined = join_engine(config, executor, info, Letters(), MonotonicClock(), spec.kv_groups, executor)
+        self.engine = joined  # its thread's
         self.info = info
         self.spec = spec
         self.load_s = time.perf_counter() - start_s

@@ -16,7 +16,6 @@ Items = Mapping[str, Mapping[str, Any]]
 
 # Relative errors, as norms, of products beside what their rounded weights stand for: rounding of rows included.
 MOST_PRODUCT_ERROR = {"bf16": 6e-3, "int4 g128": 6e-3, "int8": 2e-2, "fp8": 6e-2, "fp8_block": 6e-2}
-MOST_ATTENTION_ERROR = 1e-2
 OF_THE_PEER = 4.0
 PAIR = ("throughput bf16", "transformers bf16")
 
@@ -98,8 +97,15 @@ def _beside_the_peer(items: Items) -> list[Verdict]:
 def wrong_results(items: Items) -> list[str]:
     """What the rows say that is not so; an item that raised is not among them."""
     wrong = []
+    for row in _rows(items, "kernels"):
+        errors = {name: value for name, value in row.items() if name != "most_error" and isinstance(value, float)}
+        wrong += [
+            f"kernels, {row['part']}: {name} {error:.1e} from float64"
+            for name, error in errors.items()
+            if not error <= row["most_error"]
+        ]
     for row in _rows(items, "attention"):
-        if not row["error"] <= MOST_ATTENTION_ERROR:
+        if not row["error"] <= row["most_error"]:
             wrong.append(f"attention, {row['name']}: error {row['error']:.1e}")
         if row["same_bits"] is False:
             wrong.append(f"attention, {row['name']}: other bits in other company")
@@ -112,5 +118,15 @@ def wrong_results(items: Items) -> list[str]:
 
 
 def _rows(items: Items, name: str) -> Rows:
-    rows: Rows = items.get(name, {}).get("rows", ())
-    return rows
+    """But those of parts that failed."""
+    return [row for row in items.get(name, {}).get("rows", ()) if "failed" not in row]
+
+
+def failures(items: Items) -> list[str]:
+    """Items, and parts of them, that gave no result."""
+    found = []
+    for name, result in items.items():
+        if "error" in result:
+            found.append(name)
+        found += [f"{name} ({row['part']})" for row in result["rows"] if "failed" in row]
+    return found

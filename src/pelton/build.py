@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from pelton.cluster.config import TransferConfig
 from pelton.core.config import setting_names
 from pelton.core.errors import ConfigError
 from pelton.engine.config import EngineConfig
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from pelton.bench.step_profile import StepProfile, StepProfilePlan
     from pelton.core.events import EngineInfo
     from pelton.core.model_spec import KVGroupSpec
-    from pelton.core.protocols import AdapterStore, BlockStore, Clock, Executor, TokenDecoder
+    from pelton.core.protocols import Clock, Executor, KVConnector, TokenDecoder, WorkerStores
     from pelton.engine.client import EngineClient
     from pelton.engine.engine import Engine
     from pelton.engine.kv.costs import KVCosts
@@ -46,6 +47,7 @@ class PeltonConfig:
     worker: WorkerConfig = field(default_factory=WorkerConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
+    transfer: TransferConfig = field(default_factory=TransferConfig)
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> PeltonConfig:
@@ -56,6 +58,7 @@ class PeltonConfig:
             "worker": WorkerConfig,
             "server": ServerConfig,
             "store": StoreConfig,
+            "transfer": TransferConfig,
         }
         room_of = {name: room for room, config_class in rooms.items() for name in setting_names(config_class)}
         values: dict[str, dict[str, Any]] = {room: {} for room in rooms}
@@ -85,7 +88,13 @@ def build_engine(config: PeltonConfig, decoder: TokenDecoder | None = None) -> E
     files = open_model(path)
     decoder = decoder or load_decoder(path, config.model.tokenizer, files)
     worker, info = build_executor(
-        files, config.model, config.worker, config.engine, eos_token_ids=decoder.eos_token_ids, decoder=decoder
+        files,
+        config.model,
+        config.worker,
+        config.engine,
+        eos_token_ids=decoder.eos_token_ids,
+        decoder=decoder,
+        connect=partial(connect_peers, config.transfer) if config.transfer.is_on else None,
     )
     executor: Executor = worker
     if config.engine.step_log is not None:
@@ -93,9 +102,7 @@ def build_engine(config: PeltonConfig, decoder: TokenDecoder | None = None) -> E
 
         executor = StepLogExecutor(worker, Path(config.engine.step_log), info.block_size)
     clock, groups = MonotonicClock(), files.spec.kv_groups
-    engine = join_engine(
-        config.engine, executor, info, decoder, clock, groups, block_store=worker.block_store, adapters=worker.adapters
-    )
+    engine = join_engine(config.engine, executor, info, decoder, clock, groups, worker)
     if worker.matchers is not None:
         engine.grammars.prepare = worker.matchers.prepare
     return engine
@@ -108,9 +115,7 @@ def join_engine(
     decoder: TokenDecoder,
     clock: Clock,
     groups: tuple[KVGroupSpec, ...],
-    *,
-    block_store: BlockStore | None = None,
-    adapters: AdapterStore | None = None,
+    stores: WorkerStores | None = None,
 ) -> Engine:
     """The control plane that `config` asks for, over whatever executes and tells the time."""
     from pelton.core.tenant import parse_tenants
@@ -126,7 +131,7 @@ def join_engine(
         len(groups) * info.kv_block_bytes // info.block_size,
         chunk=config.long_prefill_chunk or info.max_num_batched_tokens,
     )
-    kv = build_kv_manager(groups, config, info, clock, costs, block_store=block_store)
+    kv = build_kv_manager(groups, config, info, clock, costs, stores)
     policy_context = PolicyContext(
         tenants=parse_tenants(config.tenants),
         clock=clock,
@@ -154,6 +159,7 @@ def join_engine(
         costs=costs,
         enable_overlap=config.enable_overlap,
     )
+    adapters = stores.adapters if stores is not None else None
     engine.adapters = AdapterTable(adapters, (adapter for _, adapter in info.lora_modules))
     return engine
 
@@ -181,15 +187,16 @@ def build_kv_manager(
     info: EngineInfo,
     clock: Clock,
     costs: KVCosts,
-    *,
-    block_store: BlockStore | None = None,
+    stores: WorkerStores | None = None,
 ) -> KVManager:
-    """The pool of the device and the tiers behind it. Loads no model: simulations build theirs here too."""
+    """The pool of the device, the tiers behind it and the way to other engines. Loads no model, nor do simulations,
+    which build theirs here too."""
     from pelton.engine.kv.block_pool import BlockPool
     from pelton.engine.kv.disk import DiskTier
     from pelton.engine.kv.eviction import EVICTIONS
     from pelton.engine.kv.manager import KVManager
     from pelton.engine.kv.tiers import KVTiers
+    from pelton.engine.kv.transfer import KVTransfer
 
     def block_cost(index: int) -> float:
         """Of one more block in a chunk: what every step costs is the same for all."""
@@ -202,10 +209,10 @@ def build_kv_manager(
     if info.num_host_blocks > 1:
         host = BlockPool(info.num_host_blocks, make_eviction())
         disk = None
-        if block_store is not None:
-            disk = DiskTier(block_store, host, costs, max_bytes=int(config.disk_kv_cache_gb * 2**30))
+        if stores is not None and stores.block_store is not None:
+            disk = DiskTier(stores.block_store, host, costs, max_bytes=int(config.disk_kv_cache_gb * 2**30))
         tiers = KVTiers(host, costs, num_block_bytes=info.kv_block_bytes, disk=disk)
-    return KVManager(
+    kv = KVManager(
         groups,
         BlockPool(info.num_blocks, make_eviction()),
         info.block_size,
@@ -213,6 +220,24 @@ def build_kv_manager(
         identity=info.kv_identity,
         tiers=tiers,
     )
+    if stores is not None and stores.connector is not None:
+        kv.transfer = KVTransfer(stores.connector, kv.pool, tiers, kv.ops, costs, num_block_bytes=info.kv_block_bytes)
+    return kv
+
+
+def connect_peers(config: TransferConfig, info: EngineInfo) -> KVConnector:
+    """What moves KV blocks from and to other engines, as far as there is memory for them."""
+    from pelton.cluster.transfer import open_connector
+    from pelton.worker.executors.host_resources import num_available_memory_bytes
+
+    if not info.enable_prefix_caching:
+        raise ConfigError("kv_listen and kv_peers need prefix caching, which keeps the blocks: enable_prefix_caching")
+    num_bytes = int(config.kv_transfer_gb * 2**30) * (bool(config.kv_listen) + bool(config.kv_peers))
+    if num_bytes > num_available_memory_bytes():
+        raise ConfigError(
+            f"kv_transfer_gb is {config.kv_transfer_gb}, but {num_available_memory_bytes() / 2**30:.2f} GiB are free"
+        )
+    return open_connector(config, info)
 
 
 def build_engine_from_settings(settings: bytes) -> Engine:

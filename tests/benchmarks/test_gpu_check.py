@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.gpu.check import ITEMS, MISSED_LIMITS, PEER, TOTAL_S, conclude
+import torch
+from benchmarks.gpu import warm
+from benchmarks.gpu.check import ITEMS, MISSED_LIMITS, PEER, TOTAL_S, UNTIMED, conclude, finish_warming, run_apart
+from benchmarks.gpu.engine_items import summary
+from benchmarks.gpu.parts import in_parts
 from benchmarks.gpu.verdicts import LIMITS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,7 +45,7 @@ def test_without_a_gpu_it_says_so() -> None:
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("item", ["kernels", "same text", "throughput fp8"])
+@pytest.mark.parametrize("item", ["kernels", "same text", "throughput fp8", "hand-over"])
 def test_items_run_where_nothing_else_is_installed(item: str, tmp_path: Path) -> None:
     packages = tmp_path / "packages"
     packages.mkdir()
@@ -59,7 +65,9 @@ def test_items_run_where_nothing_else_is_installed(item: str, tmp_path: Path) ->
     report = json.loads(out.read_text())
     assert report["items"][item]["rows"]
     assert report["status"] == 0
-    assert "ok" in done.stdout
+    first, second = done.stdout.splitlines()[:2]
+    assert f"torch {torch.__version__}" in first
+    assert second.startswith("ok")
 
 
 def test_every_item_is_sure_of_its_time() -> None:
@@ -70,10 +78,10 @@ def test_every_item_is_sure_of_its_time() -> None:
 def all_well() -> dict[str, Any]:
     rates = [{"input": first, "output": second, "output_tok_s": 1000.0} for first, second in LENGTHS]
     rows: dict[str, list[dict[str, Any]]] = {
-        "kernels": [{}],
+        "kernels": [{"part": "norms, float32", "most_error": 1e-5, "rms_norm": 1e-7}, {"sampled": 64}],
         "single stream": [{"weights": name, "share": 0.86} for name in ("bfloat16", "fp8", "int4")],
         "prefill 8192": [{"tflop_s": 500.0, "share": 0.66}],
-        "attention": [{"name": "decode 256 x 2K", "share": 0.8, "error": 1e-3, "same_bits": True}],
+        "attention": [{"name": "decode 256 x 2K", "share": 0.8, "error": 1e-3, "same_bits": True, "most_error": 0.01}],
         "busy": [{"batch": 256, "busy": 0.98}],
         "throughput bf16": [{**row, "output_tok_s": 4500.0} for row in rates],
         PEER: rates,
@@ -92,6 +100,7 @@ def all_well() -> dict[str, Any]:
         ("attention", {"share": 0.7, "same_bits": False}, 1, "WRONG        attention, decode 256 x 2K: other bits"),
         ("attention", {"error": float("nan")}, 1, "error nan"),
         ("products", {"error": 0.5}, 1, "RESULTS ARE WRONG"),
+        ("kernels", {"rms_norm": 2e-5}, 1, "WRONG        kernels, norms, float32: rms_norm 2.0e-05 from float64"),
         ("throughput bf16", {"output_tok_s": 3900.0}, MISSED_LIMITS, "throughput 128/128"),
     ],
 )
@@ -113,3 +122,78 @@ def test_an_item_that_breaks_is_a_failure_unless_it_is_the_peer(item: str, statu
     report: dict[str, Any] = {"items": items}
     assert conclude(report) == status
     assert conclude({"items": items}, judged=False) == (1 if status == 1 else 0)
+
+
+def test_a_part_that_raises_costs_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    def broken() -> Iterator[dict[str, Any]]:
+        yield {"weights": "int4", "share": 0.9}
+        raise ValueError("no such kernel")
+
+    good = [{"weights": name, "share": 0.9} for name in ("bfloat16", "fp8")]
+    parts = [("first", lambda: good[:1]), ("second", broken), ("third", lambda: good[1:])]
+    rows = list(in_parts(parts))
+    assert [row.get("weights", row.get("part")) for row in rows] == ["bfloat16", "int4", "second", "fp8"]
+    assert "ValueError: no such kernel" in rows[2]["failed"]
+    assert "second: ValueError: no such kernel" in summary(rows)
+    items = all_well()
+    items["single stream"]["rows"] = rows
+    report: dict[str, Any] = {"items": items}
+    assert conclude(report) == 1
+    assert "no result: single stream (second)" in capsys.readouterr().out
+    assert [verdict["verdict"] for verdict in report["verdicts"]] == ["pass"] * 9
+
+
+def test_a_device_that_is_broken_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> list[dict[str, Any]]:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "synchronize", broken_device)
+        return broken_device()
+
+    def broken_device() -> list[dict[str, Any]]:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    rows = list(in_parts([("first", broken), ("second", lambda: [{}])]))
+    assert [row["part"] for row in rows] == ["first", "the rest"]
+    assert "first left the device unusable" in rows[1]["failed"]
+
+
+SLEEPER = """
+import json, sys, time
+from pathlib import Path
+Path(sys.argv[sys.argv.index("--out") + 1]).write_text(json.dumps({"rows": [{"done": 1}]}))
+time.sleep(60)
+"""
+
+
+def test_an_item_that_hangs_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = subprocess.Popen
+
+    def start_sleeper(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        return start([sys.executable, "-c", SLEEPER, *command[3:]], **options)
+
+    monkeypatch.setattr(subprocess, "Popen", start_sleeper)
+    found = run_apart("kernels", 3.0, tmp_path)
+    assert (found["rows"], found["error"]) == ([{"done": 1}], "took more than 3 s")
+
+
+def test_what_items_launch_can_be_compiled_before(tmp_path: Path) -> None:
+    """A decode of the model of equal text: every kernel of a step goes to Triton's cache."""
+    labels = [label for label, _ in warm.work()]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    share = str(labels.index("same text, 1"))
+    command = [sys.executable, "-m", "benchmarks.gpu.warm", share, str(len(labels)), "90"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    compiled = {path.stem for path in tmp_path.rglob("*.cubin")}
+    assert {"product_kernel", "attention_kernel", "merge_kernel", "_rms_norm_kernel", "choose_kernel"} <= compiled
+
+
+def test_compiling_ends_before_anything_is_timed() -> None:
+    sleepers = [subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) for _ in range(2)]
+    processes = list(sleepers)
+    finish_warming(processes, 0.05)
+    assert all(sleeper.returncode == -signal.SIGKILL for sleeper in sleepers)
+    assert not processes
+    assert set(UNTIMED) < set(ITEMS)
+    assert not set(UNTIMED) & {limit.item for limit in LIMITS}

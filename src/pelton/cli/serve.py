@@ -15,7 +15,7 @@ from pelton.cli.settings import resolve_settings
 ConfigFlag = Annotated[Path | None, Parameter(help="YAML file with settings; flags and PELTON_* variables win over it")]
 
 
-@with_settings(("model", "engine", "worker", "server", "store"))
+@with_settings(("model", "engine", "worker", "server", "store", "transfer"))
 def serve(*, config: ConfigFlag = None, **settings: Any) -> int:
     """Serve a model over HTTP, as OpenAI's API does."""
     resolved = resolve_settings(settings, os.environ, config)

@@ -13,7 +13,7 @@ _MISSING: dict[str, str] = {
     "guided_decoding_backend": "there is one: llguidance",
     "structured_outputs_config": "there is nothing to set: grammars are checked and masked by llguidance",
     "speculative_config": _NOT_YET,
-    "kv_transfer_config": _NOT_YET,
+    "kv_transfer_config": "its parts are --kv-connector, --kv-listen and --kv-peers here",
     "kv_events_config": _NOT_YET,
     "enable_lora": "adapters need no switch: --lora-modules NAME=PATH loads them",
     "max_cpu_loras": "its name here is --max-loras: adapters in memory, any number of which may share a step",

@@ -24,6 +24,11 @@ class KVOpKind(StrEnum):
     STORE = "store"  # device to tier, before the step
 
 
+# Tiers that blocks only pass through: memory of a `KVConnector`, from and to other engines.
+INBOX = "inbox"
+OUTBOX = "outbox"
+
+
 @dataclass(frozen=True, slots=True)
 class KVOp:
     """One block moved. `source` and `destination` are block ids within their tier; `tier` is the other one."""

@@ -52,7 +52,7 @@ class EngineStats:
     time_s: float = 0.0
     num_running: int = 0
     num_waiting: int = 0
-    num_deferred: int = 0  # of these, waiting for a grammar, for KV from disk, or for the prompt they share
+    num_deferred: int = 0  # of these, waiting for a grammar, for KV from disk or a peer, or for the prompt they share
     num_blocks_total: int = 0
     num_blocks_used: int = 0
     num_blocks_cached: int = 0
@@ -76,6 +76,10 @@ class EngineStats:
     num_disk_read_blocks_total: int = 0
     num_disk_failed_writes_total: int = 0
     num_disk_failed_reads_total: int = 0  # missing, damaged or foreign
+    num_peer_received_blocks_total: int = 0  # from other engines
+    num_peer_failed_blocks_total: int = 0  # asked for and not had: missing there, damaged, or the engine is gone
+    num_peer_dropped_blocks_total: int = 0  # received, but the cache had no room
+    num_peer_sent_blocks_total: int = 0  # copied for other engines to read
     schedule_s_total: float = 0.0  # step time split: seconds in schedule()
     execute_s_total: float = 0.0  # seconds in the executor
     postprocess_s_total: float = 0.0  # seconds on results: stops, text, outputs

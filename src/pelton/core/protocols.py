@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from pelton.core.batch import BlockKey, ScheduledBatch, StepResult
 from pelton.core.events import TenantStats
@@ -172,6 +172,54 @@ class BlockStore(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class WantedBlocks:
+    """Blocks that another engine asks for, the first of a chain first."""
+
+    keys: tuple[BlockKey, ...]
+    # Outbox slots that hold the first so many of them; set by the engine.
+    offer: Future[tuple[int, ...]] = field(default_factory=Future)
+    # Set by the connector: the other engine has read them, or will not.
+    taken: Future[None] = field(default_factory=Future)
+
+
+class KVConnector(Protocol):
+    """Moves blocks between this engine and others, through memory of its own, on threads of its own.
+
+    Slots of the outbox are read by other engines, those of the inbox are filled from theirs. The engine says which
+    slot is whose, and has them written and read by operations of a step; see `engine/kv/transfer.py`.
+    """
+
+    @property
+    def inbox(self) -> Any:
+        """Bytes [num_slots, block_bytes]: a numpy array, or a tensor where blocks stay on a device."""
+        ...
+
+    @property
+    def outbox(self) -> Any: ...
+
+    @property
+    def can_fetch(self) -> bool:
+        """Whether there is an engine to ask, as far as is known."""
+        ...
+
+    def fetch(self, slot_ids: Sequence[int], keys: Sequence[BlockKey]) -> Future[BlockRead]:
+        """Bring blocks from other engines into the inbox; done within bounded time, and never with an exception."""
+        ...
+
+    def take_wanted(self) -> list[WantedBlocks]:
+        """What others have asked for since the last call."""
+        ...
+
+    def wake_with(self, wake: Callable[[], None]) -> None:
+        """`wake` is called, on threads of the connector, when `take_wanted` has something to give."""
+        ...
+
+    def close(self) -> None:
+        """End what is being moved, and free the memory."""
+        ...
+
+
 class AdapterStore(Protocol):
     """Keeps LoRA adapters in the worker's memory; requests name them by `lora_id`."""
 
@@ -182,6 +230,19 @@ class AdapterStore(Protocol):
     def remove(self, lora_id: str) -> None:
         """Free one that no step names any more."""
         ...
+
+
+class WorkerStores(Protocol):
+    """What of a worker the control plane uses beside its steps; None: it has none."""
+
+    @property
+    def block_store(self) -> BlockStore | None: ...
+
+    @property
+    def adapters(self) -> AdapterStore | None: ...
+
+    @property
+    def connector(self) -> KVConnector | None: ...
 
 
 class KVCompressor(Protocol):

@@ -27,13 +27,14 @@ class EngineConfig:
     block_size: int = setting(16, "tokens in a KV block")
     kv_cache_memory_gb: float | None = setting(
         None,
-        "memory for KV blocks, in GiB; default: a quarter of what is free, at most 4; on a GPU all but what steps take",
+        "memory for KV blocks of each rank, in GiB; default: a quarter of what is free, at most 4 in all; on a GPU "
+        "all but what steps take",
     )
     num_kv_blocks: int | None = setting(None, "number of KV blocks, instead of --kv-cache-memory-gb")
     host_kv_cache_gb: float | None = setting(
         None,
-        "host memory for KV blocks that leave the cache, in GiB, taken as it is used; 0: none; default: as much as "
-        "the cache has, at most an eighth of what is free; with a GPU pinned at once, at most 4",
+        "host memory for KV blocks that leave the cache of each rank, in GiB, taken as it is used; 0: none; default: "
+        "as much as the cache has, at most an eighth of what is free; with a GPU pinned at once, at most 4 in all",
     )
     disk_kv_cache_dir: str | None = setting(
         None, "folder for KV blocks that outlive the process; its blocks are readable to this user only"

@@ -30,7 +30,7 @@ from pelton.engine.adapters import AdapterTable
 from pelton.engine.admission import check_submission, make_requests
 from pelton.engine.grammar_hold import GrammarHold
 from pelton.engine.kv.costs import KVCosts
-from pelton.engine.kv.read_ahead import ReadAhead
+from pelton.engine.kv.kv_wait import KVWait
 from pelton.engine.output_processor import OutputProcessor, error_output, pooled_output, prompt_logprobs_output
 from pelton.engine.scheduler import Scheduler
 from pelton.engine.tenancy import Tenancy
@@ -74,7 +74,7 @@ class Engine:
         self._schedule_at_s: float | None = None  # when the step after the running one is made
         self._submissions: dict[str, list[Request]] = {}  # sequences of a submission that have not ended
         self.grammars = GrammarHold()
-        self._read_ahead = ReadAhead(scheduler.kv, clock)
+        self._kv_wait = KVWait(scheduler.kv, clock)
         self._forks: dict[str, list[Request]] = {}  # leader's id -> siblings that wait for its prompt
         self._deadlines: list[tuple[float, str]] = []  # heap of (deadline, submission id)
         self._outputs: list[RequestOutput] = []
@@ -116,7 +116,7 @@ class Engine:
             self._wait_for_kv(requests[0])
 
     def _wait_for_kv(self, request: Request) -> None:
-        if not self._read_ahead.try_hold(request):
+        if not self._kv_wait.try_hold(request):
             self.scheduler.add(request)
 
     def cancel(self, request_id: str) -> None:
@@ -141,7 +141,7 @@ class Engine:
     def next_deadline_s(self) -> float | None:
         """When `expire` or `dispatch` has something to do even if nothing else happens."""
         deadline_s = self._deadlines[0][0] if self._deadlines else None
-        times_s = (deadline_s, self.tenancy.next_expiry_s, self._read_ahead.next_deadline_s, self._schedule_at_s)
+        times_s = (deadline_s, self.tenancy.next_expiry_s, self._kv_wait.next_deadline_s, self._schedule_at_s)
         return min((time_s for time_s in times_s if time_s is not None), default=None)
 
     @property
@@ -151,7 +151,7 @@ class Engine:
     @property
     def _num_deferred(self) -> int:
         """Waiting for something else than room."""
-        return len(self.grammars) + len(self._read_ahead) + sum(map(len, self._forks.values()))
+        return len(self.grammars) + len(self._kv_wait) + sum(map(len, self._forks.values()))
 
     @property
     def has_work(self) -> bool:
@@ -169,7 +169,7 @@ class Engine:
                     error if isinstance(error, PeltonError) else PeltonError(f"the grammar cannot be used: {error}")
                 )
                 self._fail(request.parent_id or request.request_id, problem)
-        for request in self._read_ahead.take_ready():
+        for request in self._kv_wait.take_ready():
             self.scheduler.add(request)
         while len(self._in_flight) < self._max_in_flight:
             started_s = self.clock.now_s()
@@ -200,9 +200,11 @@ class Engine:
         """`wake` is called, on another thread, when `dispatch` has something to do that no step tells of."""
         self.grammars.wake = wake
         self.adapters.on_done = wake
-        tiers = self.scheduler.kv.tiers
+        tiers, transfer = self.scheduler.kv.tiers, self.scheduler.kv.transfer
         if tiers is not None and tiers.disk is not None:
             tiers.disk.on_done = wake
+        if transfer is not None:
+            transfer.wake_with(wake)
 
     @property
     def is_step_done(self) -> bool:
@@ -327,7 +329,7 @@ class Engine:
     def _end(self, request: Request, reason: FinishReason, detail: str) -> None:
         request.finish_reason = reason
         self.grammars.drop(request)
-        self._read_ahead.drop(request)
+        self._kv_wait.drop(request)
         keep_s = self.tenancy.ended(request, reason)
         if keep_s > 0.0:
             self._record(request, EventKind.PINNED, request.num_computed_tokens, f"{keep_s:.3f}")

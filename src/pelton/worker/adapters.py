@@ -57,7 +57,10 @@ class LoadedAdapters:
         num_bytes = sum(module.a.data.nbytes + module.b.data.nbytes for module in weights.modules.values())
         if num_bytes > (num_free := num_available_memory_bytes()):
             raise ConfigError(f"the adapter at {path} takes {num_bytes >> 20} MiB, but {num_free >> 20} MiB are free")
-        adapter = self._kernels.make_adapter(weights, self._sites)
+        try:
+            adapter = self._kernels.make_adapter(weights, self._sites)
+        except MemoryError as error:
+            raise ConfigError(f"the adapter at {path} takes {num_bytes >> 20} MiB, and the device is full") from error
         info = LoraAdapter(weights.lora_id, path, weights.rank, adapter.num_bytes, weights.base_model)
         with self._lock:
             return self._loaded.setdefault(weights.lora_id, (info, adapter))[0]

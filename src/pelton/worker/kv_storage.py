@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from pelton.core.batch import KVOp, KVOpKind
 from pelton.core.errors import EngineStepError
 from pelton.core.model_spec import ModelSpec
-from pelton.worker.kernels.block_copies import CopyTimes
+from pelton.worker.kernels.block_copies import RunningCopies
 from pelton.worker.kernels.ops import Kernels, LayerCache
 from pelton.worker.kv_format import KV_FORMATS
 
@@ -47,6 +48,7 @@ class KVStorage:
 
         self._copies = kernels.make_block_copies()
         self._host_bytes = self._copies.empty_host(num_host_blocks, self._data.nbytes // num_blocks)
+        self._tiers: dict[str, Any] = {"host": self._host_bytes}
 
     def warm_up(self) -> None:
         """Write the null block, which brings in the pages that each layer's first blocks share with it: huge ones,
@@ -69,18 +71,19 @@ class KVStorage:
         """The bytes of a block in host memory, to read and to write."""
         return self._host_bytes[slot_id].data
 
-    def move(self, ops: Iterable[KVOp]) -> None:
-        """Copy blocks, in every layer, one operation after another. Host memory is right after `wait`."""
+    def add_tier(self, name: str, slots: Any) -> None:
+        """Let operations name another tier: bytes [num_slots, block_bytes], a numpy array or one of the device."""
+        self._tiers[name] = slots
+
+    def move(self, ops: Iterable[KVOp]) -> RunningCopies:
+        """Copy blocks, in every layer, one operation after another. Host memory is right once they are waited for."""
         for op in ops:
             if op.kind is KVOpKind.COPY:
                 self._copies.copy(self._data[:, :, op.destination], self._data[:, :, op.source])
-            elif op.tier != "host":
+            elif (slots := self._tiers.get(op.tier)) is None:
                 raise EngineStepError(f"KV operation {op.kind} needs tier {op.tier!r}, and this worker has none")
             elif op.kind is KVOpKind.STORE:
-                self._copies.store(self._host_bytes[op.destination], self._data[:, :, op.source])
+                self._copies.store(slots[op.destination], self._data[:, :, op.source])
             else:
-                self._copies.load(self._data[:, :, op.destination], self._host_bytes[op.source])
-
-    def wait(self) -> CopyTimes | None:
-        """Until the moves so far are done. Their times, where the host's clock has not seen them."""
-        return self._copies.wait()
+                self._copies.load(self._data[:, :, op.destination], slots[op.source])
+        return self._copies.take_running()

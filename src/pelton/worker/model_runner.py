@@ -18,6 +18,7 @@ from pelton.core.batch import NULL_BLOCK_ID, PENDING_TOKEN_ID, ScheduledBatch, S
 from pelton.core.output import TokenLogprobs
 from pelton.worker.adapters import LoadedAdapters
 from pelton.worker.forward_batch import Adapters, ForwardBatch, GroupBatch, Ints
+from pelton.worker.kernels.block_copies import RunningCopies
 from pelton.worker.kernels.ops import Array
 from pelton.worker.kv_storage import KVStorage
 from pelton.worker.layers.rotary import RotaryTable, Rotation, rotary_tables
@@ -52,6 +53,7 @@ class RunningStep:
     batch: ScheduledBatch
     start_s: float
     answers: _Answers
+    copies: RunningCopies | None = None
     kv_copy_s: float = 0.0
     kv_moved_s: float | None = None
     rows: Sequence[StepRow] = ()  # that sample late
@@ -116,7 +118,8 @@ class ModelRunner:
         step = RunningStep(batch, start_s, _Answers([()] * count, [None] * count, [None] * count))
         try:
             # First of all: later steps count on it, whatever becomes of this one.
-            self._kv.move(batch.kv_ops)
+            if batch.kv_ops:
+                step.copies = self._kv.move(batch.kv_ops)
             step.kv_copy_s = time.perf_counter() - start_s if batch.kv_ops else 0.0
             step.answers.failed.update(self._states.update(batch))
             rows = self._select_rows(batch, step.answers)
@@ -146,10 +149,8 @@ class ModelRunner:
         try:
             if step.samples is not None:
                 self._take_samples(step.rows, step.samples.result(), answers)
-            if step.batch.kv_ops:
-                copied = self._kv.wait()
-                if copied is not None:
-                    step.kv_copy_s, step.kv_moved_s = copied.loads_s, copied.loads_s + copied.stores_s
+            if step.copies is not None and (copied := step.copies.wait()) is not None:
+                step.kv_copy_s, step.kv_moved_s = copied.loads_s, copied.loads_s + copied.stores_s
         except BaseException as error:
             self._states.forget(scheduled.request_id for scheduled in step.batch.requests)
             step.error = error

@@ -5,8 +5,10 @@ Hidden states and logits are whole on every rank; so are the choices of tokens, 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from pelton.weights.shards import cut_outputs, share_of, whole_shape
@@ -21,6 +23,29 @@ class RankPlace:
     rank: int
     size: int
     store: str  # a file that all ranks see, and that is not there yet: where they meet
+
+
+MEETING_S = 300.0
+_LOOK_S = 0.01
+
+
+def wait_for_all(place: RankPlace, timeout_s: float = MEETING_S) -> None:
+    """Until all ranks have come to the folder of the store: who waits in a library's own meeting cannot be called off.
+
+    Raises `ConnectionError` where the folder is gone, since somebody has given up, and where one stays away.
+    """
+    folder = Path(place.store).parent
+    end_s = time.monotonic() + timeout_s
+    try:
+        (folder / f"rank-{place.rank}").touch()
+        while missing := [rank for rank in range(place.size) if not (folder / f"rank-{rank}").exists()]:
+            if not folder.exists():
+                raise FileNotFoundError(folder)
+            if time.monotonic() > end_s:
+                raise ConnectionError(f"rank {place.rank} waited {timeout_s:.0f} s in vain for ranks {missing}")
+            time.sleep(_LOOK_S)
+    except FileNotFoundError as error:
+        raise ConnectionError(f"rank {place.rank} was called off: {error}") from error
 
 
 class Ranks(Protocol):

@@ -33,3 +33,18 @@ def test_without_a_gpu_only_the_interpreter_runs(monkeypatch: pytest.MonkeyPatch
 def test_activation_types_are_native_kernels_alone() -> None:
     with pytest.raises(ConfigError, match="only native kernels round activations"):
         make_kernels("triton", activation_dtype="int8")
+
+
+def test_float8_needs_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = make_kernels("triton")
+    assert "fp8" in kernels.kv_dtypes
+    kernels.round_weights("fp8")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    assert not device.has_float8(torch.device("cuda"))
+    monkeypatch.setattr("pelton.worker.kernels.triton.backend.has_float8", lambda _: False)
+    kernels = make_kernels("triton")
+    assert "fp8" not in kernels.kv_dtypes
+    assert "int8" in kernels.kv_dtypes
+    for name in ("fp8", "fp8_block"):
+        with pytest.raises(ConfigError, match=r"capability 8\.9 or more: use w8a8 or int4"):
+            kernels.round_weights(name)

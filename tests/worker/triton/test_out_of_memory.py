@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from inspect import getattr_static
@@ -23,8 +24,14 @@ from pelton.worker.kernels.reference import ReferenceKernels
 from pelton.worker.kernels.triton import graphs
 from pelton.worker.kernels.triton.backend import TritonKernels
 from pelton.worker.kernels.triton.device import memory_errors
+from pelton.worker.kernels.triton.embedding import embedding
+from pelton.worker.kernels.triton.quantize_rows import quantize_rows
+from pelton.worker.kv_storage import KVStorage
+from pelton.worker.model_runner import ModelRunner
+from pelton.worker.models.registry import make_dummy_model
 from pelton.worker.step_pieces import OUT_OF_MEMORY, StepLimit
 from tests.make import EOS_TOKEN_ID, ByteDecoder, make_submission, run
+from tests.worker.triton.test_block_copies import make_batch
 from tests.worker.triton.test_engine import ENGINE, SPEC, SpecOnly
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore:overflow encountered")]
@@ -142,6 +149,7 @@ def test_after_a_while_larger_steps_are_tried_again() -> None:
     [
         (torch.OutOfMemoryError("full"), MemoryError),
         (RuntimeError("Triton Error [CUDA]: out of memory"), MemoryError),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), MemoryError),
         (RuntimeError("an illegal memory access was encountered"), RuntimeError),
     ],
 )
@@ -156,6 +164,30 @@ def test_errors_of_a_full_device_are_told_from_others(error: Exception, becomes:
         work()
     assert type(raised.value) is becomes
     assert given_up == ([True] if becomes is MemoryError else [])
+
+
+def test_what_is_kept_between_products_and_steps_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = TritonKernels("float32")
+    storage = KVStorage(SPEC, 8, 4, "float32", kernels)
+    runner = ModelRunner(
+        make_dummy_model(SPEC, kernels), storage, kernels.make_sampler(SPEC.vocab_size, ()), block_size=4
+    )
+    runner.run_step(make_batch(1))
+    normed = torch.ones(4, 128)
+    kernels._scratch.keep_rounded(normed, "int8", quantize_rows(normed, "int8"))
+    kept = [weakref.ref(normed), weakref.ref(runner._program._hidden)]  # type: ignore[attr-defined]
+    del normed
+    held: list[bool] = []
+
+    def refuse_once(*args: Any) -> torch.Tensor:
+        held.append(any(each() is not None for each in kept))
+        if len(held) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return embedding(*args)
+
+    monkeypatch.setattr(TritonKernels, "embedding", staticmethod(refuse_once))
+    assert runner.run_step(make_batch(2)).failed is None
+    assert held == [True, False]
 
 
 def test_a_graph_that_finds_no_memory_leaves_the_step_as_it_was_computed(monkeypatch: pytest.MonkeyPatch) -> None:

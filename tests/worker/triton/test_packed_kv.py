@@ -194,8 +194,8 @@ def test_blocks_take_their_scales_along(name: str) -> None:
     for cache in caches:
         cache.random_(0, 256)
     block = [cache[2].clone() for cache in caches]
-    storage.move([KVOp(KVOpKind.COPY, 2, 5), KVOp(KVOpKind.STORE, 2, 1, "host"), KVOp(KVOpKind.LOAD, 1, 3, "host")])
-    storage.wait()
+    moves = [KVOp(KVOpKind.COPY, 2, 5), KVOp(KVOpKind.STORE, 2, 1, "host"), KVOp(KVOpKind.LOAD, 1, 3, "host")]
+    storage.move(moves).wait()
     for cache, wanted in zip(caches, block, strict=True):
         assert torch.equal(cache[5], wanted)
         assert torch.equal(cache[3], wanted)

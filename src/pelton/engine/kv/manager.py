@@ -10,7 +10,7 @@ that still reads it is in flight is written only by a later step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain
 
 from pelton.core.batch import NULL_BLOCK_ID, BlockKey, KVOp, KVOpKind
@@ -21,6 +21,7 @@ from pelton.engine.kv.block_pool import BlockPool
 from pelton.engine.kv.pins import PinTable
 from pelton.engine.kv.prefix_match import PrefixIndex, PrefixMatch, RequestMemo
 from pelton.engine.kv.tiers import KVTiers
+from pelton.engine.kv.transfer import KVTransfer
 
 
 class KVManager:
@@ -43,6 +44,8 @@ class KVManager:
         self._has_windows = any(group.sliding_window is not None for group in groups)
         self._roots: dict[tuple[str, str], bytes] = {}
         self.tiers = tiers
+        self.transfer: KVTransfer | None = None  # blocks from and to other engines
+        self.ops: list[KVOp] = tiers.ops if tiers is not None else []  # for the next batch, in order
         self.prefixes = PrefixIndex(groups, pool, block_size, tiers)
         if tiers is not None:
             pool.on_evict = tiers.store
@@ -222,7 +225,9 @@ class KVManager:
         return kv_ops
 
     def _take_ops(self) -> list[KVOp]:
-        return self.tiers.take_ops() if self.tiers is not None else []
+        ops = self.ops.copy()
+        self.ops.clear()
+        return ops
 
     def _shared_blocks_to_write(self, request: Request, start: int) -> list[tuple[list[int], int]]:
         """Only the block that `start` falls into can be shared and written: later ones are new."""
@@ -332,22 +337,24 @@ class KVManager:
 
     def take_moves(self, num_blocks: int) -> list[KVOp]:
         """What else is to be moved with this step; up to `num_blocks` on their way to disk."""
-        if self.tiers is None:
-            return []
-        self.tiers.save(self.pool, num_blocks)
-        return self.tiers.take_ops()
+        if self.tiers is not None:
+            self.tiers.save(self.pool, num_blocks)
+        return self._take_ops()
 
-    def complete(self, kv_ops: Iterable[KVOp], elapsed_s: float = 0.0) -> None:
+    def complete(self, kv_ops: Sequence[KVOp], elapsed_s: float = 0.0) -> None:
         """A step has ended, well or not; its operations took `elapsed_s`."""
         if self.tiers is not None:
             self.tiers.complete(kv_ops, elapsed_s)
+        if self.transfer is not None:
+            self.transfer.complete(kv_ops)
 
     def tier_stats(self) -> dict[str, int]:
         """Fields of `EngineStats`."""
+        stats = {} if self.transfer is None else self.transfer.stats()
         if self.tiers is None:
-            return {}
+            return stats
         host, counters, disk = self.tiers.host, self.tiers.counters, self.tiers.disk
-        stats = {
+        stats |= {
             "num_host_blocks": host.num_total,
             "num_host_blocks_cached": host.num_cached,
             "num_host_hit_tokens_total": counters.num_loaded_blocks * self.block_size // len(self.groups),
@@ -373,6 +380,8 @@ class KVManager:
         self.pool.check([block_id for block_id in table if block_id != NULL_BLOCK_ID] for table in tables)
         if self.tiers is not None:
             self.tiers.check()
+        if self.transfer is not None:
+            self.transfer.check()
 
     def _root(self, request: Request) -> bytes:
         key = (request.cache_salt, request.lora_id)

@@ -11,7 +11,7 @@ has ended: its memory may be given to others (a disk, say) as soon as nobody hol
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pelton.core.batch import BlockKey, KVOp, KVOpKind
@@ -44,7 +44,7 @@ class KVTiers:
         costs.tiers = (HOST,)
         self.counters = TierCounters()
         self._num_block_bytes = num_block_bytes
-        self._ops: list[KVOp] = []
+        self.ops: list[KVOp] = []  # for the next batch, in order
         self._held: Counter[int] = Counter()  # host block -> operations under way that name it
         self._unsaved: OrderedDict[BlockKey, None] = OrderedDict()  # on the device, to be stored for the disk
 
@@ -91,7 +91,7 @@ class KVTiers:
             self.counters.num_loaded_disk_blocks += 1
 
     def _hold(self, op: KVOp, slot_id: int) -> None:
-        self._ops.append(op)
+        self.ops.append(op)
         self._held[slot_id] += 1
 
     def note_cached(self, block: Block) -> None:
@@ -111,12 +111,7 @@ class KVTiers:
                 self.store(device.blocks[block_id])
                 num_blocks -= 1
 
-    def take_ops(self) -> list[KVOp]:
-        """Operations for the next batch, in order."""
-        ops, self._ops = self._ops, []
-        return ops
-
-    def complete(self, ops: Iterable[KVOp], elapsed_s: float) -> None:
+    def complete(self, ops: Sequence[KVOp], elapsed_s: float) -> None:
         """The step that carried `ops` has ended; moving them took `elapsed_s`."""
         moved = [op.destination if op.kind is KVOpKind.STORE else op.source for op in ops if op.tier == HOST]
         for slot_id in moved:
@@ -124,7 +119,9 @@ class KVTiers:
             if not self._held[slot_id]:
                 del self._held[slot_id]
         self.host.release(moved)
-        self.costs.copies_from(HOST).observe(len(moved) * self._num_block_bytes, elapsed_s)
+        if moved:
+            own_s = elapsed_s * len(moved) / len(ops)
+            self.costs.copies_from(HOST).observe(len(moved) * self._num_block_bytes, own_s)
 
     def check(self) -> None:
         """Assert that host blocks are held by what is under way and by nothing else. For tests."""

@@ -15,11 +15,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pelton.core.batch import INBOX, OUTBOX
 from pelton.core.errors import ConfigError
 from pelton.core.events import EngineInfo
 from pelton.core.lora import LoraAdapter
 from pelton.core.model_spec import ModelSpec
-from pelton.core.protocols import TokenDecoder
+from pelton.core.protocols import KVConnector, TokenDecoder
 from pelton.engine.config import EngineConfig
 from pelton.weights.channel_quantization import CHANNEL_QUANTIZATIONS, ChangedFiles, QuantizedFiles, in_groups
 from pelton.weights.config import ModelConfig, parse_lora_modules
@@ -28,20 +29,21 @@ from pelton.weights.shards import shard_spec
 from pelton.weights.tensors import ModelFiles
 from pelton.worker.adapters import LoadedAdapters
 from pelton.worker.config import WorkerConfig
-from pelton.worker.executors.host_resources import num_available_cores, num_available_memory_bytes
+from pelton.worker.executors.host_resources import num_available_cores
 from pelton.worker.executors.in_process import InProcessExecutor
-from pelton.worker.executors.kv_plan import KVPlan, gib, plan_on, wanted_model_len
+from pelton.worker.executors.kv_plan import KVPlan, find_free_memory, gib, plan_on, wanted_model_len
 from pelton.worker.kernels.ops import Kernels, choose_kernels
 from pelton.worker.kv_disk import DiskStore
 from pelton.worker.kv_format import KV_FORMATS
 from pelton.worker.kv_storage import KVStorage
 from pelton.worker.model_runner import ModelRunner
 from pelton.worker.models.registry import Model, load_model, make_dummy_model
-from pelton.worker.parallel import RankPlace, Ranks
+from pelton.worker.parallel import RankPlace, Ranks, wait_for_all
 from pelton.worker.sampling.grammar import GrammarMatchers
 
 if TYPE_CHECKING:
-    from pelton.worker.executors.sharded import OtherRank, ShardedExecutor
+    from pelton.worker.executors.other_rank import OtherRank
+    from pelton.worker.executors.sharded import ShardedExecutor
 
     WorkerExecutor = InProcessExecutor | ShardedExecutor
 
@@ -57,23 +59,28 @@ def build_executor(
     *,
     eos_token_ids: Iterable[int],
     decoder: TokenDecoder | None = None,
+    connect: Callable[[EngineInfo], KVConnector] | None = None,
 ) -> tuple[WorkerExecutor, EngineInfo]:
     """Load the model, allot the KV cache, start the executor's thread.
 
     `eos_token_ids` end a generation; the sampler bans them until a request's `min_tokens`. Without the
-    model's `decoder`, requests with a grammar fail. Raises `ConfigError` where the settings do not fit the
-    model or the machine, `ModelFileError` or `UnsupportedModelError` where the files do not.
+    model's `decoder`, requests with a grammar fail. `connect` makes what moves blocks from and to other engines.
+    Raises `ConfigError` where the settings do not fit the model or the machine, `ModelFileError` or
+    `UnsupportedModelError` where the files do not.
     """
     parts = (files, model_config, worker_config, engine_config)
     if worker_config.tensor_parallel_size == 1:
-        return _build_here(parts, eos_token_ids, decoder, None)
+        return _build_here(parts, eos_token_ids, decoder, None, connect)
+    if connect is not None:
+        raise ConfigError("KV blocks go to other engines from one rank only: leave kv_listen and kv_peers out")
     shard_spec(files.spec, worker_config.tensor_parallel_size)
     _check_sharded(model_config, worker_config, engine_config)
+    from pelton.worker.executors.other_rank import build_beside
     from pelton.worker.executors.sharded import ShardedExecutor
 
     place, others = _start_others(files, model_config, worker_config, engine_config)
     try:
-        own, info = _build_here(parts, eos_token_ids, decoder, place)
+        own, info = build_beside(others, lambda: _build_here(parts, eos_token_ids, decoder, place))
     except BaseException:
         for other in others:
             other.kill()
@@ -88,20 +95,39 @@ def _build_here(
     eos_token_ids: Iterable[int],
     decoder: TokenDecoder | None,
     place: RankPlace | None,
+    connect: Callable[[EngineInfo], KVConnector] | None = None,
 ) -> tuple[InProcessExecutor, EngineInfo]:
     """The executor of this process, for the whole model or a rank of it."""
     start_s = time.perf_counter()
-    files, model_config, worker_config, engine_config = parts
+    files, _, worker_config, engine_config = parts
     wanted_model_len(files.spec, engine_config)
     num_threads = worker_config.threads or max(1, num_available_cores() // worker_config.tensor_parallel_size)
     kernels = choose_kernels(worker_config, num_threads, 0 if place is None else place.rank)
     ranks = None if place is None else _join(place, kernels, worker_config)
+    try:
+        executor, info = _build_on((kernels, num_threads), ranks, parts, eos_token_ids, decoder, connect)
+    except BaseException:
+        if ranks is not None:
+            ranks.leave()
+        raise
+    return executor, replace(info, load_s=time.perf_counter() - start_s)
+
+
+def _build_on(
+    kernels_and_threads: tuple[Kernels, int],
+    ranks: Ranks | None,
+    parts: tuple[ModelFiles, ModelConfig, WorkerConfig, EngineConfig],
+    eos_token_ids: Iterable[int],
+    decoder: TokenDecoder | None,
+    connect: Callable[[EngineInfo], KVConnector] | None,
+) -> tuple[InProcessExecutor, EngineInfo]:
+    (kernels, num_threads), (files, model_config, worker_config, engine_config) = kernels_and_threads, parts
     engine_config = engine_config.sized_for(kernels.step_size)
     step_size = engine_config.step_size()
     kv_dtype = _resolve_kv_dtype(worker_config.kv_cache_dtype, kernels)
     model = load_weights(files, model_config, worker_config, kernels, ranks)
     spec = model.spec
-    plan = plan_on(spec, engine_config, KV_FORMATS[kv_dtype], kernels)
+    plan = plan_on(spec, engine_config, KV_FORMATS[kv_dtype], kernels, find_free_memory(kernels, ranks))
     if ranks is not None:
         plan = KVPlan(*ranks.least((plan.num_blocks, plan.max_model_len, plan.num_host_blocks)))
     kv = _allocate_kv(spec, plan, engine_config.block_size, kv_dtype, kernels)
@@ -131,7 +157,6 @@ def _build_here(
         kernels=kernels.name,
         num_threads=num_threads,
         enable_prefix_caching=engine_config.enable_prefix_caching,
-        load_s=time.perf_counter() - start_s,
         num_host_blocks=plan.num_host_blocks,
         kv_block_bytes=KV_FORMATS[kv_dtype].block_bytes(spec, engine_config.block_size),
         kv_identity=_kv_identity(files, model_config, worker_config, kernels, (kv_dtype, engine_config.block_size)),
@@ -139,13 +164,15 @@ def _build_here(
         max_loras=model_config.max_loras,
     )
     store, on_close = _open_block_store(engine_config, info, kv), None if ranks is None else ranks.leave
-    return InProcessExecutor(runner, store, matchers, adapters, on_close=on_close), info
+    connector = None if connect is None else _connected(connect(info), kv)
+    return InProcessExecutor(runner, store, matchers, adapters, on_close=on_close, connector=connector), info
 
 
 def _join(place: RankPlace, kernels: Kernels, config: WorkerConfig) -> Ranks:
     """Waits until all ranks have come."""
-    from pelton.worker.kernels.reference.ranks import TorchRanks
+    from pelton.worker.kernels.torch_ranks import TorchRanks
 
+    wait_for_all(place)
     device = None if kernels.device_name == "cpu" else place.rank
     return TorchRanks(place.rank, place.size, place.store, device, batch_invariant=config.batch_invariance)
 
@@ -178,7 +205,8 @@ def _start_others(
     """The place of rank 0, and the processes of the others, once these have found their model."""
     import msgspec
 
-    from pelton.worker.executors.sharded import OtherRank, new_store
+    from pelton.worker.executors.other_rank import OtherRank
+    from pelton.worker.executors.sharded import new_store
 
     place = RankPlace(0, worker_config.tensor_parallel_size, new_store())
     if model_config.load_format != "dummy":
@@ -249,6 +277,12 @@ def _open_block_store(config: EngineConfig, info: EngineInfo, kv: KVStorage) -> 
     return DiskStore(folder, info.kv_identity, info.kv_block_bytes, kv.host_block)
 
 
+def _connected(connector: KVConnector, kv: KVStorage) -> KVConnector:
+    kv.add_tier(INBOX, connector.inbox)
+    kv.add_tier(OUTBOX, connector.outbox)
+    return connector
+
+
 def _resolve_kv_dtype(name: str, kernels: Kernels) -> str:
     if name == "auto":
         return kernels.kv_dtypes[0]
@@ -285,9 +319,7 @@ def load_weights(
     files = _as_multiplied(files, model_config, worker_config)
     num_bytes = sum(kernels.num_weight_bytes(files.tensor(name)) for name in files.tensor_names())
     num_bytes //= 1 if ranks is None else ranks.size  # nearly
-    num_free = kernels.num_free_bytes()
-    if num_free is None:
-        num_free = num_available_memory_bytes()
+    num_free = find_free_memory(kernels, ranks).num_bytes
     size = f"{gib(num_bytes)} as {kernels.dtype}"
     if num_bytes > num_free:
         raise ConfigError(

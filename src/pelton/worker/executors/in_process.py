@@ -11,7 +11,7 @@ from queue import SimpleQueue
 
 from pelton.core.batch import ScheduledBatch, StepResult
 from pelton.core.errors import EngineStepError
-from pelton.core.protocols import BlockStore
+from pelton.core.protocols import BlockStore, KVConnector
 from pelton.worker.adapters import LoadedAdapters
 from pelton.worker.model_runner import ModelRunner, RunningStep
 from pelton.worker.sampling.grammar import GrammarMatchers
@@ -34,8 +34,10 @@ class InProcessExecutor:
         matchers: GrammarMatchers | None = None,
         adapters: LoadedAdapters | None = None,
         on_close: Callable[[], None] | None = None,
+        connector: KVConnector | None = None,
     ) -> None:
         self._on_close = on_close
+        self.connector = connector  # closed with the executor
         self.block_store = block_store  # closed with the executor, as are adapters
         self.matchers = matchers  # the runner's
         self.adapters = adapters
@@ -70,6 +72,8 @@ class InProcessExecutor:
             self.block_store.close()
         if self.adapters is not None:
             self.adapters.close()
+        if self.connector is not None:
+            self.connector.close()
 
     def _run(self, runner: ModelRunner) -> None:
         running: deque[tuple[RunningStep, Future[StepResult]]] = deque()

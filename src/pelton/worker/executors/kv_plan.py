@@ -10,6 +10,7 @@ from pelton.engine.config import EngineConfig
 from pelton.worker.executors.host_resources import num_available_memory_bytes
 from pelton.worker.kernels.ops import DTYPE_BYTES, Kernels
 from pelton.worker.kv_format import KVFormat
+from pelton.worker.parallel import Ranks
 
 _GIB = 2**30
 _MAX_DEFAULT_BYTES = 4 * _GIB
@@ -34,12 +35,36 @@ def wanted_model_len(spec: ModelSpec, config: EngineConfig) -> int:
     return config.max_model_len
 
 
-def plan_on(spec: ModelSpec, config: EngineConfig, kv_format: KVFormat, kernels: Kernels) -> KVPlan:
-    num_host_bytes, num_device_bytes = num_available_memory_bytes(), kernels.num_free_bytes()
-    if num_device_bytes is None:
-        return plan_kv_cache(spec, config, kv_format, num_host_bytes)
-    num_bytes = max(0, num_device_bytes - step_bytes(spec, config, DTYPE_BYTES[kernels.dtype], kernels.max_logits_rows))
-    return plan_kv_cache(spec, config, kv_format, num_bytes, num_host_bytes)
+@dataclass(frozen=True, slots=True)
+class FreeMemory:
+    """Bytes that one rank may take."""
+
+    num_host_bytes: int
+    num_device_bytes: int | None  # None: the host is the device
+    num_ranks: int = 1  # that share the host
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_host_bytes if self.num_device_bytes is None else self.num_device_bytes
+
+
+def find_free_memory(kernels: Kernels, ranks: Ranks | None) -> FreeMemory:
+    """Of the host an even share for each of its ranks. All look at the same time: once all have taken what they take
+    before, and before any takes more."""
+    if ranks is None:
+        return FreeMemory(num_available_memory_bytes(), kernels.num_free_bytes())
+    ranks.least((0,))
+    num_host_bytes, num_device_bytes = num_available_memory_bytes() // ranks.size, kernels.num_free_bytes()
+    (num_host_bytes,) = ranks.least((num_host_bytes,))
+    return FreeMemory(num_host_bytes, num_device_bytes, ranks.size)
+
+
+def plan_on(spec: ModelSpec, config: EngineConfig, kv_format: KVFormat, kernels: Kernels, free: FreeMemory) -> KVPlan:
+    if free.num_device_bytes is None:
+        return plan_kv_cache(spec, config, kv_format, free.num_host_bytes, num_ranks=free.num_ranks)
+    num_step_bytes = step_bytes(spec, config, DTYPE_BYTES[kernels.dtype], kernels.max_logits_rows)
+    num_bytes = max(0, free.num_device_bytes - num_step_bytes)
+    return plan_kv_cache(spec, config, kv_format, num_bytes, free.num_host_bytes, num_ranks=free.num_ranks)
 
 
 def step_bytes(spec: ModelSpec, config: EngineConfig, bytes_per_element: int, max_logits_rows: int) -> int:
@@ -61,15 +86,17 @@ def plan_kv_cache(
     kv_format: KVFormat,
     num_available_bytes: int,
     num_host_bytes: int | None = None,
+    *,
+    num_ranks: int = 1,
 ) -> KVPlan:
     """Size the pool and fit `max_model_len` to it.
 
     `num_available_bytes` is what is free once the weights are loaded; of a device that has `num_host_bytes` of host
-    memory beside it, else of the host itself. Raises `ConfigError` where the pool asked for exceeds it, or cannot
-    hold a request worth serving.
+    memory beside it, else of the host itself, whose memory is shared by `num_ranks`. Raises
+    `ConfigError` where the pool asked for exceeds it, or cannot hold a request worth serving.
     """
     block_bytes = kv_format.block_bytes(spec, config.block_size)
-    wanted_len = wanted_model_len(spec, config)
+    wanted_len, most_default = wanted_model_len(spec, config), _MAX_DEFAULT_BYTES // num_ranks
     num_useful = 1 + config.step_size().num_requests * num_blocks_of_request(spec, config, wanted_len)
     if config.num_kv_blocks is not None:
         num_blocks = config.num_kv_blocks
@@ -78,7 +105,7 @@ def plan_kv_cache(
     else:
         num_default_bytes = num_available_bytes  # of a device: nobody else wants it
         if num_host_bytes is None:
-            num_default_bytes = min(num_available_bytes // 4, _MAX_DEFAULT_BYTES)
+            num_default_bytes = min(num_available_bytes // 4, most_default)
         num_blocks = min(num_default_bytes // block_bytes, num_useful)
     if num_blocks * block_bytes > num_available_bytes:
         raise ConfigError(
@@ -99,7 +126,7 @@ def plan_kv_cache(
     if num_host_bytes is None:
         num_host_bytes, num_default = num_available_bytes - num_blocks * block_bytes, num_available_bytes // 8
     else:
-        num_default = min(num_host_bytes // 8, _MAX_DEFAULT_BYTES)  # pinned at once: taken, and slowly
+        num_default = min(num_host_bytes // 8, most_default)  # pinned at once: taken, and slowly
     num_host_blocks = _plan_host_blocks(config, block_bytes, num_blocks, (num_host_bytes, num_default))
     return KVPlan(num_blocks, _longest_request(spec, config, num_blocks - 1, wanted_len), num_host_blocks)
 

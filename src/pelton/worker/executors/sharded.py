@@ -1,16 +1,12 @@
 """`ShardedExecutor`: every step on all ranks of a model. Rank 0 is in this process, each other one has its own.
 
-A rank's process reads steps from its standard input and answers each with what it came to (`_OUTCOME`). A step has its
+A rank's process reads steps from its standard input and answers each with what it came to (`OUTCOME`). A step has its
 result when all ranks say the same; where they do not, or where one has ended, nothing that they computed can be
 trusted: all steps fail, and so does every later one, which ends the engine.
 """
 
 from __future__ import annotations
 
-import contextlib
-import struct
-import subprocess
-import sys
 import tempfile
 import threading
 import zlib
@@ -24,16 +20,12 @@ from typing import IO
 import msgspec
 
 from pelton.core.batch import ScheduledBatch, StepResult
-from pelton.core.errors import ConfigError, EngineStepError
+from pelton.core.errors import EngineStepError
 from pelton.worker.executors.in_process import InProcessExecutor
+from pelton.worker.executors.other_rank import CLOSE_S, LENGTH, OUTCOME, OtherRank, Outcome
 
-_LENGTH = struct.Struct("<I")
-_OUTCOME = struct.Struct("<qiI")  # step id; 1 or, where it raised, 0; checksum of the tokens
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(ScheduledBatch)
-_CLOSE_S = 10.0
-
-Outcome = tuple[int, int]
 
 
 def outcome_of(future: Future[StepResult]) -> Outcome:
@@ -42,51 +34,6 @@ def outcome_of(future: Future[StepResult]) -> Outcome:
         return 0, 0
     result = future.result()
     return 1, zlib.crc32(repr((result.sampled_token_ids, sorted(result.failed or ()))).encode())
-
-
-class OtherRank:
-    """A rank in a process of its own, which `sharded.serve_rank` is the main of."""
-
-    def __init__(self, rank: int, settings: bytes) -> None:
-        """Starts it; `wait_until_ready` before anything is sent."""
-        self.rank = rank
-        command = [sys.executable, "-m", "pelton.worker.executors.rank_process"]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._commands: IO[bytes] = self._process.stdin
-        self._answers: IO[bytes] = self._process.stdout
-        self._commands.write(settings + b"\n")
-        self._commands.flush()
-
-    def wait_until_ready(self) -> None:
-        """Raises `ConfigError` where it ends instead; it has said why on standard error."""
-        if self._answers.readline() != b"ready\n":
-            raise ConfigError(f"the process of rank {self.rank} ended while it started")
-
-    def send(self, data: bytes) -> None:
-        self._commands.write(_LENGTH.pack(len(data)) + data)
-        self._commands.flush()
-
-    def receive(self) -> tuple[int, Outcome] | None:
-        """None: it has ended."""
-        data = self._answers.read(_OUTCOME.size)
-        if len(data) < _OUTCOME.size:
-            return None
-        step_id, is_done, checksum = _OUTCOME.unpack(data)
-        return step_id, (is_done, checksum)
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._commands.close()
-        try:
-            self._process.wait(_CLOSE_S)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            self._process.wait()
-
-    def kill(self) -> None:
-        self._process.kill()
 
 
 @dataclass(slots=True)
@@ -101,6 +48,7 @@ class ShardedExecutor:
 
     block_store = None
     adapters = None
+    connector = None
 
     def __init__(self, own: InProcessExecutor, others: Sequence[OtherRank]) -> None:
         self.matchers = own.matchers
@@ -138,7 +86,7 @@ class ShardedExecutor:
         # A step that waits for a lost rank may never end; its thread does not keep the process.
         closer = threading.Thread(target=self._own.close, daemon=True)
         closer.start()
-        closer.join(None if self._problem is None else _CLOSE_S)
+        closer.join(None if self._problem is None else CLOSE_S)
         for other in self._others:
             other.close()
         for listener in self._listeners:
@@ -192,8 +140,8 @@ def serve_rank(executor: InProcessExecutor, commands: IO[bytes], answer: Callabl
     """Steps as they come, until `commands` ends."""
 
     def tell(step_id: int, future: Future[StepResult]) -> None:
-        answer(_OUTCOME.pack(step_id, *outcome_of(future)))
+        answer(OUTCOME.pack(step_id, *outcome_of(future)))
 
-    while header := commands.read(_LENGTH.size):
-        batch = _decoder.decode(commands.read(*_LENGTH.unpack(header)))
+    while header := commands.read(LENGTH.size):
+        batch = _decoder.decode(commands.read(*LENGTH.unpack(header)))
         executor.submit(batch).add_done_callback(partial(tell, batch.step_id))

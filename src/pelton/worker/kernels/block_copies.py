@@ -21,6 +21,17 @@ class CopyTimes:
     stores_s: float
 
 
+class RunningCopies(Protocol):
+    """Those of one step, which a device may still be at."""
+
+    def wait(self) -> CopyTimes | None:
+        """Until what they store is in host memory, and what they load is no longer read from there.
+
+        Returns what they took; None where they were done when they had been asked for.
+        """
+        ...
+
+
 class BlockCopies(Protocol):
     """Copies come after all steps and copies before them, and steps after them, whether or not they have been
     done when a call returns."""
@@ -39,12 +50,16 @@ class BlockCopies(Protocol):
 
     def store(self, destination: Bytes, source: Block) -> None: ...
 
-    def wait(self) -> CopyTimes | None:
-        """Until what was stored is in host memory, and what was loaded is no longer read from there.
-
-        Returns what the copies since the last call took; None where they were done when their calls returned.
-        """
+    def take_running(self) -> RunningCopies:
+        """All that were asked for since the last call."""
         ...
+
+
+class DoneCopies:
+    """Implements `RunningCopies`."""
+
+    def wait(self) -> CopyTimes | None:
+        return None
 
 
 class ArrayCopies:
@@ -62,5 +77,5 @@ class ArrayCopies:
     def store(self, destination: Bytes, source: Block) -> None:
         destination.view(source.dtype).reshape(source.shape)[...] = source
 
-    def wait(self) -> CopyTimes | None:
-        return None
+    def take_running(self) -> RunningCopies:
+        return DoneCopies()

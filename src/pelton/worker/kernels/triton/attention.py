@@ -18,6 +18,7 @@ from pelton.worker.kernels.triton.attention_kernels import attention_kernel, mer
 from pelton.worker.kernels.triton.attention_plan import HostPlan, Ints, PlanSizes, make_plan
 from pelton.worker.kernels.triton.device import is_interpreted
 from pelton.worker.kernels.triton.kv_tiles import codes_and_scales, format_number, format_of
+from pelton.worker.kernels.triton.stages import launch_with_stages
 from pelton.worker.kv_format import KVFormat
 
 _LOG2_E = math.log2(math.e)
@@ -134,43 +135,40 @@ class _Launch:
         product = self._product_type()
         key_cache, key_scales = codes_and_scales(self.key_cache, codes_bytes)
         value_cache, value_scales = codes_and_scales(self.value_cache, codes_bytes)
-        # Weights times the scales of values are too small for float16.
-        attention_kernel[(num_items, shape.num_kv_heads)](
-            self.query,
-            key_cache,
-            value_cache,
-            key_scales,
-            value_scales,
-            out,
-            *parts,
-            items,
-            plan.tile_tokens,
-            plan.positions,
-            plan.slots,
-            plan.tables,
+        padded = padded_head_dim(shape.head_dim)
+        arguments = (
+            *(self.query, key_cache, value_cache, key_scales, value_scales, out, *parts),
+            *(items, plan.tile_tokens, plan.positions, plan.slots, plan.tables),
             scale * _LOG2_E if softcap is None else 2 * scale * _LOG2_E / softcap,
             0.0 if softcap is None else softcap * _LOG2_E,
-            QUERY_STRIDE=self.query.stride(0),
-            QUERY_HEAD_STRIDE=self.query.stride(1),
+        )
+        options = {
+            "QUERY_STRIDE": self.query.stride(0),
+            "QUERY_HEAD_STRIDE": self.query.stride(1),
             **self._cache_strides(),
-            FORMAT=format_number(self.kv_format),
-            NUM_KV_HEADS=shape.num_kv_heads,
-            GROUP=shape.num_heads // shape.num_kv_heads,
-            HEAD_DIM=shape.head_dim,
-            BLOCK_D=padded_head_dim(shape.head_dim),
-            BLOCK_SIZE=shape.block_size,
-            ROWS=num_rows,
-            TILE=config.tile_positions,
-            CHUNK=config.chunk_positions,
-            WINDOW=shape.sliding_window or 0,
-            SOFTCAP=softcap is not None,
-            PRODUCT=product,
-            VALUE_PRODUCT=tl.bfloat16 if self.kv_format.is_packed and product is tl.float16 else product,
+            "FORMAT": format_number(self.kv_format),
+            "NUM_KV_HEADS": shape.num_kv_heads,
+            "GROUP": shape.num_heads // shape.num_kv_heads,
+            "HEAD_DIM": shape.head_dim,
+            "BLOCK_D": padded,
+            "BLOCK_SIZE": shape.block_size,
+            "ROWS": num_rows,
+            "TILE": config.tile_positions,
+            "CHUNK": config.chunk_positions,
+            "WINDOW": shape.sliding_window or 0,
+            "SOFTCAP": softcap is not None,
+            "PRODUCT": product,
+            # Weights times the scales of values are too small for float16.
+            "VALUE_PRODUCT": tl.bfloat16 if self.kv_format.is_packed and product is tl.float16 else product,
             # A product of float32 on plain multipliers needs more registers than there are.
-            PRECISION="tf32x3" if product is tl.float32 and not is_interpreted() else "ieee",
-            STAGES=config.num_stages(shape.head_dim, self.key_cache.element_size()),
-            num_warps=config.num_warps(num_rows, shape.head_dim),
-            enable_fp_fusion=False,
+            "PRECISION": "tf32x3" if product is tl.float32 and not is_interpreted() else "ieee",
+            "num_warps": config.num_warps(num_rows, shape.head_dim),
+            "enable_fp_fusion": False,
+        }
+        launch_with_stages(
+            ("attention", padded, num_rows, self.query.dtype, self.kv_format.name),
+            config.num_stages(shape.head_dim, self.key_cache.element_size()),
+            lambda stages: attention_kernel[(num_items, shape.num_kv_heads)](*arguments, STAGES=stages, **options),
         )
 
     def _cache_strides(self) -> dict[str, int]:

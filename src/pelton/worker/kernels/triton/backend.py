@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pelton.core.errors import ConfigError
 from pelton.core.step_size import CPU_STEP, StepSize
 from pelton.weights.lora.adapter import LoraWeights
 from pelton.weights.tensors import ModelFiles, WeightTensor
@@ -19,11 +20,20 @@ from pelton.worker.kernels.block_copies import BlockCopies
 from pelton.worker.kernels.ops import AttentionShape, Forward, LayerCache, LoraSite
 from pelton.worker.kernels.reference.block_copies import TensorCopies
 from pelton.worker.kernels.triton.activation import gelu_tanh_mul, silu_mul, softcap
-from pelton.worker.kernels.triton.attention import paged_attention, plan_attention
+from pelton.worker.kernels.triton.attention import AttentionPlan, paged_attention, plan_attention
 from pelton.worker.kernels.triton.block_copies import CudaCopies
 from pelton.worker.kernels.triton.dense import load_dense
-from pelton.worker.kernels.triton.device import device_name, find_device, is_interpreted, memory_errors, num_free_bytes
+from pelton.worker.kernels.triton.device import (
+    device_name,
+    find_device,
+    has_float8,
+    is_interpreted,
+    memory_errors,
+    num_free_bytes,
+    send,
+)
 from pelton.worker.kernels.triton.embedding import embedding
+from pelton.worker.kernels.triton.flashinfer_attention import FlashInferAttention, FlashInferPlan, find_rivals
 from pelton.worker.kernels.triton.kv_tiles import format_of
 from pelton.worker.kernels.triton.linear import Scratch, TritonLinearLoader, linear
 from pelton.worker.kernels.triton.lora import LoraBatch, TritonAdapter
@@ -63,12 +73,19 @@ class TritonKernels:
         self.device_name = device_name(self.device)
         self.name = "triton (interpreted)" if is_interpreted() else "triton"
         self.dtype = dtype
-        self.kv_dtypes = (dtype, *(other for other in KV_FORMATS if other != dtype))
+        self._has_float8 = has_float8(self.device)
+        others = (name for name in KV_FORMATS if name != dtype and (name != "fp8" or self._has_float8))
+        self.kv_dtypes = (dtype, *others)
         self.step_size = _GPU_STEP if self.device.type == "cuda" else CPU_STEP
         self.batch_invariant = batch_invariant
         self._quantization = quantization
         self._scratch = Scratch(self.device)
         self._lora: LoraBatch | None = None  # of the last step that had adapters
+
+    def give_up_kept(self) -> None:
+        """What an op has kept for the next one."""
+        self._scratch.forget_rounded()
+        self._lora = None
 
     def num_free_bytes(self) -> int | None:
         return num_free_bytes(self.device)
@@ -89,16 +106,21 @@ class TritonKernels:
         return load_experts(self.make_linear_loader(), gate_up, down, self._scratch)
 
     def round_weights(self, quantization: str) -> None:
+        if quantization.startswith("fp8") and not self._has_float8:
+            raise ConfigError(
+                f"quantization is {quantization}, which needs a GPU of compute capability 8.9 or more: use w8a8 or int4"
+            )
         self._quantization = quantization
 
     def load_embedding(self, table: WeightTensor) -> torch.Tensor:
         return load_dense(table, self._dtype, self.device)
 
     def make_block_copies(self) -> BlockCopies:
-        return CudaCopies() if self.device.type == "cuda" else TensorCopies()
+        return CudaCopies(self.device) if self.device.type == "cuda" else TensorCopies()
 
     def make_adapter(self, weights: LoraWeights, sites: Sequence[LoraSite]) -> TritonAdapter:
-        return TritonAdapter(weights, sites, self._dtype, self.device)
+        with memory_errors():
+            return TritonAdapter(weights, sites, self._dtype, self.device)
 
     def adapt(self, y: torch.Tensor, x: torch.Tensor, site: int) -> torch.Tensor:
         del x, site  # no row has an adapter
@@ -117,10 +139,15 @@ class TritonKernels:
             raise MemoryError(str(error)) from error
 
     def select_rows(self, x: torch.Tensor, rows: npt.NDArray[np.int64]) -> torch.Tensor:
-        return x[torch.from_numpy(rows).to(self.device)]
+        return x[send(rows, self.device)]
 
     def compile(self, model: Forward, shapes: Sequence[AttentionShape], caches: Sequence[LayerCache]) -> TritonProgram:
-        return TritonProgram(self, model, shapes, caches)
+        rivals: list[FlashInferAttention | None] = [None] * len(shapes)
+        if not self.batch_invariant:
+            rivals = find_rivals(shapes, caches, self._dtype, self.device)
+        if any(rivals):
+            self.name += ", flashinfer"
+        return TritonProgram(self, model, shapes, caches, rivals)
 
     def weight_cache(self, files: ModelFiles, path: Path | None) -> AbstractContextManager[None]:
         """Nothing is kept."""
@@ -166,6 +193,21 @@ class TritonKernels:
         store = rotate_and_store_packed if format_of(key_cache).is_packed else rotate_and_store
         return store(query, key, value, cos, sin, key_cache, value_cache, slot_mapping)
 
+    def paged_attention(
+        self,
+        query: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        plan: AttentionPlan | FlashInferPlan,
+        scale: float,
+        softcap: float | None = None,
+    ) -> torch.Tensor:
+        if isinstance(plan, FlashInferPlan):
+            if softcap is None:
+                return plan.attend(query, key_cache, value_cache, scale)
+            plan = plan.own
+        return paged_attention(query, key_cache, value_cache, plan, scale, softcap)
+
     @property
     def _dtype(self) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, self.dtype)
@@ -176,7 +218,6 @@ class TritonKernels:
     rms_norm = staticmethod(rms_norm)
     split_heads = staticmethod(split_heads)
     plan_attention = staticmethod(plan_attention)
-    paged_attention = staticmethod(paged_attention)
     silu_mul = staticmethod(silu_mul)
     gelu_tanh_mul = staticmethod(gelu_tanh_mul)
     softcap = staticmethod(softcap)

@@ -5,11 +5,16 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import numpy.typing as npt
 import torch
 import triton
 
 from pelton.core.errors import ConfigError
+
+# The driver's words, and those of a library that could not make its workspace.
+_FULL = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def is_interpreted() -> bool:
@@ -38,10 +43,15 @@ def find_device(index: int = 0) -> torch.device:
     return device
 
 
+def has_float8(device: torch.device) -> bool:
+    """Whether kernels may convert to and from float8 there."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether that is what it came of: torch has a type for it, the driver a word, and other errors may follow."""
+    """Whether that is what it came of: torch has a type for it, others have words, and other errors may follow."""
     while error is not None:
-        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
+        if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _FULL):
             return True
         error = error.__context__
     return False
@@ -63,6 +73,12 @@ def memory_errors(release: Callable[[], None] = lambda: None) -> Iterator[None]:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     raise MemoryError(problem)
+
+
+def send(values: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
+    """To the device, without waiting for what it does: from memory that is not pinned a copy would."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def device_name(device: torch.device) -> str:

@@ -21,6 +21,7 @@ from pelton.worker.kernels.triton.device import is_interpreted
 from pelton.worker.kernels.triton.linear_kernels import product_kernel
 from pelton.worker.kernels.triton.packed_kernels import expand_kernel, packed_product_kernel
 from pelton.worker.kernels.triton.quantize_rows import quantize_rows
+from pelton.worker.kernels.triton.stages import launch_with_stages
 from pelton.worker.kernels.triton.tiles import MAX_SPLIT_ROWS, Tile, choose_tile, num_slices, slice_length
 from pelton.worker.kernels.triton.weights import DenseWeight, PackedWeight, Weight, Weights, layout_of, make_weight
 
@@ -56,6 +57,9 @@ class Scratch:
     def keep_rounded(self, x: torch.Tensor, kind: str, codes: tuple[torch.Tensor, torch.Tensor]) -> None:
         """What `quantize_rows` would make of x, for the next product of x, which must stay as it is."""
         self._rounded = (x, kind, codes)
+
+    def forget_rounded(self) -> None:
+        self._rounded = None
 
     def rounded(self, x: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
         kept = self._rounded
@@ -152,7 +156,7 @@ def multiply(
         x, x_scales = scratch.rounded(x, weight.kind)
     launch = _plan_launch(weight, len(y), plan)
     first = (x, weight.words if isinstance(weight, PackedWeight) else weight.matrix, y, y if bias is None else bias)
-    shared = (
+    shared: tuple[Any, ...] = (
         scratch.partial.view(torch.int32) if weight.kind == "int8" else scratch.partial,
         scratch.counters,
         y if plan is None else plan.places,
@@ -166,29 +170,24 @@ def multiply(
     )
     options = {**launch.options, "HAS_BIAS": bias is not None, "SHARE": 0 if plan is None else plan.share}
     if isinstance(weight, PackedWeight):
-        packed_product_kernel[launch.grid](
-            *first,
-            weight.scales,
-            weight.scales if weight.minima is None else weight.minima,
-            *shared,
-            weight.scales.shape[-2],
-            BITS=weight.bits,
-            GROUP=weight.group,
-            PART=weight.part,
-            HAS_MINIMUM=weight.minima is not None,
-            SLICE=launch.slice_length // weight.block,
-            **options,
-        )
-        return
-    product_kernel[launch.grid](
-        *first,
-        x_scales,
-        x_scales if weight.scales is None else weight.scales,
-        *shared,
-        KIND=_KINDS[weight.kind],
-        SLICE=launch.slice_length,
-        BLOCK_K=launch.block_inputs,
-        **options,
+        kernel: Any = packed_product_kernel
+        factors = (weight.scales, weight.scales if weight.minima is None else weight.minima)
+        shared = (*shared, weight.scales.shape[-2])
+        options |= {
+            "BITS": weight.bits,
+            "GROUP": weight.group,
+            "PART": weight.part,
+            "HAS_MINIMUM": weight.minima is not None,
+            "SLICE": launch.slice_length // weight.block,
+        }
+    else:
+        kernel = product_kernel
+        factors = (x_scales, x_scales if weight.scales is None else weight.scales)
+        options |= {"KIND": _KINDS[weight.kind], "SLICE": launch.slice_length, "BLOCK_K": launch.block_inputs}
+    launch_with_stages(
+        (weight.kind, launch.tile, x.dtype, options.get("BITS"), options.get("PART")),
+        launch.tile.num_stages,
+        lambda num_stages: kernel[launch.grid](*first, *factors, *shared, num_stages=num_stages, **options),
     )
 
 
@@ -198,6 +197,7 @@ class _Launch:
     num_row_tiles: int
     slice_length: int  # inputs
     block_inputs: int
+    tile: Tile
     options: dict[str, Any]
 
 
@@ -214,12 +214,11 @@ def _plan_launch(weight: Weight, num_rows: int, plan: RowPlan | None) -> _Launch
         "BLOCK_O": tile.outputs,
         "WIDEN": is_interpreted(),
         "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
         "enable_fp_fusion": False,  # fused where `tl.fma` says so: alike in every variant of a kernel
     }
     grid = (num_row_tiles * -(-weight.num_outputs // tile.outputs), slices if is_split else 1)
     length = slice_length(weight.kind, weight.num_outputs, weight.num_inputs)
-    return _Launch(grid, num_row_tiles, length, block_inputs, options)
+    return _Launch(grid, num_row_tiles, length, block_inputs, tile, options)
 
 
 def _by_library(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor | None:

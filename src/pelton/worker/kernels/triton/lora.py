@@ -22,7 +22,7 @@ from pelton.weights.dequantize import dequantize
 from pelton.weights.lora.adapter import LoraWeights
 from pelton.worker.forward_batch import Adapters
 from pelton.worker.kernels.ops import LoraSite
-from pelton.worker.kernels.triton.device import is_interpreted
+from pelton.worker.kernels.triton.device import is_interpreted, send
 from pelton.worker.kernels.triton.linear_kernels import dot
 
 _ROWS = 16
@@ -289,7 +289,7 @@ class LoraBatch:
         }
 
     def _to_device(self, values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values).to(self._device)
+        return send(values, self._device)
 
 
 def add_lora(y: torch.Tensor, x: torch.Tensor, site: int, adapters: Adapters) -> torch.Tensor:

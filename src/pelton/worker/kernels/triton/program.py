@@ -19,6 +19,7 @@ from pelton.worker.kernels.triton.attention_config import AttentionConfig, choos
 from pelton.worker.kernels.triton.attention_plan import HostPlan, PlanSizes, make_plan
 from pelton.worker.kernels.triton.device import memory_errors
 from pelton.worker.kernels.triton.embedding import put_late_tokens
+from pelton.worker.kernels.triton.flashinfer_attention import FlashInferAttention, FlashInferPlan
 from pelton.worker.kernels.triton.graphs import make_graphs
 from pelton.worker.kernels.triton.lora import LoraBatch
 from pelton.worker.kernels.triton.rotary_tables import RotaryTables
@@ -40,12 +41,15 @@ class TritonProgram:
         model: Forward,
         shapes: Sequence[AttentionShape],
         caches: Sequence[LayerCache],
+        rivals: Sequence[FlashInferAttention | None],
     ) -> None:
+        """`rivals`: of each KV group, for steps that are not captured."""
         self._kernels = kernels
         self._model = model
         self._shapes = shapes
         self._configs = [choose_config(shape, batch_invariant=kernels.batch_invariant) for shape in shapes]
         self._caches = caches
+        self._rivals = rivals
         self._inputs = StepInputs(kernels.device)
         self._graphs = make_graphs(kernels.device)
         self._rotary = RotaryTables(kernels.device)
@@ -60,8 +64,17 @@ class TritonProgram:
         """`late_rows` [T]: which tokens are rows of `late_tokens`, on the device, and not what `batch` says; -1: no."""
         if self._kernels.device.type == "cuda":
             torch.cuda.set_device(self._kernels.device)  # of this thread
-        with memory_errors(self._graphs.clear):
+        with memory_errors(self._give_up_all):
             self._forward(batch, late_tokens, late_rows)
+
+    def _give_up_kept(self) -> None:
+        self._graphs.clear()
+        self._kernels.give_up_kept()
+
+    def _give_up_all(self) -> None:
+        """The hidden states of the step before, too: there will be no other logits of them."""
+        self._give_up_kept()
+        self._hidden = torch.empty(0)
 
     def _forward(self, batch: ForwardBatch, late_tokens: torch.Tensor | None, late_rows: Ints | None) -> None:
         planned = _Planned(batch, self._shapes, self._configs)
@@ -78,11 +91,22 @@ class TritonProgram:
         if planned.is_captured:
             self._hidden = self._graphs.run(planned.key, lambda: self._compute(ops, batch, tensors, plans))
         else:
-            self._hidden = self._compute(ops, batch, tensors, plans)
+            self._hidden = self._compute(ops, batch, tensors, self._by_rivals(plans, batch))
         self._logits_rows = (batch.logits_indices, tensors.logits_rows)
 
+    def _by_rivals(self, plans: Sequence[AttentionPlan], batch: ForwardBatch) -> list[AttentionPlan | FlashInferPlan]:
+        starts, lens = batch.query_start_loc, batch.seq_lens
+        return [
+            plan if rival is None else rival.plan(plan, starts, lens, group.block_tables)
+            for plan, rival, group in zip(plans, self._rivals, batch.groups, strict=True)
+        ]
+
     def _compute(
-        self, ops: Ops, batch: ForwardBatch, tensors: StepTensors, plans: Sequence[AttentionPlan]
+        self,
+        ops: Ops,
+        batch: ForwardBatch,
+        tensors: StepTensors,
+        plans: Sequence[AttentionPlan | FlashInferPlan],
     ) -> torch.Tensor:
         """Looks at nothing of `batch` but which rotary tables its groups have."""
         angles = self._rotary.lookup([group.rotation for group in batch.groups], tensors.positions)
@@ -102,7 +126,7 @@ class TritonProgram:
     @torch.inference_mode()
     def logits(self, rows: Ints, adapters: Adapters = ()) -> torch.Tensor:
         """On the device."""
-        with memory_errors(self._graphs.clear):
+        with memory_errors(self._give_up_kept):
             ops = self._ops(adapters_among(adapters, rows))
             logits: torch.Tensor = self._model.compute_logits(ops, self._select(rows)).float()
             return logits

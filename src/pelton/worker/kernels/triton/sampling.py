@@ -18,7 +18,7 @@ import triton
 
 from pelton.core.output import TokenLogprobs
 from pelton.core.sampling_params import SamplingParams
-from pelton.worker.kernels.triton.device import memory_errors
+from pelton.worker.kernels.triton.device import memory_errors, send
 from pelton.worker.kernels.triton.sampling_kernels import (
     choose_kernel,
     edit_kernel,
@@ -76,7 +76,7 @@ class DeviceRow:
         if self.counts is None or not self._unseen:
             return
         pairs = np.array(list(self._unseen.items()), dtype=np.int64)
-        ids, added = torch.from_numpy(pairs).to(self._device).unbind(1)
+        ids, added = send(pairs, self._device).unbind(1)
         self.counts[ids] = self.counts[ids].clamp_min(0) + added.to(torch.int32)
         self._unseen.clear()
 
@@ -93,7 +93,7 @@ class DeviceRow:
             is_banned[_known(sampling.allowed_token_ids, vocab_size)] = False
             bias[is_banned] = -np.inf
         bias[_known(sampling.banned_token_ids, vocab_size)] = -np.inf
-        return torch.from_numpy(bias).to(self._device)
+        return send(bias, self._device)
 
     def _make_words(self, token_ids: Iterable[int], vocab_size: int) -> torch.Tensor | None:
         known = _known(token_ids, vocab_size)
@@ -101,7 +101,7 @@ class DeviceRow:
             return None
         words = np.zeros(-(-vocab_size // 32), np.uint32)
         np.bitwise_or.at(words, np.array(known) // 32, np.uint32(1) << (np.array(known) % 32).astype(np.uint32))
-        return torch.from_numpy(words.view(np.int32)).to(self._device)
+        return send(words.view(np.int32), self._device)
 
 
 class LateTokens:
@@ -249,9 +249,7 @@ class DeviceSampler:
         return edited
 
     def _send(self, values: npt.NDArray[Any]) -> torch.Tensor:
-        """To the device, without waiting for what it does: from memory that is not pinned a copy would."""
-        tensor = torch.from_numpy(values)
-        return tensor.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor
+        return send(values, self._device)
 
     def _logprobs(
         self, x: torch.Tensor, rows: Sequence[int], token_ids: Sequence[int], counts: Sequence[int]

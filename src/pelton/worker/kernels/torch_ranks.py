@@ -24,9 +24,9 @@ class TorchRanks:
     def __init__(
         self, rank: int, size: int, store: str, device_index: int | None, *, batch_invariant: bool = True
     ) -> None:
-        """`device_index`: of a GPU; None: the CPU. Waits until all ranks have come.
+        """`device_index`: of a GPU; None: the CPU. All ranks must be there (`wait_for_all`).
 
-        Raises what torch.distributed does where one stays away.
+        Raises `ConnectionError` where one stays away.
         """
         if device_index is not None and torch.cuda.device_count() < size:
             raise ConfigError(f"tensor_parallel_size is {size}, but there are {torch.cuda.device_count()} GPUs")
@@ -34,13 +34,16 @@ class TorchRanks:
         self.size = size
         self._device = torch.device("cpu") if device_index is None else torch.device("cuda", device_index)
         self._batch_invariant = batch_invariant
-        dist.init_process_group(
-            "gloo" if device_index is None else "nccl",
-            init_method=f"file://{store}",
-            rank=rank,
-            world_size=size,
-            timeout=_TIMEOUT,
-        )
+        try:
+            dist.init_process_group(
+                "gloo" if device_index is None else "nccl",
+                init_method=f"file://{store}",
+                rank=rank,
+                world_size=size,
+                timeout=_TIMEOUT,
+            )
+        except RuntimeError as error:
+            raise ConnectionError(f"rank {rank} did not meet the other {size - 1} ranks: {error}") from error
 
     def add_up(self, x: torch.Tensor) -> torch.Tensor:
         if not self._batch_invariant:
