@@ -36,12 +36,21 @@ struct AttentionColumn {
     int position;
 };
 
+// Blocks [first, last) of one head that the same thread reads next: worth fetching while it computes.
+struct UpcomingBlocks {
+    const int64_t* block_table = nullptr;
+    int first = 0;
+    int last = 0;
+    int kv_head = 0;
+};
+
 // Columns whose visible positions lie in the same blocks; of `block_table`, seq_len positions are written.
 struct ColumnRun {
     const AttentionColumn* columns;
     int num_columns;
     int seq_len;
     const int64_t* block_table;
+    UpcomingBlocks upcoming = {};
 };
 
 // What one chunk adds to a request's columns, which are `lane` and the next of a tile.

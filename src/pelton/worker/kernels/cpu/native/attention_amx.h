@@ -19,6 +19,7 @@
 #include "partial_sums_amx.h"
 #include "tile_registers.h"
 #include "tiles.h"
+#include "upcoming_amx.h"
 
 namespace pelton::amx {
 
@@ -81,7 +82,8 @@ public:
           kv_head_(kv_head),
           num_tiles_((run.num_columns + kColumns - 1) / kColumns),
           dim_(shape.head_dim),
-          scale_(_mm512_set1_ps(shape.softcap > 0.0f ? 1.0f : shape.scale * kLog2E)) {
+          scale_(_mm512_set1_ps(shape.softcap > 0.0f ? 1.0f : shape.scale * kLog2E)),
+          upcoming_(shape, run.upcoming, keys, values) {
         const auto take = [&scratch](int64_t num_floats) {
             float* part = scratch;
             scratch += num_floats;
@@ -227,6 +229,7 @@ private:
             for (int half = 0; half < 2; ++half) {
                 const int at = tile * kTilePositions + half * kBlockPositions;
                 load_values(extent.start + at, value_tile(tile) + half * kBlockPositions);
+                upcoming_.fetch(dim_ * 3 / 8);
             }
         }
     }
@@ -300,15 +303,21 @@ private:
         }
     }
 
-    // One tile of columns alone, as decodes have it: bound by memory.
+    // One tile of columns alone, as decodes have it: bound by memory, so that what comes next is fetched all along.
     void add_single(int tile, const Extent& extent, const PartialSums& part) {
         const int first = extent.first * kTilePositions, end = extent.end * kTilePositions;
-        for (int i = extent.first; i < extent.end; i += 2) score_single(tile, i, std::min(i + 2, extent.end));
+        for (int i = extent.first; i < extent.end; i += 2) {
+            score_single(tile, i, std::min(i + 2, extent.end));
+            upcoming_.fetch(dim_);
+        }
         hide(0, tile, extent);
         Peaks peaks;
         find_peaks(1, first, end, peaks);
         Softmax softmax = begin_softmax(1, peaks);
-        soften(0, first, end, softmax);
+        for (int at = first; at < end; at += kTilePositions) {
+            soften(0, at, at + kTilePositions, softmax);
+            upcoming_.fetch(dim_ * 3 / 4);
+        }
         end_softmax(1, peaks, softmax, &part);
         for (int d = 0; d < dim_; d += 4 * kColumns) add_values(extent, d, part.data);
     }
@@ -507,6 +516,7 @@ private:
     int num_tiles_;
     int dim_;
     __m512 scale_;
+    UpcomingLines upcoming_;
     int first_position_;
     int last_position_;
     uint16_t* queries_;

@@ -14,9 +14,9 @@ constexpr int kChunkBytes = 1280 * 1024;  // rows in 8 bits that stay in the sec
 
 // A feed-forward layer of so many rows fits in a core's second-level cache, with what lies between its products. What
 // another core has written comes at a fifth of the speed of memory: threads that share rows, not panels, need none of it.
-constexpr int kRowsAtOnce = 128;
+constexpr int kRowsAtOnce = 256;
 // With fewer rows to a thread it costs more that each of them makes all weights.
-constexpr int kFewestRowsAtOnce = 80;
+constexpr int kFewestRowsAtOnce = 128;
 
 constexpr size_t aligned(size_t num_bytes) { return (num_bytes + kAlign - 1) / kAlign * kAlign; }
 

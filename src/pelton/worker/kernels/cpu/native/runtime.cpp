@@ -1,6 +1,7 @@
 #include "runtime.h"
 
 #include <algorithm>
+#include <atomic>
 #include <new>
 
 #include "denormals.h"
@@ -307,8 +308,22 @@ void Runtime::attend_tiles(const AttentionShape& shape, std::span<const Attentio
             }
         }
     };
-    pool_.run(static_cast<int>(schedule.pieces.size()) * num_kv_heads, [&](int index, int thread) {
-        const FlushDenormals flush;
+    const int num_items = static_cast<int>(schedule.pieces.size()) * num_kv_heads;
+    const auto is_light = [&](int index) {
+        const auto& piece = schedule.pieces[index / num_kv_heads];
+        return piece.chunk >= 0 || schedule.runs[piece.run].num_tokens * group <= kTileHeight;
+    };
+    const auto blocks_of = [&](int index) -> UpcomingBlocks {
+        if (index >= num_items) return {};
+        const auto& piece = schedule.pieces[index / num_kv_heads];
+        const bool is_run = piece.chunk < 0;
+        const auto& request = requests[is_run ? schedule.runs[piece.run].request : schedule.chunks[piece.chunk].members.front()];
+        const int start = is_run ? 0 : schedule.chunks[piece.chunk].start;
+        const int end = std::min(request.seq_len, start + kChunkPositions);
+        return {request.block_table, start / shape.block_size, (end + shape.block_size - 1) / shape.block_size,
+                index % num_kv_heads};
+    };
+    const auto attend_item = [&](int index, int thread, const UpcomingBlocks& upcoming) {
         const auto& piece = schedule.pieces[index / num_kv_heads];
         const int kv_head = index % num_kv_heads;
         auto* columns = reinterpret_cast<AttentionColumn*>(scratch + thread * work_bytes);
@@ -317,8 +332,8 @@ void Runtime::attend_tiles(const AttentionShape& shape, std::span<const Attentio
             const auto& run = schedule.runs[piece.run];
             const AttentionRequest& request = requests[run.request];
             set_columns(columns, request, kv_head, run.first_token, run.num_tokens);
-            kernels.attend(shape, {columns, run.num_tokens * group, request.seq_len, request.block_table}, key_cache,
-                           value_cache, kv_head, work);
+            kernels.attend(shape, {columns, run.num_tokens * group, request.seq_len, request.block_table, upcoming},
+                           key_cache, value_cache, kv_head, work);
             return;
         }
         const auto& chunk = schedule.chunks[piece.chunk];
@@ -330,8 +345,26 @@ void Runtime::attend_tiles(const AttentionShape& shape, std::span<const Attentio
             set_columns(columns + i / per_tile * kTileHeight + i % per_tile * own, requests[chunk.members[i]], kv_head, 0,
                         first.num_tokens);
         }
-        kernels.attend_chunk(shape, {columns, num_tiles * kTileHeight, first.seq_len, first.block_table}, key_cache,
-                             value_cache, kv_head, chunk.start, part_at(kv_head, chunk.first_tile), work);
+        kernels.attend_chunk(shape, {columns, num_tiles * kTileHeight, first.seq_len, first.block_table, upcoming},
+                             key_cache, value_cache, kv_head, chunk.start, part_at(kv_head, chunk.first_tile), work);
+    };
+    // Light items are taken some at a time, heads of the same blocks, and those after them with the last one, to fetch
+    // their blocks meanwhile.
+    const int at_once = std::clamp(num_items / (pool_.num_threads() * 8), 1, num_kv_heads);
+    std::atomic<int> num_taken{0};
+    pool_.run(std::min(num_items, pool_.num_threads()), [&](int, int thread) {
+        const FlushDenormals flush;
+        int count = 1;
+        for (int first = num_taken++; first < num_items;) {
+            const bool looks_ahead = is_light(first);
+            const int next = looks_ahead ? num_taken.fetch_add(at_once) : num_items;
+            const int end = std::min(first + count, num_items);
+            for (int index = first; index < end; ++index) {
+                attend_item(index, thread, blocks_of(index + 1 < end ? index + 1 : next));
+            }
+            count = looks_ahead ? at_once : 1;
+            first = looks_ahead ? next : num_taken++;
+        }
     });
     pool_.run(static_cast<int>(schedule.merges.size()) * num_kv_heads, [&](int index, int thread) {
         const FlushDenormals flush;
