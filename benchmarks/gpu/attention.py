@@ -173,7 +173,9 @@ class _Batch:
         num_layers = -(-_CACHE_BYTES // (2 * num_blocks * math.prod(block_shape) * element_bytes))
         self._stored: list[torch.Tensor] = []  # keys and values [slots, K, D] that packed caches were made of
         self.caches = [self._random_caches(num_blocks, block_shape) for _ in range(num_layers)]
-        self._query = torch.randn(int(self._starts[-1]), num_heads, head_dim, device=device).bfloat16()
+        # As they are, and as packed caches want them.
+        self._plain_query = torch.randn(int(self._starts[-1]), num_heads, head_dim, device=device).bfloat16()
+        self._query = self._turned(self._plain_query) if self._format.is_packed else self._plain_query
         self._plan = self._make_plan(np.arange(len(case.work)), self._config)
 
     def _random_caches(self, num_blocks: int, block_shape: tuple[int, ...]) -> list[torch.Tensor]:
@@ -198,6 +200,12 @@ class _Batch:
             self._stored = list(torch.cat(parts).unbind(1))
         return caches
 
+    def _turned(self, query: torch.Tensor) -> torch.Tensor:
+        nothing = torch.zeros(len(query), 0, device=self._device)
+        nowhere = torch.full((len(query),), -1, dtype=torch.int32, device=self._device)
+        unused = query[:, : self._shape.num_kv_heads]
+        return rotate_and_store_packed(query, unused, unused, nothing, nothing, *self.caches[0], nowhere)
+
     def _make_plan(self, rows: np.ndarray, config: AttentionConfig) -> AttentionPlan:
         lengths = np.diff(self._starts)[rows]
         tables = self._tables[rows].to(self._device)
@@ -218,7 +226,7 @@ class _Batch:
             positions = torch.arange(first, seq_len)
             slots = self._tables[row, positions // _BLOCK_SIZE] * _BLOCK_SIZE + positions % _BLOCK_SIZE
             keys, values = (each[slots.to(self._device)].double() for each in held)
-            query = self._query[token].double().view(self._shape.num_kv_heads, -1, self._shape.head_dim)
+            query = self._plain_query[token].double().view(self._shape.num_kv_heads, -1, self._shape.head_dim)
             weights = (torch.einsum("kgd,lkd->kgl", query, keys) * self._scale).softmax(-1)
             expected = torch.einsum("kgl,lkd->kgd", weights, values).flatten()
             wrong += float((result[token] - expected).square().sum())
