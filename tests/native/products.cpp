@@ -81,9 +81,9 @@ void check_channels(const std::vector<Runtime*>& runtimes) {
 
 void check_gated_mlp(const std::vector<Runtime*>& runtimes) {
     for (Format format : {Format::Q4_0, Format::Q8_0, Format::INT8_CHANNEL, Format::INT4_CHANNEL, Format::BF16, Format::F32}) {
-        // The last with more rows than one pass takes.
+        // The last two with more rows than one pass takes, which threads share out.
         const struct { int num_inputs, size; std::vector<int> num_rows; } sizes[] = {
-            {32, 32, {1, 5}}, {96, 288, {1, 16, 17, 33, 70}}, {2048, 64, {300}}};
+            {32, 32, {1, 5}}, {96, 288, {1, 16, 17, 33, 70}}, {96, 64, {521}}, {2048, 64, {300}}};
         for (const auto& [num_inputs, size, rows] : sizes) {
             LinearWeight gate_up(num_inputs), down(size);
             for (int side = 0; side < 2; ++side) add_random_part(gate_up, format, size, runtimes.back()->pool());

@@ -9,7 +9,6 @@ namespace pelton {
 namespace {
 
 constexpr int kPairHeight = 2 * ByteRows::kHeight;
-constexpr size_t kAlign = 64;
 constexpr int kChunkBytes = 1280 * 1024;  // rows in 8 bits that stay in the second-level cache, beside a panel
 
 // A feed-forward layer of so many rows fits in a core's second-level cache, with what lies between its products. What
@@ -17,8 +16,6 @@ constexpr int kChunkBytes = 1280 * 1024;  // rows in 8 bits that stay in the sec
 constexpr int kRowsAtOnce = 256;
 // With fewer rows to a thread it costs more that each of them makes all weights.
 constexpr int kFewestRowsAtOnce = 128;
-
-constexpr size_t aligned(size_t num_bytes) { return (num_bytes + kAlign - 1) / kAlign * kAlign; }
 
 int chunk_rows(int num_inputs) { return std::max(1, kChunkBytes / num_inputs / kPairHeight) * kPairHeight; }
 

@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "buffer.h"
 #include "kernel_table.h"
 #include "linear_weight.h"
 #include "workers.h"

@@ -72,7 +72,8 @@ struct KernelTable {
     // The same of what that leaves.
     void (*quantize_channel_rest)(const float* x, int num_inputs, int8_t* to, float* scale, int32_t* sum);
 
-    // result = rows times the `panels` of a matrix by channel: sums of integers are exact, so their order is free. Rows go to their targets, rests are added there. `scratch`: channel_scratch_bytes(num_rows), aligned to 64.
+    // result = rows times the `panels` of a matrix by channel: sums of integers are exact, so their order is free. Rows
+    // go to their targets, rests are added there. `scratch`: channel_scratch_bytes(num_rows), aligned to 64.
     void (*channel_panels)(const PackedMatrix& matrix, PanelRange panels, const ByteRows& rows, const LinearResult& result,
                            uint8_t* scratch);
 

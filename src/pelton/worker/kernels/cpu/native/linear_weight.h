@@ -1,22 +1,11 @@
 // Weights of linear layers and of gated feed-forward layers, as operations take them.
 #pragma once
 
-#include <memory>
 #include <vector>
 
 #include "packed_matrix.h"
 
 namespace pelton {
-
-// Memory that grows and is kept; contents are not preserved.
-class Buffer {
-public:
-    void* reserve(size_t num_bytes);
-
-private:
-    std::unique_ptr<uint8_t, FreeAligned> data_;
-    size_t num_bytes_ = 0;
-};
 
 // Matrices over the same inputs, side by side in the output. They may differ in format.
 struct LinearWeight {

@@ -1,16 +1,14 @@
 #include "runtime.h"
 
 #include <algorithm>
-#include <atomic>
-#include <new>
 
 #include "denormals.h"
+#include "tile_attention.h"
 
 namespace pelton {
 
 namespace {
 
-constexpr size_t kAlign = 64;
 // Quantized activations that one pass over a panel reads again and again: they should stay in L2.
 constexpr int kChunkBytes = 512 * 1024;
 
@@ -25,21 +23,7 @@ constexpr int tile_rows_at_once(int num_inputs) {
     return std::max(1, num_rows / (2 * kTileHeight)) * 2 * kTileHeight;
 }
 
-constexpr size_t aligned(size_t num_bytes) { return (num_bytes + kAlign - 1) / kAlign * kAlign; }
-
 }  // namespace
-
-void* Buffer::reserve(size_t num_bytes) {
-    if (num_bytes > num_bytes_) {
-        data_.reset();
-        num_bytes_ = 0;
-        auto* data = static_cast<uint8_t*>(std::aligned_alloc(kAlign, aligned(num_bytes)));
-        if (data == nullptr) throw std::bad_alloc();
-        data_.reset(data);
-        num_bytes_ = num_bytes;
-    }
-    return data_.get();
-}
 
 size_t LinearWeight::num_bytes() const {
     size_t total = 0;
@@ -271,113 +255,18 @@ void Runtime::rotate_and_store(const AttentionShape& shape, const Tokens& tokens
 
 void Runtime::attend(const AttentionShape& shape, std::span<const AttentionRequest> requests,
                      const AttentionSchedule& schedule, const void* key_cache, const void* value_cache) {
-    if (attends_in_chunks(shape)) return attend_tiles(shape, requests, schedule, key_cache, value_cache);
+    if (attends_in_chunks(shape)) {
+        TileAttention(*kernels_.tiles, shape, requests, schedule, {key_cache, value_cache}, attention_, pool_).run();
+        return;
+    }
     const size_t scratch_bytes = aligned(attention_scratch_floats(shape) * sizeof(float));
-    auto* scratch = static_cast<uint8_t*>(scratch_.reserve(scratch_bytes * pool_.num_threads()));
+    auto* scratch = static_cast<uint8_t*>(attention_.scratch.reserve(scratch_bytes * pool_.num_threads()));
     pool_.run(static_cast<int>(schedule.pieces.size()) * shape.num_kv_heads, [&](int index, int thread) {
         const FlushDenormals flush;
         const auto& run = schedule.runs[schedule.pieces[index / shape.num_kv_heads].run];
         kernels_.attend_head(shape, requests[run.request], key_cache, value_cache, index % shape.num_kv_heads,
                              run.first_token, run.num_tokens,
                              reinterpret_cast<float*>(scratch + thread * scratch_bytes));
-    });
-}
-
-void Runtime::attend_tiles(const AttentionShape& shape, std::span<const AttentionRequest> requests,
-                           const AttentionSchedule& schedule, const void* key_cache, const void* value_cache) {
-    const int num_kv_heads = shape.num_kv_heads, group = shape.num_heads / num_kv_heads;
-    const TileKernels& kernels = *kernels_.tiles;
-    const size_t column_bytes = aligned(std::max(schedule.num_columns, kTileHeight) * sizeof(AttentionColumn));
-    const size_t work_bytes =
-        column_bytes + aligned(kernels.attention_scratch_floats(shape.head_dim, schedule.num_columns) * sizeof(float));
-    auto* scratch = static_cast<uint8_t*>(scratch_.reserve(work_bytes * pool_.num_threads()));
-    const int64_t part_floats = kernels.part_floats(shape.head_dim);
-    auto* parts =
-        static_cast<float*>(parts_.reserve(schedule.num_tiles * num_kv_heads * part_floats * sizeof(float)));
-    const auto part_at = [&](int kv_head, int tile) {
-        return parts + (static_cast<int64_t>(kv_head) * schedule.num_tiles + tile) * part_floats;
-    };
-    // All columns of `kv_head` in some tokens of a request.
-    const auto set_columns = [&](AttentionColumn* to, const AttentionRequest& request, int kv_head, int first, int count) {
-        const int64_t ld_out = static_cast<int64_t>(shape.num_heads) * shape.head_dim;
-        for (int token = first; token < first + count; ++token) {
-            for (int head = kv_head * group; head < (kv_head + 1) * group; ++head, ++to) {
-                const int64_t at = static_cast<int64_t>(head) * shape.head_dim;
-                *to = {request.query + token * request.ld_query + at, request.out + token * ld_out + at,
-                       request.seq_len - request.num_tokens + token};
-            }
-        }
-    };
-    const int num_items = static_cast<int>(schedule.pieces.size()) * num_kv_heads;
-    const auto is_light = [&](int index) {
-        const auto& piece = schedule.pieces[index / num_kv_heads];
-        return piece.chunk >= 0 || schedule.runs[piece.run].num_tokens * group <= kTileHeight;
-    };
-    const auto blocks_of = [&](int index) -> UpcomingBlocks {
-        if (index >= num_items) return {};
-        const auto& piece = schedule.pieces[index / num_kv_heads];
-        const bool is_run = piece.chunk < 0;
-        const auto& request = requests[is_run ? schedule.runs[piece.run].request : schedule.chunks[piece.chunk].members.front()];
-        const int start = is_run ? 0 : schedule.chunks[piece.chunk].start;
-        const int end = std::min(request.seq_len, start + kChunkPositions);
-        return {request.block_table, start / shape.block_size, (end + shape.block_size - 1) / shape.block_size,
-                index % num_kv_heads};
-    };
-    const auto attend_item = [&](int index, int thread, const UpcomingBlocks& upcoming) {
-        const auto& piece = schedule.pieces[index / num_kv_heads];
-        const int kv_head = index % num_kv_heads;
-        auto* columns = reinterpret_cast<AttentionColumn*>(scratch + thread * work_bytes);
-        auto* work = reinterpret_cast<float*>(scratch + thread * work_bytes + column_bytes);
-        if (piece.chunk < 0) {
-            const auto& run = schedule.runs[piece.run];
-            const AttentionRequest& request = requests[run.request];
-            set_columns(columns, request, kv_head, run.first_token, run.num_tokens);
-            kernels.attend(shape, {columns, run.num_tokens * group, request.seq_len, request.block_table, upcoming},
-                           key_cache, value_cache, kv_head, work);
-            return;
-        }
-        const auto& chunk = schedule.chunks[piece.chunk];
-        const AttentionRequest& first = requests[chunk.members.front()];
-        const int own = first.num_tokens * group, per_tile = kTileHeight / own;
-        const int num_tiles = (static_cast<int>(chunk.members.size()) + per_tile - 1) / per_tile;
-        std::fill_n(columns, num_tiles * kTileHeight, AttentionColumn{});
-        for (int i = 0; i < static_cast<int>(chunk.members.size()); ++i) {
-            set_columns(columns + i / per_tile * kTileHeight + i % per_tile * own, requests[chunk.members[i]], kv_head, 0,
-                        first.num_tokens);
-        }
-        kernels.attend_chunk(shape, {columns, num_tiles * kTileHeight, first.seq_len, first.block_table, upcoming},
-                             key_cache, value_cache, kv_head, chunk.start, part_at(kv_head, chunk.first_tile), work);
-    };
-    // Light items are taken some at a time, heads of the same blocks, and those after them with the last one, to fetch
-    // their blocks meanwhile.
-    const int per_thread = num_items / (pool_.num_threads() * 8), at_once = std::clamp(per_thread, 1, num_kv_heads);
-    std::atomic<int> num_taken{0};
-    pool_.run(std::min(num_items, pool_.num_threads()), [&](int, int thread) {
-        const FlushDenormals flush;
-        int count = 1;
-        for (int first = num_taken++; first < num_items;) {
-            const bool looks_ahead = per_thread > 0 && is_light(first);
-            const int next = looks_ahead ? num_taken.fetch_add(at_once) : num_items;
-            const int end = std::min(first + count, num_items);
-            for (int index = first; index < end; ++index) {
-                attend_item(index, thread, blocks_of(index + 1 < end ? index + 1 : next));
-            }
-            count = looks_ahead ? at_once : 1;
-            first = looks_ahead ? next : num_taken++;
-        }
-    });
-    pool_.run(static_cast<int>(schedule.merges.size()) * num_kv_heads, [&](int index, int thread) {
-        const FlushDenormals flush;
-        const auto& merge = schedule.merges[index / num_kv_heads];
-        const int kv_head = index % num_kv_heads;
-        const AttentionRequest& request = requests[merge.request];
-        auto* columns = reinterpret_cast<AttentionColumn*>(scratch + thread * work_bytes);
-        set_columns(columns, request, kv_head, 0, request.num_tokens);
-        std::vector<ChunkPart> own;
-        own.reserve(merge.parts.size());
-        for (const auto& part : merge.parts) own.push_back({part_at(kv_head, part.tile), part.lane});
-        kernels.merge_chunks(shape, own, columns, request.num_tokens * group,
-                             reinterpret_cast<float*>(scratch + thread * work_bytes + column_bytes));
     });
 }
 

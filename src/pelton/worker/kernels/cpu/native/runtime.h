@@ -7,10 +7,12 @@
 #include <vector>
 
 #include "attention_schedule.h"
+#include "buffer.h"
 #include "channel_products.h"
 #include "kernel_table.h"
 #include "linear_weight.h"
 #include "thread_pool.h"
+#include "tile_attention.h"
 #include "workers.h"
 
 namespace pelton {
@@ -98,16 +100,13 @@ private:
     void store_gated(bool gelu, const float* const (&sides)[2], int column, int64_t ld, const TiledRows& to,
                      int group) const;
 
-    void attend_tiles(const AttentionShape& shape, std::span<const AttentionRequest> requests,
-                      const AttentionSchedule& schedule, const void* key_cache, const void* value_cache);
-
     const KernelTable& kernels_;
     ActivationType activation_;
     ThreadPool pool_;
     ChannelProducts channels_;
     Buffer activations_;
     Buffer scratch_;
-    Buffer parts_;
+    AttentionMemory attention_;
     Buffer mlp_;
 };
 
