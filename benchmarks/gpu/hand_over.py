@@ -34,6 +34,7 @@ WIDE = ModelSpec(
     rope=RopeSpec(theta=1e4, rotary_dim=128),
     kv_groups=make_kv_groups([None] * 8),
 )
+_DEAR_S = 30.0
 _CHILD = (
     "from benchmarks.gpu.absent_packages import stand_in; stand_in(); from benchmarks.gpu.hand_over import prefill; "
     "prefill()"
@@ -83,9 +84,11 @@ def hand_over(tiny: bool) -> list[dict[str, Any]]:
             if child.stdout.readline() != "ready\n":
                 raise RuntimeError("the process that prefills has ended")
             with _engine(tiny, kv_peers=(address,)) as engine:
+                costs = engine.engine.tenancy.costs
+                costs.recompute_s = lambda *_: _DEAR_S  # so small a model is computed sooner than blocks are asked for
                 found = [answer.token_ids for prompt in prompts for answer in engine.generate([prompt], num_tokens)]
                 kv = engine.engine.scheduler.kv
-                stats, bytes_per_s = kv.tier_stats(), engine.engine.tenancy.costs.copies_from(PEER).bytes_per_s
+                stats, bytes_per_s = kv.tier_stats(), costs.copies_from(PEER).bytes_per_s
         finally:
             child.kill()
             child.wait()

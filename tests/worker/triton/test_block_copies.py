@@ -138,11 +138,18 @@ class FakeRuntime:
 
     def __init__(self, status: int) -> None:
         self.status = status
+        self.kept = 0  # what went wrong, until the next kernel is asked for
         self.pinned: dict[int, int] = {}
 
     def cudaHostRegister(self, address: int, num_bytes: int, _: int) -> int:
         self.pinned[address] = num_bytes
+        self.kept = self.status
         return self.status
+
+    def launch(self, *_: Any, **__: Any) -> None:
+        status, self.kept = self.kept, 0
+        if status:
+            raise RuntimeError(f"CUDA error {status}")
 
     def cudaHostUnregister(self, address: int) -> int:
         del self.pinned[address]
@@ -165,9 +172,11 @@ def test_as_much_host_memory_is_pinned_as_was_asked_for(runner: ModelRunner, mon
     del block
     assert not runtime.pinned
     runtime.status = 801
+    monkeypatch.setattr(torch, "zeros", runtime.launch)
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *args, dtype, **_: empty(*args, dtype=dtype))
     assert copies.empty_host(5, 1000).shape == (5, 1000)  # as torch pins it
+    runtime.launch()  # the next kernel is not told that the first way failed
     monkeypatch.setattr(torch, "empty", empty)
     with pytest.raises(MemoryError, match="5000 bytes of host memory could not be pinned: CUDA error 801, "):
         copies.empty_host(5, 1000)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +40,8 @@ class CudaCopies:
             unpin = weakref.finalize(blocks, torch.cuda.cudart().cudaHostUnregister, memory.data_ptr())
             unpin.atexit = False  # the driver may be gone by then
             return blocks
+        with suppress(RuntimeError):  # the runtime keeps what went wrong, and says it of the next kernel
+            torch.zeros(1, device=self._device)
         try:  # some hosts pin nothing but what the driver has made
             return torch.empty((num_blocks, block_bytes), dtype=torch.uint8, pin_memory=True).numpy()
         except RuntimeError as error:
