@@ -396,3 +396,60 @@ def test_nixl_over_tcp() -> None:
     assert (connector.inbox[1] == content(KEYS[1])).all()
     connector.close()
     source.close()
+
+
+class DeviceMemory:
+    """What is written is there once somebody has waited for it."""
+
+    is_cuda, device = True, "cuda:0"
+
+    def __init__(self, num_slots: int, queued: list[Callable[[], None]]) -> None:
+        self.values = [-1] * num_slots
+        self.queued = queued
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, index: int) -> DeviceSlot:
+        return DeviceSlot(self, index)
+
+
+class DeviceSlot:
+    def __init__(self, memory: DeviceMemory, index: int) -> None:
+        self.memory, self.index = memory, index
+
+    def __setitem__(self, _: slice, source: DeviceSlot) -> None:
+        def write() -> None:
+            self.memory.values[self.index] = source.memory.values[source.index]
+
+        self.memory.queued.append(write)
+
+
+@pytest.mark.torch
+def test_nixl_waits_for_a_device_before_it_reads_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    queued: list[Callable[[], None]] = []
+
+    class FakeStream:
+        def __init__(self, _: object) -> None:
+            pass
+
+        def synchronize(self) -> None:
+            while queued:
+                queued.pop(0)()
+
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    bounce = DeviceMemory(16, queued)
+
+    class FakeMover:
+        inbox = DeviceMemory(40, queued)
+
+        def read(self, _: str, __: object, slot_ids: list[int], bounce: DeviceMemory) -> None:
+            bounce.values[: len(slot_ids)] = slot_ids
+
+    remote: Any = None
+    outbox = nixl.NixlOutbox(FakeMover(), "other", remote, (bounce, None))  # type: ignore[arg-type]
+    outbox.read(list(range(100, 140)), list(range(40)))
+    assert FakeMover.inbox.values == list(range(100, 140))

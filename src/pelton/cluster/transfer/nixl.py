@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from pelton.cluster.transfer.checksum import beside_steps
 from pelton.cluster.transfer.mover import MoverSize, TransferError
 from pelton.core.errors import ConfigError
 
@@ -156,8 +157,9 @@ class NixlOutbox:
         for low in range(0, len(slot_ids), len(self._bounce)):
             here = slot_ids[low : low + len(self._bounce)]
             self._mover.read(self._name, self._remote, here, self._bounce)
-            for index, inbox_id in enumerate(inbox_ids[low : low + len(here)]):
-                self._mover.inbox[inbox_id][:] = self._bounce[index]
+            with beside_steps(self._bounce):  # which the next read writes over
+                for index, inbox_id in enumerate(inbox_ids[low : low + len(here)]):
+                    self._mover.inbox[inbox_id][:] = self._bounce[index]
 
     def close(self) -> None:
         self._mover.forget(self._name, self._bounce, self._registered)
