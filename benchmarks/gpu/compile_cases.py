@@ -31,7 +31,7 @@ _CPU = torch.device("cpu")
 def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield from attention_cases.cases()
     yield from _norms()
-    yield from elementwise()
+    yield from _elementwise()
     yield from _products()
     yield from _experts()
     yield from _lora()
@@ -50,7 +50,7 @@ def _norms() -> Iterator[tuple[str, Callable[[], object]]]:
             )
 
 
-def elementwise() -> Iterator[tuple[str, Callable[[], object]]]:
+def _elementwise() -> Iterator[tuple[str, Callable[[], object]]]:
     angles, slots = torch.empty(9, 64), torch.zeros(9, dtype=torch.int32)
     for dtype in (torch.bfloat16, torch.float32):
         name = str(dtype).removeprefix("torch.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain, compress
 from typing import Any
@@ -126,6 +127,7 @@ class ModelRunner:
             if rows:
                 self._forward(rows, step)
         except BaseException:
+            _end_copies(step)
             self._states.forget(scheduled.request_id for scheduled in batch.requests)
             raise
         self._states.forget(step.answers.failed)
@@ -152,6 +154,7 @@ class ModelRunner:
             if step.copies is not None and (copied := step.copies.wait()) is not None:
                 step.kv_copy_s, step.kv_moved_s = copied.loads_s, copied.loads_s + copied.stores_s
         except BaseException as error:
+            _end_copies(step)
             self._states.forget(scheduled.request_id for scheduled in step.batch.requests)
             step.error = error
             return
@@ -348,6 +351,13 @@ class ModelRunner:
                 return
             entries += found
         answers.prompt_logprobs[row.index] = (*(answers.prompt_logprobs[row.index] or ()), *entries)
+
+
+def _end_copies(step: RunningStep) -> None:
+    """A step that fails has moved its blocks all the same: who is told of its end may read them."""
+    if step.copies is not None:
+        with suppress(Exception):
+            step.copies.wait()
 
 
 def with_forced_tokens(

@@ -21,6 +21,7 @@ from pelton.worker.kernels.block_copies import ArrayCopies
 from pelton.worker.kernels.triton import block_copies
 from pelton.worker.kernels.triton.backend import TritonKernels
 from pelton.worker.kernels.triton.block_copies import CudaCopies
+from pelton.worker.kernels.triton.sampling import LateTokens
 from pelton.worker.kv_storage import KVStorage
 from pelton.worker.model_runner import ModelRunner
 from pelton.worker.models.registry import make_dummy_model
@@ -43,6 +44,7 @@ class FakeStream:
 
 class FakeEvent:
     clock_ms = 0
+    waited_ms = 0  # for what was recorded until then
 
     def __init__(self, **_: Any) -> None:
         self.time_ms = -1
@@ -53,6 +55,7 @@ class FakeEvent:
 
     def synchronize(self) -> None:
         assert self.time_ms >= 0
+        FakeEvent.waited_ms = self.time_ms
 
     def elapsed_time(self, end: FakeEvent) -> float:
         return float(end.time_ms - self.time_ms)
@@ -105,6 +108,41 @@ def test_blocks_come_back_as_they_were(runner: ModelRunner) -> None:
     runner.run_step(make_batch(2, (LOAD, 1, 9), (LOAD, 1, 10)))
     runner.run_step(replace(make_batch(3), kv_ops=(KVOp(KVOpKind.COPY, 9, 11),)))
     assert [float(cache.keys[block].min()) for block in (8, 9, 10, 11)] == [4.0, 3.0, 3.0, 3.0]
+
+
+def fail(*_: object) -> None:
+    raise RuntimeError("a defect")
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_step_that_fails_has_ended_its_copies(
+    is_late: bool, runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine gives the slots to others, to the disk or to another engine, as soon as it is told."""
+    if is_late:
+        monkeypatch.setattr(LateTokens, "result", fail)
+    else:
+        monkeypatch.setattr(runner, "_forward", fail)
+    with pytest.raises(RuntimeError, match="a defect"):
+        runner.run_step(make_batch(1, (STORE, 8, 1), (STORE, 9, 2)))
+    assert FakeEvent.waited_ms == FakeEvent.clock_ms
+
+
+def test_a_full_device_waits_for_the_blocks_before(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, empty, calls = runner._kv.layer_cache(1), torch.empty, list[str]()
+    cache.keys[8] = 3.0
+
+    def empty_once_there_is_room(*args: Any, **options: Any) -> torch.Tensor:
+        if "arrived" not in calls:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return empty(*args, **options)
+
+    monkeypatch.setattr(torch, "empty", empty_once_there_is_room)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: calls.append("arrived"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("given back"))
+    runner._kv.move((KVOp(STORE, 8, 1, "host"), KVOp(LOAD, 1, 9, "host")))
+    assert calls == ["arrived", "given back"]
+    assert float(cache.keys[9].min()) == 3.0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8, torch.float32, torch.float8_e4m3fn])
