@@ -35,7 +35,7 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield from _products()
     yield from _experts()
     yield from _lora()
-    yield from _sampling()
+    yield from sampling()
 
 
 def _norms() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -110,7 +110,7 @@ def _packed(bits: int, group: int, outputs: int, inputs: int, *, has_minima: boo
     return PackedWeight(bits, group, words, scales, torch.empty_like(scales) if has_minima else None, inputs)
 
 
-def _sampling() -> Iterator[tuple[str, Callable[[], object]]]:
+def sampling() -> Iterator[tuple[str, Callable[[], object]]]:
     size = 151_936
     logits = torch.empty(4, size)
     sampler = DeviceSampler(size, (7,), _CPU)

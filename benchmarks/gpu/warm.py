@@ -56,10 +56,11 @@ class Launchers:
 
 def work() -> Iterator[tuple[str, Callable[[], object]]]:
     """What is launched first comes first."""
-    from benchmarks.gpu import attention_cases, hand_over, kernel_items
+    from benchmarks.gpu import attention_cases, compile_cases, hand_over, kernel_items
     from benchmarks.gpu.engine_items import equal_text_model, preset
 
     yield from kernel_items.launches()
+    yield from compile_cases.sampling()
     text = equal_text_model(tiny=False)
     for num_tokens in (1, 20, 60):
         yield f"same text, {num_tokens}", partial(step, text, "float32", None, num_tokens)

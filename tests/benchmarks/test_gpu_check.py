@@ -110,6 +110,7 @@ def test_items_that_take_all_they_may_end_in_time(tmp_path: Path, monkeypatch: p
         clock[0] += limit_s
 
     monkeypatch.setattr(check, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(check, "BEGUN_S", clock[0])
     monkeypatch.setattr(check, "describe", start)
     monkeypatch.setattr(check, "start_warming", lambda _: [])
     monkeypatch.setattr(check, "finish_warming", wait)
@@ -134,7 +135,9 @@ def all_well() -> dict[str, Any]:
     rates = [{"input": first, "output": second, "output_tok_s": 1000.0} for first, second in LENGTHS]
     rows: dict[str, list[dict[str, Any]]] = {
         "kernels": [{"part": "norms, float32", "most_error": 1e-5, "rms_norm": 1e-7}, {"sampled": 64}],
-        "single stream": [{"weights": name, "share": 0.86} for name in ("bfloat16", "fp8", "int4")],
+        "single stream": [
+            {"weights": name, "share": 0.86, "first_token_s": 8.0} for name in ("bfloat16", "fp8", "int4")
+        ],
         "prefill 8192": [{"tflop_s": 500.0, "share": 0.66}],
         "attention": [{"name": "decode 256 x 2K", "share": 0.8, "error": 1e-3, "same_bits": True, "most_error": 0.01}],
         "busy": [{"batch": 256, "busy": 0.98}],
@@ -148,9 +151,10 @@ def all_well() -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("item", "change", "status", "says"),
     [
-        ("busy", {}, 0, "9 of 9 limits of speed reached"),
+        ("busy", {}, 0, "10 of 10 limits of speed reached"),
         ("busy", {"busy": 0.96}, MISSED_LIMITS, "fall short   device busy"),
-        ("prefill 8192", {"share": 0.6}, MISSED_LIMITS, "8 of 9"),
+        ("single stream", {"first_token_s": 11.0}, MISSED_LIMITS, "fall short   first token of the 8B"),
+        ("prefill 8192", {"share": 0.6}, MISSED_LIMITS, "9 of 10"),
         ("attention", {"share": 0.7}, MISSED_LIMITS, "fall short   decode attention"),
         ("attention", {"share": 0.7, "same_bits": False}, 1, "WRONG        attention, decode 256 x 2K: other bits"),
         ("attention", {"error": float("nan")}, 1, "error nan"),
@@ -167,7 +171,7 @@ def test_wrong_results_and_missed_limits_are_told_apart(
     report = {"items": items}
     assert conclude(report) == report["status"] == status
     assert says in capsys.readouterr().out
-    assert len(report["verdicts"]) == 9
+    assert len(report["verdicts"]) == 10
 
 
 @pytest.mark.parametrize(("item", "status"), [("kernels", 1), ("busy", 1), (PEER, MISSED_LIMITS)])
@@ -184,7 +188,7 @@ def test_a_part_that_raises_costs_itself(capsys: pytest.CaptureFixture[str]) -> 
         yield {"weights": "int4", "share": 0.9}
         raise ValueError("no such kernel")
 
-    good = [{"weights": name, "share": 0.9} for name in ("bfloat16", "fp8")]
+    good = [{"weights": name, "share": 0.9, "first_token_s": 8.0} for name in ("bfloat16", "fp8")]
     parts = [("first", lambda: good[:1]), ("second", broken), ("third", lambda: good[1:])]
     rows = list(in_parts(parts))
     assert [row.get("weights", row.get("part")) for row in rows] == ["bfloat16", "int4", "second", "fp8"]
@@ -195,7 +199,7 @@ def test_a_part_that_raises_costs_itself(capsys: pytest.CaptureFixture[str]) -> 
     report: dict[str, Any] = {"items": items}
     assert conclude(report) == 1
     assert "no result: single stream (second)" in capsys.readouterr().out
-    assert [verdict["verdict"] for verdict in report["verdicts"]] == ["pass"] * 9
+    assert [verdict["verdict"] for verdict in report["verdicts"]] == ["pass"] * 10
 
 
 def test_a_device_that_is_broken_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
