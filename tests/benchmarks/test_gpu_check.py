@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from benchmarks.gpu import check, warm
+from benchmarks.gpu import hand_over as hand_over_module
 from benchmarks.gpu.check import (
     ITEMS,
     MISSED_LIMITS,
@@ -129,6 +130,14 @@ def test_blocks_are_handed_over_where_computing_them_takes_no_time(monkeypatch: 
     monkeypatch.setattr(KVCosts, "recompute_s", lambda *_: 1e-9)
     row = hand_over(tiny=True)[0]
     assert row["blocks"] == 2
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+def test_what_the_process_that_prefills_said_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hand_over_module, "_CHILD", "input(); raise SystemExit('no such device')")
+    with pytest.raises(RuntimeError, match="the process that prefills has ended: no such device"):
+        hand_over(tiny=True)
 
 
 def all_well() -> dict[str, Any]:
