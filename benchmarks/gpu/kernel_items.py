@@ -1,5 +1,5 @@
-"""Every kernel that is not attention or a product against float64 on random numbers; those two measure their own error
-(`attention.py`, `products.py`). `error` is a norm of the difference over that of what is right."""
+"""Every kernel but attention, which measures its own error (`attention.py`), against float64 on random numbers. An
+error is a norm of the difference over that of what is right."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from benchmarks.gpu import products
 from benchmarks.gpu.parts import in_parts
+from benchmarks.gpu.verdicts import MOST_PRODUCT_ERROR
 
 from pelton.core.sampling_params import SamplingParams
 from pelton.weights.lora.adapter import LoraModule, LoraWeights
@@ -18,14 +20,14 @@ from pelton.worker.kernels.ops import LoraSite
 from pelton.worker.kernels.triton.activation import gelu_tanh_mul, silu_mul, softcap
 from pelton.worker.kernels.triton.block_copies import copy_block
 from pelton.worker.kernels.triton.embedding import embedding, put_late_tokens
-from pelton.worker.kernels.triton.linear import Scratch
+from pelton.worker.kernels.triton.linear import LinearWeight, Scratch, linear
 from pelton.worker.kernels.triton.lora import TritonAdapter, add_lora
 from pelton.worker.kernels.triton.moe import TritonExperts, moe
 from pelton.worker.kernels.triton.norm import add_rms_norm, add_rms_norm_rounded, rms_norm
 from pelton.worker.kernels.triton.quantize_rows import quantize_rows
 from pelton.worker.kernels.triton.rotary import rotate_and_store, split_heads
 from pelton.worker.kernels.triton.sampling import DeviceSampler
-from pelton.worker.kernels.triton.weights import DenseWeight
+from pelton.worker.kernels.triton.weights import DenseWeight, Weights
 from pelton.worker.sampling.reference import ReferenceSampler
 
 _MOST = {torch.float32: 1e-5, torch.bfloat16: 6e-3}
@@ -41,6 +43,7 @@ def kernels(tiny: bool) -> Iterator[dict[str, Any]]:
         for group in GROUPS[dtype]:
             name = f"{group.__name__.strip('_')}, {str(dtype).removeprefix('torch.')}"
             parts.append((name, partial(_compared, name, group, dtype, device, (tiny, most))))
+    parts += [(f"product, {kind}", partial(_product, kind, device, tiny)) for kind in products.KINDS]
     return in_parts([*parts, ("sampling", partial(_sampling, device, tiny))])
 
 
@@ -49,6 +52,8 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     for dtype, groups in GROUPS.items():
         for group in groups:
             yield f"{group.__name__}, {dtype}", partial(group, dtype, torch.device("cpu"), False)
+    for kind in products.KINDS:
+        yield f"product, {kind}", lambda kind=kind: list(_product(kind, torch.device("cpu"), False))
 
 
 def _compared(
@@ -190,6 +195,23 @@ def _adapters(dtype: torch.dtype, device: torch.device, tiny: bool) -> dict[str,
         adapters.append((TritonAdapter(LoraWeights(str(number), modules, None), sites, dtype, device), rows))
     found = add_lora(torch.zeros(30, sum(widths), dtype=dtype, device=device), x, 0, tuple(adapters))
     return {"lora": _error(found, expected)}
+
+
+def _product(kind: str, device: torch.device, tiny: bool) -> Iterator[dict[str, Any]]:
+    """Rows of every tile with one weight, beside what its rounded values stand for; a row's bits in any company."""
+    torch.manual_seed(0)
+    outputs, inputs = (72, 256) if tiny else (1024, 4096)
+    matrix = (torch.randn(outputs, inputs, device=device) * inputs**-0.5).bfloat16()
+    weight, exact = products.make(kind, matrix)
+    scratch = Scratch(device)
+    scratch.reserve(weight)
+    whole = LinearWeight(Weights((weight,)), scratch, True)
+    x = torch.randn(100, inputs, device=device).bfloat16()
+    found = {num_rows: linear(x[:num_rows], whole) for num_rows in (1, 20, 60, 100)}
+    errors = {f"{num_rows} rows": _error(y, x[:num_rows].double() @ exact.T) for num_rows, y in found.items()}
+    yield {"part": f"product, {kind}", "most_error": MOST_PRODUCT_ERROR[kind] * (2 if tiny else 1), **errors}
+    if not tiny:  # the interpreter multiplies with numpy, which sums up by a matrix's shape
+        assert all(torch.equal(y, found[100][: len(y)]) for y in found.values()), "other bits in other company"
 
 
 def _stored(values: torch.Tensor) -> WeightTensor:

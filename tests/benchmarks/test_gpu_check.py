@@ -32,7 +32,7 @@ from benchmarks.gpu.check import (
 from benchmarks.gpu.engine_items import summary
 from benchmarks.gpu.hand_over import hand_over
 from benchmarks.gpu.parts import in_parts
-from benchmarks.gpu.verdicts import LIMITS
+from benchmarks.gpu.verdicts import LIMITS, MOST_PRODUCT_ERROR
 
 from pelton.engine.kv.costs import KVCosts
 
@@ -83,6 +83,8 @@ def test_items_run_where_nothing_else_is_installed(item: str, tmp_path: Path) ->
     if item == "kernels":
         measured = {name for row in report["items"][item]["rows"] for name in row}
         assert measured >= {"rms_norm", "rotary", "embedding", "silu_mul", "copy", "late", "moe", "lora", "sampled"}
+        parts = {row.get("part") for row in report["items"][item]["rows"]}
+        assert parts >= {f"product, {kind}" for kind in MOST_PRODUCT_ERROR}
     assert report["status"] == 0
     first, second = done.stdout.splitlines()[:2]
     assert f"torch {torch.__version__}" in first
