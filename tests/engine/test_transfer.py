@@ -238,6 +238,23 @@ def test_damage_is_computed_again_and_what_came_before_it_is_used() -> None:
     assert stats(second)["num_peer_failed_blocks_total"] == 1
 
 
+@pytest.mark.parametrize("failing", ["first", "second"])
+def test_a_step_that_moved_nothing_hands_nothing_over(failing: str) -> None:
+    """The first engine's copies into its outbox, or the second one's out of its inbox."""
+    expected = generate(make_engine(), make_submission(PROMPT, "r"))
+    first, second, wire = make_pair(enable_overlap=False)
+    generate(first, make_submission(PROMPT, max_tokens=1))
+    executor = (first if failing == "first" else second).executor
+    executor.fails_before_moving = True  # type: ignore[attr-defined]
+    executor.fail_next = OSError("nothing was moved")  # type: ignore[attr-defined]
+    second.submit(make_submission(PROMPT))
+    for _ in range(200):
+        turn(first, second, wire)
+    assert executor.fail_next is None  # type: ignore[attr-defined]
+    assert hand_over(first, second, wire, make_submission(PROMPT, "r")) == expected
+    settle(first, second, wire)
+
+
 def test_a_full_cache_drops_what_comes() -> None:
     first, second, wire = make_pair(num_blocks=21, max_model_len=80)
     generate(first, make_submission(PROMPT, max_tokens=1))

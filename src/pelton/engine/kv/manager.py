@@ -341,6 +341,24 @@ class KVManager:
             self.tiers.save(self.pool, num_blocks)
         return self._take_ops()
 
+    def lose(self, kv_ops: Sequence[KVOp], later_ops: Sequence[KVOp]) -> set[int]:
+        """A step failed, and may have moved nothing: what it was to bring is not found any more.
+
+        `later_ops` are those of steps that had begun by then. Returns blocks that hold something else, perhaps, than
+        their requests take them for.
+        """
+        slot_ids = {(op.tier, op.destination) for op in kv_ops if op.kind is KVOpKind.STORE}
+        loads = [op for op in kv_ops if op.kind is KVOpKind.LOAD]
+        loads += [op for op in later_ops if op.kind is KVOpKind.LOAD and (op.tier, op.source) in slot_ids]
+        lost = {op.destination for op in loads}
+        for block_id in lost:
+            self.pool.unpublish(block_id)
+        if self.tiers is not None:
+            self.tiers.lose(kv_ops)
+        if self.transfer is not None:
+            self.transfer.lose(kv_ops)
+        return lost
+
     def complete(self, kv_ops: Sequence[KVOp], elapsed_s: float = 0.0) -> None:
         """A step has ended, well or not; its operations took `elapsed_s`."""
         if self.tiers is not None:
