@@ -74,7 +74,7 @@ def test_an_evicted_prefix_comes_back_and_is_stored_once() -> None:
 
 @pytest.mark.parametrize("failing", ["a", "b"])
 def test_what_a_failed_step_was_to_move_is_not_found(failing: str) -> None:
-    """"a" comes back from host memory, "b" sends it there; whichever step fails, "a" is right afterwards."""
+    """Prompt "a" comes back from host memory, "b" sends it there; whichever step fails, "a" is right afterwards."""
     engine = make_engine(num_blocks=13, num_host_blocks=100, max_model_len=40, enable_overlap=False)
     executor = engine.executor
     assert isinstance(executor, ContextExecutor)
