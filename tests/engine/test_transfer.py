@@ -259,6 +259,44 @@ def test_prompts_with_logprobs_do_not_wait() -> None:
     assert second.scheduler.running
 
 
+def test_what_a_failed_step_has_copied_is_not_offered() -> None:
+    first, second, wire = make_pair()
+    generate(first, make_submission(PROMPT, max_tokens=1))
+    executor: Any = first.executor
+    executor.fail_next = RuntimeError("the device is gone")
+    assert wire.source is not None
+    wanted = wire.source.ask(first_keys(first))
+    while not wanted.offer.done():
+        step(first)
+    assert wanted.offer.result() == ()
+    wanted.taken.set_result(None)
+    settle(first, second, wire)
+
+
+def test_what_would_not_pay_is_measured_now_and_then() -> None:
+    """Assumed speeds are a guess, and one slow reading must not be the last."""
+    clock = ManualClock()
+    first, second, wire = make_pair(clock=clock, num_blocks=100)
+    transfer = second.scheduler.kv.transfer
+    assert transfer is not None
+    transfer.costs.bytes_per_token = transfer._num_block_bytes = 1 << 30
+    prompts = [range(start, start + 30) for start in (0, 100, 200)]
+    for prompt in prompts:
+        generate(first, make_submission(prompt, max_tokens=1))
+    for prompt, num_asked in zip(prompts[:2], (7, 7), strict=True):
+        second.submit(make_submission(prompt, f"r{prompt[0]}", max_tokens=1))
+        assert second.stats().num_deferred == 0  # for nobody to wait for
+        assert wire.num_asked == num_asked
+    while second.has_work:
+        turn(first, second, wire)
+    settle(first, second, wire)
+    num_hits = second.scheduler.counters.num_prefix_hits
+    second.submit(make_submission(prompts[2], "r2"))
+    assert second.stats().num_deferred == 1
+    hand_over(first, second, wire)
+    assert second.scheduler.counters.num_prefix_hits == num_hits + 28
+
+
 def test_a_cancelled_request_leaves_nothing() -> None:
     first, second, wire = make_pair()
     generate(first, make_submission(PROMPT, max_tokens=1))

@@ -222,7 +222,7 @@ class Engine:
         except Exception as error:
             self._in_flight.popleft()
             self._set_schedule_time()
-            self.scheduler.kv.complete(batch.kv_ops)
+            self.scheduler.kv.complete(batch.kv_ops, is_good=False)
             self._fail_step(batch, error)
             return
         self._in_flight.popleft()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import chain
+from typing import TYPE_CHECKING
 
 from pelton.core.batch import NULL_BLOCK_ID, BlockKey, KVOp, KVOpKind
 from pelton.core.model_spec import KVGroupSpec
@@ -21,7 +22,9 @@ from pelton.engine.kv.block_pool import BlockPool
 from pelton.engine.kv.pins import PinTable
 from pelton.engine.kv.prefix_match import PrefixIndex, PrefixMatch, RequestMemo
 from pelton.engine.kv.tiers import KVTiers
-from pelton.engine.kv.transfer import KVTransfer
+
+if TYPE_CHECKING:
+    from pelton.engine.kv.transfer import KVTransfer
 
 
 class KVManager:
@@ -341,12 +344,12 @@ class KVManager:
             self.tiers.save(self.pool, num_blocks)
         return self._take_ops()
 
-    def complete(self, kv_ops: Sequence[KVOp], elapsed_s: float = 0.0) -> None:
+    def complete(self, kv_ops: Sequence[KVOp], elapsed_s: float = 0.0, *, is_good: bool = True) -> None:
         """A step has ended, well or not; its operations took `elapsed_s`."""
         if self.tiers is not None:
             self.tiers.complete(kv_ops, elapsed_s)
         if self.transfer is not None:
-            self.transfer.complete(kv_ops)
+            self.transfer.complete(kv_ops, is_good=is_good)
 
     def tier_stats(self) -> dict[str, int]:
         """Fields of `EngineStats`."""

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from pelton.core.batch import BlockKey
 from pelton.core.protocols import Clock
 from pelton.core.request import Request
 from pelton.engine.kv.manager import KVManager
 from pelton.engine.kv.read_ahead import MIN_WAIT_S
-from pelton.engine.kv.transfer import PEER, KVTransfer
+from pelton.engine.kv.transfer import FETCH_BLOCKS, PEER, KVTransfer
+
+# How often peers are asked although it would not pay at the speed seen so far, which is not known at first and changes.
+MEASURE_EVERY_S = 10.0
 
 
 @dataclass(slots=True)
@@ -29,6 +34,7 @@ class PeerWait:
         self._transfer = transfer
         self._clock = clock
         self._held: dict[str, _Held] = {}
+        self._measure_at_s = -math.inf
         transfer.on_missed = self._give_up
 
     def __len__(self) -> int:
@@ -48,11 +54,21 @@ class PeerWait:
         missing = {key: place for key, place in kv.prefixes.visible_keys(hashes).items() if not self._is_near(key)}
         costs = self._transfer.costs
         compute_s = costs.recompute_s(start, end)
-        if not missing or costs.load_s(PEER, len(missing) * kv.block_size // len(kv.groups)) >= compute_s:
+        if not missing:
+            return False
+        if costs.load_s(PEER, len(missing) * kv.block_size // len(kv.groups)) >= compute_s:
+            self._measure(missing)
             return False
         held = _Held(request, missing, self._clock.now_s() + max(MIN_WAIT_S, compute_s))
         self._held[request.request_id] = held
         return self._goes_on(held) or self._held.pop(request.request_id) is None
+
+    def _measure(self, places: Mapping[BlockKey, int]) -> None:
+        """Ask for the first blocks, for nobody to wait for."""
+        now_s = self._clock.now_s()
+        if now_s >= self._measure_at_s:
+            self._measure_at_s = now_s + MEASURE_EVERY_S
+            self._transfer.fetch(dict(islice(places.items(), FETCH_BLOCKS)))
 
     def _is_near(self, key: BlockKey) -> bool:
         tiers = self._kv.tiers

@@ -210,8 +210,8 @@ class KVTransfer:
 
     # -- steps --------------------------------------------------------------------------------------
 
-    def complete(self, ops: Sequence[KVOp]) -> None:
-        """The step that carried `ops` has ended."""
+    def complete(self, ops: Sequence[KVOp], *, is_good: bool = True) -> None:
+        """The step that carried `ops` has ended. What a failed one has copied is not known, so it is not offered."""
         for op in ops:
             if op.tier == INBOX:
                 self._landing.remove(op.source)
@@ -220,7 +220,7 @@ class KVTransfer:
                 offer = self._offers[op.destination]
                 offer.num_missing -= 1
                 if not offer.num_missing:
-                    offer.wanted.offer.set_result(offer.slot_ids)
+                    offer.wanted.offer.set_result(offer.slot_ids if is_good else ())
                     offer.wanted.taken.add_done_callback(
                         lambda _, offer=offer: self._tell(lambda: self._free_offer(offer))  # type: ignore[misc]
                     )
