@@ -170,6 +170,22 @@ def test_another_prompt_tenant_or_adapter_finds_nothing(other: dict[str, Any]) -
     assert stats(first)["num_peer_sent_blocks_total"] == 0
 
 
+@pytest.mark.parametrize("groups", [FULL_ATTENTION, WINDOWED])
+@pytest.mark.parametrize("num_slots", [3, 100])
+@pytest.mark.parametrize(("num_shared", "num_hits"), [(30, 28), (20, 20), (3, 0)])
+def test_a_prompt_of_which_a_part_is_known_there(
+    groups: tuple[KVGroupSpec, ...], num_slots: int, num_shared: int, num_hits: int
+) -> None:
+    """The next turn of a conversation, or another one that begins alike: windows end where the known part does."""
+    prompt = PROMPT[:num_shared] + list(range(100, 140))
+    expected = generate(make_engine(groups=groups), make_submission(prompt, "r"))
+    first, second, wire = make_pair(groups=groups, num_slots=num_slots)
+    generate(first, make_submission(PROMPT, max_tokens=1))
+    assert hand_over(first, second, wire, make_submission(prompt, "r")) == expected
+    assert second.scheduler.counters.num_prefix_hits == num_hits
+    settle(first, second, wire)
+
+
 def test_what_was_evicted_to_host_memory_is_sent_too() -> None:
     first, second, wire = make_pair(num_blocks=13, num_host_blocks=100, max_model_len=40)
     expected = generate(first, make_submission(PROMPT, "r"))
