@@ -114,12 +114,14 @@ public:
     // All that the columns see; writes their results.
     void run() {
         begin();
-        for (int tile = 0; tile < num_tiles_; ++tile) total(tile).clear();
-        for (int start = first_visible(first_position_) / kChunkPositions * kChunkPositions; start <= last_position_;
-             start += kChunkPositions) {
+        const int first = first_visible(first_position_) / kChunkPositions * kChunkPositions;
+        for (int start = first; start <= last_position_; start += kChunkPositions) {
+            // The first one's sums are the totals: to add them to nothing would leave their bits as they are.
             add_chunk(
-                start, [this](int tile) { return part_at(parts_, tile % 2); },
-                [this](int tile, const PartialSums& part) { total(tile).add(part, 0, 0xffff); });
+                start, [&](int tile) { return start == first ? total(tile) : part_at(parts_, tile % 2); },
+                [&](int tile, const PartialSums& part) {
+                    if (start != first) total(tile).add(part, 0, 0xffff);
+                });
         }
         for (int tile = 0; tile < num_tiles_; ++tile) {
             total(tile).store(run_.columns + tile * kColumns, num_columns(tile));
@@ -385,9 +387,10 @@ private:
                 _mm512_store_ps(scores + i * kColumns, _mm512_mul_ps(avx512::tanh_of(score), out));
             }
         }
-        const bool sees_all = extent.start + end - 1 <= first_position_ &&
-                              extent.start + begin >= first_visible(last_position_);
-        if (sees_all) return;
+        // What all columns see stays as it is.
+        const int first_seen = std::clamp(first_visible(last_position_) - extent.start, begin, end);
+        const int last_seen = std::clamp(first_position_ + 1 - extent.start, first_seen, end);
+        if (first_seen == begin && last_seen == end) return;
         alignas(64) int newest[kColumns], oldest[kColumns];
         for (int i = 0; i < kColumns; ++i) {
             const bool is_column = i < num_columns(tile) && run_.columns[tile * kColumns + i].query != nullptr;
@@ -396,12 +399,16 @@ private:
         }
         const __m512i last = _mm512_load_si512(newest), first = _mm512_load_si512(oldest);
         const __m512 hidden = _mm512_set1_ps(kHidden);
-        for (int i = begin; i < end; ++i) {
-            const __m512i position = _mm512_set1_epi32(extent.start + i);
-            const __mmask16 seen = _mm512_cmple_epi32_mask(position, last) & _mm512_cmpge_epi32_mask(position, first);
-            float* score = scores + i * kColumns;
-            _mm512_store_ps(score, _mm512_mask_mov_ps(hidden, seen, _mm512_load_ps(score)));
-        }
+        const auto hide_some = [&](int from, int to) {
+            for (int i = from; i < to; ++i) {
+                const __m512i position = _mm512_set1_epi32(extent.start + i);
+                const __mmask16 seen = _mm512_cmple_epi32_mask(position, last) & _mm512_cmpge_epi32_mask(position, first);
+                float* score = scores + i * kColumns;
+                _mm512_store_ps(score, _mm512_mask_mov_ps(hidden, seen, _mm512_load_ps(score)));
+            }
+        };
+        hide_some(begin, first_seen);
+        hide_some(last_seen, end);
     }
 
     void find_peaks(int num_tiles, int begin, int end, Peaks& peaks) const {
