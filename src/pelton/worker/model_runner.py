@@ -127,8 +127,7 @@ class ModelRunner:
             if rows:
                 self._forward(rows, step)
         except BaseException:
-            _end_copies(step)
-            self._states.forget(scheduled.request_id for scheduled in batch.requests)
+            self._break_off(step)
             raise
         self._states.forget(step.answers.failed)
         self._running.append(step)
@@ -154,8 +153,7 @@ class ModelRunner:
             if step.copies is not None and (copied := step.copies.wait()) is not None:
                 step.kv_copy_s, step.kv_moved_s = copied.loads_s, copied.loads_s + copied.stores_s
         except BaseException as error:
-            _end_copies(step)
-            self._states.forget(scheduled.request_id for scheduled in step.batch.requests)
+            self._break_off(step)
             step.error = error
             return
         now_s = time.perf_counter()
@@ -172,6 +170,13 @@ class ModelRunner:
             kv_moved_s=step.kv_moved_s,
         )
         self._last_end_s = now_s
+
+    def _break_off(self, step: RunningStep) -> None:
+        """What a failed step copies from and to has others' blocks next: its copies end first."""
+        self._states.forget(scheduled.request_id for scheduled in step.batch.requests)
+        if step.copies is not None:
+            with suppress(Exception):
+                step.copies.wait()
 
     def _select_rows(self, batch: ScheduledBatch, answers: _Answers) -> list[StepRow]:
         """The requests that can run, with their tokens known."""
@@ -351,13 +356,6 @@ class ModelRunner:
                 return
             entries += found
         answers.prompt_logprobs[row.index] = (*(answers.prompt_logprobs[row.index] or ()), *entries)
-
-
-def _end_copies(step: RunningStep) -> None:
-    """A step that fails has moved its blocks all the same: who is told of its end may read them."""
-    if step.copies is not None:
-        with suppress(Exception):
-            step.copies.wait()
 
 
 def with_forced_tokens(

@@ -88,13 +88,16 @@ class NixlMover:
             found = msgspec.msgpack.decode(description, type=_Description)
         except msgspec.DecodeError as error:
             raise TransferError(f"what describes its memory cannot be read: {error}") from error
-        bounce = self._empty(_BOUNCE_BLOCKS)
+        bounce, registered = self._empty(_BOUNCE_BLOCKS), None
         try:
             registered = self.register(bounce)
             with self._lock:
                 name = self._agent.add_remote_agent(found.metadata)
                 self._num_links[name] += 1
         except Exception as error:
+            if registered is not None:  # of memory that is about to be freed
+                with self._lock, contextlib.suppress(Exception):
+                    self._agent.deregister_memory(registered)
             raise TransferError(f"NIXL does not connect: {error}") from error
         return NixlOutbox(self, name, found, (bounce, registered))
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import chain
+from typing import TYPE_CHECKING
 
 from pelton.core.batch import NULL_BLOCK_ID, BlockKey, KVOp, KVOpKind
 from pelton.core.model_spec import KVGroupSpec
@@ -21,7 +22,9 @@ from pelton.engine.kv.block_pool import BlockPool
 from pelton.engine.kv.pins import PinTable
 from pelton.engine.kv.prefix_match import PrefixIndex, PrefixMatch, RequestMemo
 from pelton.engine.kv.tiers import KVTiers
-from pelton.engine.kv.transfer import KVTransfer
+
+if TYPE_CHECKING:
+    from pelton.engine.kv.transfer import KVTransfer
 
 
 class KVManager:
