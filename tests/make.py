@@ -94,6 +94,7 @@ class ContextExecutor:
         self.delay_s = delay_s
         self.batches: list[ScheduledBatch] = []
         self.fail_next: Exception | None = None
+        self.fails_before_moving = False  # where `fail_next` is set
         self.tells_prompt_logprobs = False
         self._slots = [[-7] * block_size for _ in range(num_blocks)]
         self.host_slots = [[-8] * block_size for _ in range(num_host_blocks)]
@@ -120,7 +121,8 @@ class ContextExecutor:
     def _execute(self, batch: ScheduledBatch) -> StepResult:
         if self.delay_s:
             time.sleep(self.delay_s)
-        self._move(batch.kv_ops)
+        if self.fail_next is None or not self.fails_before_moving:
+            self._move(batch.kv_ops)
         for request_id in (*batch.preempted_ids, *batch.finished_ids):
             self._contexts.pop(request_id, None)
         if self.fail_next is not None:

@@ -31,11 +31,11 @@ _CPU = torch.device("cpu")
 def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield from attention_cases.cases()
     yield from _norms()
-    yield from elementwise()
+    yield from _elementwise()
     yield from _products()
     yield from _experts()
     yield from _lora()
-    yield from _sampling()
+    yield from sampling()
 
 
 def _norms() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -50,7 +50,7 @@ def _norms() -> Iterator[tuple[str, Callable[[], object]]]:
             )
 
 
-def elementwise() -> Iterator[tuple[str, Callable[[], object]]]:
+def _elementwise() -> Iterator[tuple[str, Callable[[], object]]]:
     angles, slots = torch.empty(9, 64), torch.zeros(9, dtype=torch.int32)
     for dtype in (torch.bfloat16, torch.float32):
         name = str(dtype).removeprefix("torch.")
@@ -110,7 +110,7 @@ def _packed(bits: int, group: int, outputs: int, inputs: int, *, has_minima: boo
     return PackedWeight(bits, group, words, scales, torch.empty_like(scales) if has_minima else None, inputs)
 
 
-def _sampling() -> Iterator[tuple[str, Callable[[], object]]]:
+def sampling() -> Iterator[tuple[str, Callable[[], object]]]:
     size = 151_936
     logits = torch.empty(4, size)
     sampler = DeviceSampler(size, (7,), _CPU)

@@ -112,22 +112,28 @@ def batch_invariance(tiny: bool) -> Rows:
     return [{"others": len(others), "tokens": num_tokens}]
 
 
-def single_stream(tiny: bool) -> Iterator[dict[str, Any]]:
-    """Decode of one request: milliseconds a token, and the weights' bytes over that beside the measured copy."""
+def single_stream(tiny: bool, begun_s: float) -> Iterator[dict[str, Any]]:
+    """Decode of one request: milliseconds a token, and the weights' bytes over that beside the measured copy.
+
+    `begun_s`: when this process began; what it measured before it had an engine does not count.
+    """
     from benchmarks.gpu.products import measure_copy
 
+    start_s = time.perf_counter()
     copy_gb_s = None if tiny else measure_copy(torch.device("cuda"))
-    kinds = (None, "fp8", "int4")
-    return in_parts((str(kind), partial(_single_stream, tiny, kind, copy_gb_s)) for kind in kinds)
+    begun_s += time.perf_counter() - start_s
+    kinds = ((None, begun_s), ("fp8", None), ("int4", None))
+    return in_parts((str(kind), partial(_single_stream, tiny, kind, copy_gb_s, since_s)) for kind, since_s in kinds)
 
 
-def _single_stream(tiny: bool, quantization: str | None, copy_gb_s: float | None) -> Iterator[dict[str, Any]]:
+def _single_stream(
+    tiny: bool, quantization: str | None, copy_gb_s: float | None, begun_s: float | None
+) -> Iterator[dict[str, Any]]:
     spec = model_of(tiny)
     with engine_of(spec, tiny, quantization, max_num_seqs=4, max_num_batched_tokens=512, max_model_len=4096) as engine:
         prompt = make_prompts(spec, 1, 16)
-        start_s = time.perf_counter()
         engine.generate(prompt, 1)
-        first_token_s = time.perf_counter() - start_s
+        first_token_s = None if begun_s is None else time.perf_counter() - begun_s
         engine.generate(prompt, 2 if tiny else 64)
         token_s = _token_s(engine.generate(prompt, 3 if tiny else 256)[0])
         gb_s = num_product_weights(spec) * WEIGHT_BYTES[quantization] / token_s / 1e9
@@ -138,7 +144,7 @@ def _single_stream(tiny: bool, quantization: str | None, copy_gb_s: float | None
             "copy_gb_s": copy_gb_s,
             "share": copy_gb_s and gb_s / copy_gb_s,
             "load_s": engine.load_s,
-            "first_token_s": first_token_s,
+            "first_token_s": first_token_s,  # from the start of the process
         }
 
 
@@ -172,7 +178,7 @@ def throughput(tiny: bool, quantization: str | None) -> Iterator[dict[str, Any]]
     """Offline, of one engine and all three lengths: all requests at once, output tokens a second of the whole run.
 
     In steps as large as the cache allows: as many requests as are held without a preemption. With fp8 weights the
-    cache is fp8, too, as that of the published figures.
+    cache is fp8, too, as that of the published figures; then a profile of each length says where the rest goes.
     """
     spec = model_of(tiny)
     kv_format = {} if quantization is None else {"kv_cache_dtype": quantization}
@@ -181,6 +187,8 @@ def throughput(tiny: bool, quantization: str | None) -> Iterator[dict[str, Any]]
     ) as engine:
         work = ((6, 3, 4),) if tiny else WORK[quantization]
         yield from in_parts((str(lengths), partial(_throughput, engine, quantization, *lengths)) for lengths in work)
+        if quantization == "fp8" and not tiny:
+            yield from in_parts((f"profile {lengths}", partial(_profile_of, engine, *lengths)) for lengths in work)
 
 
 def _throughput(
@@ -205,6 +213,13 @@ def _throughput(
     }
 
 
+def _profile_of(engine: RunningEngine, num_input: int, num_output: int, num_requests: int) -> Iterator[dict[str, Any]]:
+    """Prompts and some decodes of half the requests, from the first step to the last."""
+    prompts = make_prompts(engine.spec, num_requests // 2, num_input, 3)
+    for row in _profile(engine, prompts, min(num_output, 64), (0.05, 0.95)):
+        yield {"profile": f"{num_input}/{num_output}", **row}
+
+
 def busy(tiny: bool) -> Iterator[dict[str, Any]]:
     """Steady decode at batch 256: the part of the time that the device works, and on what."""
     spec, batch = model_of(tiny), 4 if tiny else 256
@@ -214,12 +229,16 @@ def busy(tiny: bool) -> Iterator[dict[str, Any]]:
         yield {"tpot_ms": 1e3 * _token_s(engine.generate(prompts, 4 if tiny else 64)[0])}
         if tiny:
             return
-        yield from in_parts([("profile", partial(_profile, engine, prompts))])
+        # The middle of the run: every request decodes.
+        yield from in_parts([("profile", partial(_profile, engine, prompts, 96, (0.5, 0.9)))])
 
 
-def _profile(engine: RunningEngine, prompts: list[list[int]]) -> Iterator[dict[str, Any]]:
+def _profile(
+    engine: RunningEngine, prompts: list[list[int]], num_tokens: int, part: tuple[float, float]
+) -> Iterator[dict[str, Any]]:
+    """Of a `part` of the time: how much of it the device works, and on what."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        answers = engine.generate(prompts, 96)
+        answers = engine.generate(prompts, num_tokens)
         torch.cuda.synchronize()
     spans = sorted(
         (event.time_range.start, event.time_range.end, event.name)
@@ -228,9 +247,8 @@ def _profile(engine: RunningEngine, prompts: list[list[int]]) -> Iterator[dict[s
     )
     if not spans:
         raise RuntimeError("the profiler saw nothing on the device: may this process read its counters?")
-    # The middle of the run: every request decodes.
     start, end = spans[0][0], max(span[1] for span in spans)
-    low, high = start + 0.5 * (end - start), start + 0.9 * (end - start)
+    low, high = (start + share * (end - start) for share in part)
     working, reached, by_name = 0.0, low, dict[str, float]()
     for first, last, name in spans:
         first, last = max(first, low), min(last, high)

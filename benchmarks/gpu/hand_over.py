@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.engine_items import TINY
@@ -34,6 +35,7 @@ WIDE = ModelSpec(
     rope=RopeSpec(theta=1e4, rotary_dim=128),
     kv_groups=make_kv_groups([None] * 8),
 )
+_DEAR_S = 30.0
 _CHILD = (
     "from benchmarks.gpu.absent_packages import stand_in; stand_in(); from benchmarks.gpu.hand_over import prefill; "
     "prefill()"
@@ -74,18 +76,24 @@ def hand_over(tiny: bool) -> list[dict[str, Any]]:
         address = f"unix:{folder}/kv"
         command = [sys.executable, *(["-S"] if sys.flags.no_site else []), "-c", _CHILD]
         environment = {**os.environ, "PYTHONPATH": ":".join(filter(None, sys.path))}
-        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        log = Path(folder) / "log"
+        with log.open("w") as errors:
+            child = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+            )
         assert child.stdin is not None
         assert child.stdout is not None
         try:
             child.stdin.write(json.dumps({"tiny": tiny, "address": address}) + "\n")
             child.stdin.flush()
             if child.stdout.readline() != "ready\n":
-                raise RuntimeError("the process that prefills has ended")
+                raise RuntimeError(f"the process that prefills has ended: {log.read_text()[-2000:]}")
             with _engine(tiny, kv_peers=(address,)) as engine:
+                costs = engine.engine.tenancy.costs
+                costs.recompute_s = lambda *_: _DEAR_S  # so small a model is computed sooner than blocks are asked for
                 found = [answer.token_ids for prompt in prompts for answer in engine.generate([prompt], num_tokens)]
                 kv = engine.engine.scheduler.kv
-                stats, bytes_per_s = kv.tier_stats(), engine.engine.tenancy.costs.copies_from(PEER).bytes_per_s
+                stats, bytes_per_s = kv.tier_stats(), costs.copies_from(PEER).bytes_per_s
         finally:
             child.kill()
             child.wait()

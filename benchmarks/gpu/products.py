@@ -71,7 +71,7 @@ def _measure_shape(kind: str, shape: str, copy_gb_s: float, device: torch.device
     outputs, inputs = SHAPES[shape]
     torch.manual_seed(0)
     matrix = torch.randn(outputs, inputs, device=device, dtype=torch.bfloat16) * 0.02
-    weight, rounded = _make(kind, matrix)
+    weight, rounded = make(kind, matrix)
     num_bytes = sum(each.nbytes for each in _tensors(weight))
     num_sets = max(2, -(-_CACHE_BYTES // num_bytes))
     weights = [weight, *(_copied(weight) for _ in range(num_sets - 1))]
@@ -107,7 +107,7 @@ def _measure_shape(kind: str, shape: str, copy_gb_s: float, device: torch.device
             )
 
 
-def _make(kind: str, matrix: torch.Tensor) -> tuple[Weight, torch.Tensor]:
+def make(kind: str, matrix: torch.Tensor) -> tuple[Weight, torch.Tensor]:
     """The weight, and what it stands for in float64."""
     if kind == "bf16":
         return DenseWeight("float", matrix), matrix.double()

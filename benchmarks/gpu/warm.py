@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -25,22 +25,42 @@ def main() -> int:
     stand_in()
     from benchmarks.gpu.compile_only import compile_only
 
-    compile_only(lambda _: None, capability)
+    compile_only(Launchers().make, capability)
     for number, (label, launch) in enumerate(work()):
         if number % num_shares == share:
             try:
                 launch()
+            except AssertionError:  # nothing has been computed
+                pass
             except Exception:  # it will be compiled when it is launched, or fail there
                 print(f"{label}: {traceback.format_exc()[-1000:]}", file=sys.stderr)
     return 0
 
 
+class Launchers:
+    """Triton makes C of each signature of a kernel, and has it compiled when such a kernel is first launched: as long
+    again as the kernel. Not where there is no driver to link with."""
+
+    def __init__(self) -> None:
+        self._made: set[tuple[Any, ...]] = set()
+
+    def make(self, kernel: Any) -> None:
+        from triton.backends.nvidia.driver import CudaLauncher
+
+        signature = tuple(kernel.src.signature.values())
+        if signature not in self._made:
+            self._made.add(signature)
+            with suppress(Exception):
+                CudaLauncher(kernel.src, kernel.metadata)
+
+
 def work() -> Iterator[tuple[str, Callable[[], object]]]:
     """What is launched first comes first."""
-    from benchmarks.gpu import attention_cases, compile_cases
+    from benchmarks.gpu import attention_cases, compile_cases, hand_over, kernel_items
     from benchmarks.gpu.engine_items import equal_text_model, preset
 
-    yield from compile_cases.elementwise()
+    yield from kernel_items.launches()
+    yield from compile_cases.sampling()
     text = equal_text_model(tiny=False)
     for num_tokens in (1, 20, 60):
         yield f"same text, {num_tokens}", partial(step, text, "float32", None, num_tokens)
@@ -50,6 +70,8 @@ def work() -> Iterator[tuple[str, Callable[[], object]]]:
             label = f"{quantization} {kv_dtype}, {num_tokens}"
             yield label, partial(step, spec, "bfloat16", quantization, num_tokens, kv_dtype)
     yield from attention_cases.cases()
+    for num_tokens in (1, 20, 1000):
+        yield f"hand-over, {num_tokens}", partial(step, hand_over.WIDE, "bfloat16", None, num_tokens)
 
 
 @contextmanager

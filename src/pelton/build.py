@@ -196,7 +196,6 @@ def build_kv_manager(
     from pelton.engine.kv.eviction import EVICTIONS
     from pelton.engine.kv.manager import KVManager
     from pelton.engine.kv.tiers import KVTiers
-    from pelton.engine.kv.transfer import KVTransfer
 
     def block_cost(index: int) -> float:
         """Of one more block in a chunk: what every step costs is the same for all."""
@@ -221,6 +220,8 @@ def build_kv_manager(
         tiers=tiers,
     )
     if stores is not None and stores.connector is not None:
+        from pelton.engine.kv.transfer import KVTransfer
+
         kv.transfer = KVTransfer(stores.connector, kv.pool, tiers, kv.ops, costs, num_block_bytes=info.kv_block_bytes)
     return kv
 

@@ -159,6 +159,16 @@ def test_each_process_imports_only_what_it_needs(code: str, allowed: set[str]) -
     assert done.returncode == 0, done.stderr
 
 
+def test_connectors_are_imported_where_they_are_used() -> None:
+    code = (
+        "import sys, pelton.build, pelton.cli.engine_process, pelton.engine.engine, pelton.engine.kv.manager\n"
+        "names = ('pelton.cluster.transfer', 'pelton.engine.kv.transfer', 'pelton.engine.kv.peer_wait')\n"
+        "sys.exit(' '.join(name for name in sys.modules if name.startswith(names)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_closed_pipe_is_no_traceback() -> None:
     command = f"{sys.executable} -m pelton.cli.main serve --help | head -c 1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pelton.cluster.config import TransferConfig
-from pelton.cluster.transfer import open_connector
+from pelton.cluster.transfer import open_connector, wire
 from pelton.cluster.transfer.connector import PeerConnector
 from pelton.core.batch import BlockKey
 from tests.make import make_info
@@ -48,6 +50,29 @@ def fetch(connector: PeerConnector, keys: Sequence[BlockKey]) -> tuple[bool, ...
     for slot_id, key, is_loaded in zip(slot_ids, keys, loaded, strict=True):
         assert not is_loaded or (np.asarray(connector.inbox[slot_id]) == content(key)).all()
     return loaded
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    for _ in range(1000):
+        if is_so():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not come to that")
+
+
+def hello() -> wire.Hello:
+    identity = hashlib.blake2b(b"model", digest_size=16).digest()
+    return wire.Hello(wire.VERSION, "shared_memory", identity, BLOCK_BYTES)
+
+
+def wait_for_wanted(connector: PeerConnector) -> list[Any]:
+    found: list[Any] = []
+    wait_until(lambda: bool(found.extend(connector.take_wanted()) or found))
+    return found
+
+
+def frame(data: bytes) -> bytes:
+    return len(data).to_bytes(4, "little") + data
 
 
 @contextlib.contextmanager

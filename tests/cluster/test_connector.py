@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import hashlib
-import mmap
-import os
 import resource
 import signal
 import socket
-import stat
-import threading
-import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import msgspec
-import numpy as np
 import pytest
 
 from pelton.cluster.config import TransferConfig
-from pelton.cluster.transfer import MOVERS, cuda_ipc, nixl, outlet, peer, wire
+from pelton.cluster.transfer import MOVERS, cuda_ipc, nixl, peer
 from pelton.cluster.transfer.connector import PeerConnector
+from pelton.cluster.transfer.mover import MoverSize, TransferError
 from pelton.core.errors import ConfigError
-from tests.cluster.make import BLOCK_BYTES, KEYS, UNKNOWN, content, fetch, make_connector, peer_process
+from tests.cluster.make import (
+    BLOCK_BYTES,
+    KEYS,
+    UNKNOWN,
+    content,
+    fetch,
+    make_connector,
+    peer_process,
+    wait_for_wanted,
+    wait_until,
+)
 
 CONNECTORS = [
     "shared_memory",
@@ -54,20 +58,6 @@ def how(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     library = str(request.getfixturevalue("cuda_library"))
     use(library)
     yield {"kv_connector": request.param, "fake_cuda": library}
-
-
-@pytest.fixture
-def asking(tmp_path: Path) -> Iterator[Callable[..., PeerConnector]]:
-    """Makes connectors that ask at `tmp_path / "a"`."""
-    made = []
-
-    def make(**settings: Any) -> PeerConnector:
-        made.append(make_connector(**({"kv_peers": (f"unix:{tmp_path / 'a'}",)} | settings)))
-        return made[-1]
-
-    yield make
-    for connector in made:
-        connector.close()
 
 
 def test_blocks_come_whole(how: dict[str, str], tmp_path: Path, asking: Callable[..., PeerConnector]) -> None:
@@ -123,19 +113,12 @@ def test_an_engine_killed_in_mid_transfer(
         wait_until(lambda: connector.can_fetch and fetch(connector, KEYS[:8]) == (True,) * 8)
 
 
-def wait_until(is_so: Callable[[], bool]) -> None:
-    for _ in range(1000):
-        if is_so():
-            return
-        time.sleep(0.01)
-    raise AssertionError("it did not come to that")
-
-
 @pytest.mark.parametrize("is_frozen", [False, True])
 def test_an_engine_without_answers(
     is_frozen: bool, tmp_path: Path, asking: Callable[..., PeerConnector], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(peer, "ANSWER_S", 0.3)
+    monkeypatch.setattr(peer, "RETRY_S", 0.0)  # what it has cost counts
     with peer_process(tmp_path / "a", problem="" if is_frozen else "hang") as process:
         connector = asking()
         if is_frozen:
@@ -177,174 +160,11 @@ def test_another_model_is_refused(
     assert ("model" if "identity" in theirs else "connector is shared_memory, not nixl") in said
 
 
-# -- what comes from an engine that is broken or none at all -------------------------------------------
-
-
-Answer = Callable[[socket.socket, wire.Hello], None]
-
-
-def hello() -> wire.Hello:
-    identity = hashlib.blake2b(b"model", digest_size=16).digest()
-    return wire.Hello(wire.VERSION, "shared_memory", identity, BLOCK_BYTES)
-
-
-def memory(num_bytes: int, seals: int = 0) -> int:
-    file = os.memfd_create("test", os.MFD_ALLOW_SEALING)
-    os.truncate(file, num_bytes)
-    fcntl.fcntl(file, fcntl.F_ADD_SEALS, seals)
-    return file
-
-
-def welcome(link: socket.socket, num_slots: int = 4, file: int | None = None) -> None:
-    file = memory(num_slots * BLOCK_BYTES, fcntl.F_SEAL_SHRINK) if file is None else file
-    wire.send(link, wire.Welcome(hello(), b"", num_slots), [file] if file >= 0 else [])
-
-
-def offer(*slot_ids: int, num_checksums: int | None = None) -> Answer:
-    def answer(link: socket.socket, _: wire.Hello) -> None:
-        welcome(link)
-        wire.receive(link, wire.Get)
-        number = len(slot_ids) if num_checksums is None else num_checksums
-        wire.send(link, wire.Offer(slot_ids, (b"x" * 16,) * number))
-        link.recv(1)
-
-    return answer
-
-
-ANSWERS: dict[str, tuple[Answer, str]] = {
-    "noise": (lambda link, _: link.sendall(b"\x05\0\0\0noise"), "is no message"),
-    "a long message": (lambda link, _: link.sendall(b"\xff\xff\xff\x7f" + b"x" * 100), "too long"),
-    "half a message": (lambda link, _: link.sendall(b"\x50\0\0\0half"), "closed the connection"),
-    "another message": (lambda link, _: wire.send(link, wire.Taken()), "Welcome was expected, not Taken"),
-    "another version": (
-        lambda link, asked: wire.send(link, wire.Welcome(msgspec.structs.replace(asked, version=9), b"", 1)),
-        "version 1 of the protocol, not 9",
-    ),
-    "no memory": (lambda link, _: welcome(link, file=-1), "handed over no shared memory"),
-    "short memory": (lambda link, _: welcome(link, file=memory(99)), "not what it says"),
-    "memory that may shrink": (lambda link, _: welcome(link, file=memory(4 * BLOCK_BYTES)), "not what it says"),
-    "no slots": (lambda link, _: welcome(link, num_slots=0), "not what it says"),
-    "a slot too far": (offer(4), "not in its outbox"),
-    "a slot before the first": (offer(-1), "not in its outbox"),
-    "more than was asked for": (offer(0, 1, 2), "other blocks than"),
-    "too few checksums": (offer(0, 1, num_checksums=1), "other blocks than"),
-    "checksums of something else": (offer(0), "came damaged"),
-}
-
-
-@pytest.mark.parametrize("name", ANSWERS)
-def test_answers_that_are_none(
-    name: str, tmp_path: Path, asking: Callable[..., PeerConnector], capfd: pytest.CaptureFixture[str]
-) -> None:
-    answer, problem = ANSWERS[name]
-    server = wire.listen(f"unix:{tmp_path / 'a'}")
-
-    def serve() -> None:
-        link, _ = server.accept()
-        with link:
-            answer(link, wire.receive(link, wire.Hello))
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    num_files = len(os.listdir("/proc/self/fd"))
-    assert fetch(asking(), KEYS[:2]) == (False, False)
-    thread.join()
-    server.close()
-    assert problem in capfd.readouterr().err
-    assert len(os.listdir("/proc/self/fd")) <= num_files + 2  # the test's own memory and the link's end
-
-
-# -- what comes from those who ask ----------------------------------------------------------------------
-
-
-@pytest.fixture
-def listening(tmp_path: Path) -> Iterator[PeerConnector]:
-    connector = make_connector(kv_listen=f"unix:{tmp_path / 'a'}")
-    yield connector
-    connector.close()
-
-
-def link_to(path: Path) -> socket.socket:
-    link = wire.connect(f"unix:{path}", 5.0)
-    wire.send(link, hello())
-    _, files = wire.receive_with_files(link, wire.Welcome)
-    for file in files:
-        os.close(file)
-    return link
-
-
-QUESTIONS: dict[str, bytes] = {
-    "noise": b"\x05\0\0\0noise",
-    "a long message": b"\xff\xff\xff\x7f" + b"x" * 100,
-    "too many keys": msgspec.msgpack.encode(wire.Get(((0, b"k" * 16),) * 2000)),
-    "a private key": msgspec.msgpack.encode(wire.Get(((0, b"k" * 17),))),
-    "another message": msgspec.msgpack.encode(wire.Taken()),
-}
-
-
-@pytest.mark.parametrize("name", QUESTIONS)
-@pytest.mark.usefixtures("listening")
-def test_questions_that_are_none_end_the_link(name: str, tmp_path: Path, listening: PeerConnector) -> None:
-    data = QUESTIONS[name]
-    with link_to(tmp_path / "a") as link:
-        link.sendall(data if name in ("noise", "a long message") else len(data).to_bytes(4, "little") + data)
-        with contextlib.suppress(ConnectionResetError):  # it has not read all
-            assert link.recv(1) == b""
-    assert not listening.take_wanted()
-
-
-def test_who_never_says_that_it_has_read(
-    tmp_path: Path, listening: PeerConnector, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(outlet, "TAKEN_S", 0.2)
-    with link_to(tmp_path / "a") as link:
-        wire.send(link, wire.Get(tuple(KEYS[:2])))
-        (wanted,) = wait_for_wanted(listening)
-        wanted.offer.set_result((0, 1))
-        assert len(wire.receive(link, wire.Offer).checksums) == 2
-        wanted.taken.result(10)
-
-
-def test_who_is_gone_before_its_blocks_are_there(
-    tmp_path: Path, listening: PeerConnector, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(outlet, "OFFER_S", 0.2)
-    with link_to(tmp_path / "a") as link:
-        wire.send(link, wire.Get(tuple(KEYS[:2])))
-        (wanted,) = wait_for_wanted(listening)
-    wanted.taken.result(10)
-    wanted.offer.set_result((0, 1))  # nobody minds
-
-
-def wait_for_wanted(connector: PeerConnector) -> list[Any]:
-    found: list[Any] = []
-    wait_until(lambda: bool(found.extend(connector.take_wanted()) or found))
-    return found
-
-
-def test_others_cannot_write_what_they_read(tmp_path: Path, listening: PeerConnector) -> None:
-    listening.outbox[0][:] = content(KEYS[0])
-    with wire.connect(f"unix:{tmp_path / 'a'}", 5.0) as link:
-        wire.send(link, hello())
-        found, (file,) = wire.receive_with_files(link, wire.Welcome)
-    size = found.num_slots * BLOCK_BYTES
-    with pytest.raises(PermissionError):
-        mmap.mmap(file, size)
-    with pytest.raises(PermissionError):
-        os.ftruncate(file, 10)
-    assert (np.frombuffer(mmap.mmap(file, size, prot=mmap.PROT_READ), np.uint8)[:BLOCK_BYTES] == content(KEYS[0])).all()
-    os.close(file)
-    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o600
-
-
-def test_an_address_that_is_taken(tmp_path: Path, listening: PeerConnector) -> None:
-    with pytest.raises(ConfigError, match="another engine listens there"):
-        make_connector(kv_listen=f"unix:{tmp_path / 'a'}")
-    with pytest.raises(ConfigError, match="kv_listen"):
-        make_connector(kv_listen=f"unix:{tmp_path / 'no folder' / 'a'}")
-    listening.close()
-    assert not (tmp_path / "a").exists()
-    make_connector(kv_listen=f"unix:{tmp_path / 'a'}").close()
+@pytest.mark.parametrize("connector", MOVERS)
+def test_another_system(connector: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.platform", "darwin")
+    with pytest.raises(ConfigError, match="work on Linux only, not on darwin"):
+        make_connector(kv_connector=connector, kv_listen=f"unix:{tmp_path / 'a'}")
 
 
 def test_shared_memory_that_cannot_be_had(tmp_path: Path) -> None:
@@ -381,6 +201,32 @@ def test_nixl_that_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         make_connector(kv_connector="nixl", kv_listen=f"unix:{tmp_path / 'a'}")
 
 
+def test_nixl_keeps_no_memory_of_a_link_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    registered: list[Any] = []
+
+    class Agent:
+        def __init__(self, *_: Any) -> None: ...
+
+        def register_memory(self, regions: Any, _: str) -> Any:
+            registered.append(regions)
+            return regions
+
+        def deregister_memory(self, regions: Any) -> None:
+            registered.remove(regions)
+
+        def add_remote_agent(self, _: bytes) -> None:
+            raise RuntimeError("no way there")
+
+    api: Any = ModuleType("nixl._api")
+    api.nixl_agent, api.nixl_agent_config = Agent, lambda backends: backends
+    monkeypatch.setattr(nixl, "find_spec", lambda _: True)
+    monkeypatch.setattr(nixl, "import_module", lambda _: api)
+    mover = nixl.NixlMover(MoverSize(4, 0, BLOCK_BYTES), "cpu")
+    with pytest.raises(TransferError, match="no way there"):
+        mover.open(msgspec.msgpack.encode(nixl._Description(b"", 0, "DRAM", 0)), (), 4)
+    assert not registered
+
+
 @pytest.mark.skipif(find_spec("nixl") is None, reason="nixl is not installed")
 def test_nixl_over_tcp() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -396,3 +242,60 @@ def test_nixl_over_tcp() -> None:
     assert (connector.inbox[1] == content(KEYS[1])).all()
     connector.close()
     source.close()
+
+
+class DeviceMemory:
+    """What is written is there once somebody has waited for it."""
+
+    is_cuda, device = True, "cuda:0"
+
+    def __init__(self, num_slots: int, queued: list[Callable[[], None]]) -> None:
+        self.values = [-1] * num_slots
+        self.queued = queued
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, index: int) -> DeviceSlot:
+        return DeviceSlot(self, index)
+
+
+class DeviceSlot:
+    def __init__(self, memory: DeviceMemory, index: int) -> None:
+        self.memory, self.index = memory, index
+
+    def __setitem__(self, _: slice, source: DeviceSlot) -> None:
+        def write() -> None:
+            self.memory.values[self.index] = source.memory.values[source.index]
+
+        self.memory.queued.append(write)
+
+
+@pytest.mark.torch
+def test_nixl_waits_for_a_device_before_it_reads_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    queued: list[Callable[[], None]] = []
+
+    class FakeStream:
+        def __init__(self, _: object) -> None:
+            pass
+
+        def synchronize(self) -> None:
+            while queued:
+                queued.pop(0)()
+
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    bounce = DeviceMemory(16, queued)
+
+    class FakeMover:
+        inbox = DeviceMemory(40, queued)
+
+        def read(self, _: str, __: object, slot_ids: list[int], bounce: DeviceMemory) -> None:
+            bounce.values[: len(slot_ids)] = slot_ids
+
+    remote: Any = None
+    outbox = nixl.NixlOutbox(FakeMover(), "other", remote, (bounce, None))  # type: ignore[arg-type]
+    outbox.read(list(range(100, 140)), list(range(40)))
+    assert FakeMover.inbox.values == list(range(100, 140))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,6 +69,37 @@ class TestWithAFakeDriver:
         mover = cuda_ipc.CudaIpcMover(SIZE, "A GPU", driver)
         with pytest.raises(TransferError, match=problem):
             mover.open(data, (), 4)
+        mover.close()
+
+    def test_a_copy_that_fails_leaves_none_behind(self, driver: cuda_ipc.CudaDriver) -> None:
+        """A slot of the inbox is another block's next: nothing may come to it later."""
+        mover = cuda_ipc.CudaIpcMover(SIZE, "A GPU", driver)
+        said: list[str] = []
+        outbox = cuda_ipc.MappedOutbox(driver, mover.describe()[0][:64], mover.inbox)
+        copy, wait = driver.copy, driver.wait
+
+        def fail_second(*arguments: Any) -> None:
+            said.append("copy")
+            if len(said) == 2:
+                raise cuda_ipc.CudaError("no")
+            copy(*arguments)
+
+        driver.copy = fail_second  # type: ignore[method-assign]
+        driver.wait = lambda stream: (said.append("wait"), wait(stream))[1]  # type: ignore[func-returns-value, method-assign]
+        with pytest.raises(TransferError, match="cannot be read: no"):
+            outbox.read([0, 1, 2], [0, 1, 2])
+        assert said == ["copy", "copy", "wait"]
+        outbox.close()
+        mover.close()
+
+    def test_memory_that_cannot_be_mapped_costs_no_stream(self, driver: cuda_ipc.CudaDriver) -> None:
+        mover = cuda_ipc.CudaIpcMover(SIZE, "A GPU", driver)
+        streams: list[int] = []
+        make = driver.make_stream
+        driver.make_stream = lambda: streams.append(1) or make()  # type: ignore[func-returns-value, method-assign]
+        with pytest.raises(TransferError, match="cannot be mapped"):
+            mover.open(description(b"\1" * 64), (), 4)
+        assert not streams
         mover.close()
 
     def test_an_address_that_is_gone(self, driver: cuda_ipc.CudaDriver) -> None:

@@ -20,6 +20,7 @@ from tests.make import (
     make_engine,
     make_request,
     make_submission,
+    run,
     step,
 )
 
@@ -69,6 +70,27 @@ def test_an_evicted_prefix_comes_back_and_is_stored_once() -> None:
         assert again[f"again{round}", 0] == expected
     assert engine.scheduler.counters.num_prefix_hits == 5 * 28
     assert moves(engine, KVOpKind.LOAD) > 16 >= moves(engine, KVOpKind.STORE)
+
+
+@pytest.mark.parametrize("failing", ["a", "b"])
+def test_what_a_failed_step_was_to_move_is_not_found(failing: str) -> None:
+    """Prompt "a" comes back from host memory, "b" sends it there; whichever step fails, "a" is right afterwards."""
+    engine = make_engine(num_blocks=13, num_host_blocks=100, max_model_len=40, enable_overlap=False)
+    executor = engine.executor
+    assert isinstance(executor, ContextExecutor)
+    executor.fails_before_moving = True
+    prompts = {"a": range(32), "b": range(100, 132)}
+    expected = generate(engine, make_submission(prompts["a"], "first", max_tokens=2))["first", 0]
+    for name in ("b", "a"):
+        if name == failing:
+            executor.fail_next = OSError("nothing was moved")
+            engine.submit(make_submission(prompts[name], max_tokens=2))
+            assert any(output.error is not None for output in run(engine))
+            moved = [op.kind for op in executor.batches[-1].kv_ops]
+            assert KVOpKind.LOAD in moved if name == "a" else KVOpKind.STORE in moved
+        else:
+            generate(engine, make_submission(prompts[name], max_tokens=2))
+    assert generate(engine, make_submission(prompts["a"], "again", max_tokens=2))["again", 0] == expected
 
 
 def test_a_load_that_costs_more_than_computing_is_not_made() -> None:

@@ -170,6 +170,22 @@ def test_another_prompt_tenant_or_adapter_finds_nothing(other: dict[str, Any]) -
     assert stats(first)["num_peer_sent_blocks_total"] == 0
 
 
+@pytest.mark.parametrize("groups", [FULL_ATTENTION, WINDOWED])
+@pytest.mark.parametrize("num_slots", [3, 100])
+@pytest.mark.parametrize(("num_shared", "num_hits"), [(30, 28), (20, 20), (3, 0)])
+def test_a_prompt_of_which_a_part_is_known_there(
+    groups: tuple[KVGroupSpec, ...], num_slots: int, num_shared: int, num_hits: int
+) -> None:
+    """The next turn of a conversation, or another one that begins alike: windows end where the known part does."""
+    prompt = PROMPT[:num_shared] + list(range(100, 140))
+    expected = generate(make_engine(groups=groups), make_submission(prompt, "r"))
+    first, second, wire = make_pair(groups=groups, num_slots=num_slots)
+    generate(first, make_submission(PROMPT, max_tokens=1))
+    assert hand_over(first, second, wire, make_submission(prompt, "r")) == expected
+    assert second.scheduler.counters.num_prefix_hits == num_hits
+    settle(first, second, wire)
+
+
 def test_what_was_evicted_to_host_memory_is_sent_too() -> None:
     first, second, wire = make_pair(num_blocks=13, num_host_blocks=100, max_model_len=40)
     expected = generate(first, make_submission(PROMPT, "r"))
@@ -238,6 +254,23 @@ def test_damage_is_computed_again_and_what_came_before_it_is_used() -> None:
     assert stats(second)["num_peer_failed_blocks_total"] == 1
 
 
+@pytest.mark.parametrize("failing", ["first", "second"])
+def test_a_step_that_moved_nothing_hands_nothing_over(failing: str) -> None:
+    """The first engine's copies into its outbox, or the second one's out of its inbox."""
+    expected = generate(make_engine(), make_submission(PROMPT, "r"))
+    first, second, wire = make_pair(enable_overlap=False)
+    generate(first, make_submission(PROMPT, max_tokens=1))
+    executor = (first if failing == "first" else second).executor
+    executor.fails_before_moving = True  # type: ignore[attr-defined]
+    executor.fail_next = OSError("nothing was moved")  # type: ignore[attr-defined]
+    second.submit(make_submission(PROMPT))
+    for _ in range(200):
+        turn(first, second, wire)
+    assert executor.fail_next is None  # type: ignore[attr-defined]
+    assert hand_over(first, second, wire, make_submission(PROMPT, "r")) == expected
+    settle(first, second, wire)
+
+
 def test_a_full_cache_drops_what_comes() -> None:
     first, second, wire = make_pair(num_blocks=21, max_model_len=80)
     generate(first, make_submission(PROMPT, max_tokens=1))
@@ -257,6 +290,44 @@ def test_prompts_with_logprobs_do_not_wait() -> None:
     step(second)
     assert wire.num_asked == 0
     assert second.scheduler.running
+
+
+def test_what_a_failed_step_has_copied_is_not_offered() -> None:
+    first, second, wire = make_pair()
+    generate(first, make_submission(PROMPT, max_tokens=1))
+    executor: Any = first.executor
+    executor.fail_next = RuntimeError("the device is gone")
+    assert wire.source is not None
+    wanted = wire.source.ask(first_keys(first))
+    while not wanted.offer.done():
+        step(first)
+    assert wanted.offer.result() == ()
+    wanted.taken.set_result(None)
+    settle(first, second, wire)
+
+
+def test_what_would_not_pay_is_measured_now_and_then() -> None:
+    """Assumed speeds are a guess, and one slow reading must not be the last."""
+    clock = ManualClock()
+    first, second, wire = make_pair(clock=clock, num_blocks=100)
+    transfer = second.scheduler.kv.transfer
+    assert transfer is not None
+    transfer.costs.bytes_per_token = transfer._num_block_bytes = 1 << 30
+    prompts = [range(start, start + 30) for start in (0, 100, 200)]
+    for prompt in prompts:
+        generate(first, make_submission(prompt, max_tokens=1))
+    for prompt, num_asked in zip(prompts[:2], (7, 7), strict=True):
+        second.submit(make_submission(prompt, f"r{prompt[0]}", max_tokens=1))
+        assert second.stats().num_deferred == 0  # for nobody to wait for
+        assert wire.num_asked == num_asked
+    while second.has_work:
+        turn(first, second, wire)
+    settle(first, second, wire)
+    num_hits = second.scheduler.counters.num_prefix_hits
+    second.submit(make_submission(prompts[2], "r2"))
+    assert second.stats().num_deferred == 1
+    hand_over(first, second, wire)
+    assert second.scheduler.counters.num_prefix_hits == num_hits + 28
 
 
 def test_a_cancelled_request_leaves_nothing() -> None:

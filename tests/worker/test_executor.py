@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +30,7 @@ from pelton.worker.kernels.block_copies import CopyTimes
 from pelton.worker.kernels.reference import ReferenceKernels
 from pelton.worker.kernels.reference.block_copies import TensorCopies
 from pelton.worker.kv_format import KV_FORMATS
+from pelton.worker.model_runner import ModelRunner
 from tests.worker.native import CPU_BACKENDS
 
 pytestmark = pytest.mark.torch
@@ -202,6 +205,30 @@ def test_copies_that_a_device_makes_have_its_time(monkeypatch: pytest.MonkeyPatc
     executor.close()
     assert (result.kv_copy_s, result.kv_moved_s) == (0.25, 0.75)
     assert (plain.kv_copy_s, plain.kv_moved_s) == (0.0, None)
+
+
+@pytest.mark.parametrize("place", ["_forward", "_take_samples"])
+def test_copies_of_a_failed_step_have_ended_with_it(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their blocks are others' from then on."""
+    waits = []
+    monkeypatch.setattr(TimedCopies, "wait", lambda _: waits.append(1))
+    monkeypatch.setattr(ReferenceKernels, "make_block_copies", lambda _: TimedCopies())
+
+    def fail(_: ModelRunner, __: object, step: Any) -> None:
+        if place == "_forward":
+            raise MemoryError("no room")
+        step.samples = Future()
+        step.samples.set_exception(MemoryError("no room"))
+
+    monkeypatch.setattr(ModelRunner, "_forward", fail)
+    config = replace(ENGINE, num_kv_blocks=20, host_kv_cache_gb=0.001)
+    worker = WorkerConfig(threads=1, kernel_backend="reference")
+    executor, _ = build_executor(SpecOnly(), DUMMY, worker, config, eos_token_ids={0})
+    batch = replace(make_batch(1), kv_ops=(KVOp(KVOpKind.STORE, 2, 1, "host"),))
+    with pytest.raises(MemoryError, match="no room"):
+        executor.submit(batch).result(timeout=30)
+    executor.close()
+    assert waits == [1]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -222,8 +222,9 @@ class Engine:
         except Exception as error:
             self._in_flight.popleft()
             self._set_schedule_time()
+            lost = self.scheduler.kv.lose(batch.kv_ops, [op for later, _ in self._in_flight for op in later.kv_ops])
             self.scheduler.kv.complete(batch.kv_ops)
-            self._fail_step(batch, error)
+            self._fail_step(batch, error, lost)
             return
         self._in_flight.popleft()
         self._set_schedule_time()
@@ -350,13 +351,17 @@ class Engine:
             self._outputs.append(error_output(request, info, reason))
             self._end(request, reason, error.code)
 
-    def _fail_step(self, batch: ScheduledBatch, error: Exception) -> None:
-        """A broken step costs the requests that were in it; the others go on (law 7)."""
+    def _fail_step(self, batch: ScheduledBatch, error: Exception, lost: set[int]) -> None:
+        """A broken step costs the requests that were in it or read a `lost` block; the others go on (law 7)."""
         problem = EngineStepError(f"the step failed: {type(error).__name__}: {error}")
-        for scheduled in batch.requests:
-            request = self.scheduler.requests.get(scheduled.request_id)
-            if request is not None:
-                self._fail(request.parent_id or request.request_id, problem)
+        failed_ids = [scheduled.request_id for scheduled in batch.requests]
+        for request in self.scheduler.running if lost else ():
+            if any(not lost.isdisjoint(table) for table in request.block_tables):
+                failed_ids.append(request.request_id)
+        for request_id in failed_ids:
+            found = self.scheduler.requests.get(request_id)
+            if found is not None:
+                self._fail(found.parent_id or found.request_id, problem)
 
     def _record(self, request: Request, kind: EventKind, num_tokens: int = 0, detail: str = "") -> None:
         self.scheduler.events.append(RequestEvent(request.request_id, kind, self.clock.now_s(), num_tokens, detail))

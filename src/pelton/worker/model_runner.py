@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain, compress
 from typing import Any
@@ -126,7 +127,7 @@ class ModelRunner:
             if rows:
                 self._forward(rows, step)
         except BaseException:
-            self._states.forget(scheduled.request_id for scheduled in batch.requests)
+            self._break_off(step)
             raise
         self._states.forget(step.answers.failed)
         self._running.append(step)
@@ -152,7 +153,7 @@ class ModelRunner:
             if step.copies is not None and (copied := step.copies.wait()) is not None:
                 step.kv_copy_s, step.kv_moved_s = copied.loads_s, copied.loads_s + copied.stores_s
         except BaseException as error:
-            self._states.forget(scheduled.request_id for scheduled in step.batch.requests)
+            self._break_off(step)
             step.error = error
             return
         now_s = time.perf_counter()
@@ -169,6 +170,13 @@ class ModelRunner:
             kv_moved_s=step.kv_moved_s,
         )
         self._last_end_s = now_s
+
+    def _break_off(self, step: RunningStep) -> None:
+        """What a failed step copies from and to has others' blocks next: its copies end first."""
+        self._states.forget(scheduled.request_id for scheduled in step.batch.requests)
+        if step.copies is not None:
+            with suppress(Exception):
+                step.copies.wait()
 
     def _select_rows(self, batch: ScheduledBatch, answers: _Answers) -> list[StepRow]:
         """The requests that can run, with their tokens known."""

@@ -21,6 +21,7 @@ from pelton.worker.kernels.block_copies import ArrayCopies
 from pelton.worker.kernels.triton import block_copies
 from pelton.worker.kernels.triton.backend import TritonKernels
 from pelton.worker.kernels.triton.block_copies import CudaCopies
+from pelton.worker.kernels.triton.sampling import LateTokens
 from pelton.worker.kv_storage import KVStorage
 from pelton.worker.model_runner import ModelRunner
 from pelton.worker.models.registry import make_dummy_model
@@ -43,6 +44,7 @@ class FakeStream:
 
 class FakeEvent:
     clock_ms = 0
+    waited_ms = 0  # for what was recorded until then
 
     def __init__(self, **_: Any) -> None:
         self.time_ms = -1
@@ -53,6 +55,7 @@ class FakeEvent:
 
     def synchronize(self) -> None:
         assert self.time_ms >= 0
+        FakeEvent.waited_ms = self.time_ms
 
     def elapsed_time(self, end: FakeEvent) -> float:
         return float(end.time_ms - self.time_ms)
@@ -107,6 +110,41 @@ def test_blocks_come_back_as_they_were(runner: ModelRunner) -> None:
     assert [float(cache.keys[block].min()) for block in (8, 9, 10, 11)] == [4.0, 3.0, 3.0, 3.0]
 
 
+def fail(*_: object) -> None:
+    raise RuntimeError("a defect")
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_step_that_fails_has_ended_its_copies(
+    is_late: bool, runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine gives the slots to others, to the disk or to another engine, as soon as it is told."""
+    if is_late:
+        monkeypatch.setattr(LateTokens, "result", fail)
+    else:
+        monkeypatch.setattr(runner, "_forward", fail)
+    with pytest.raises(RuntimeError, match="a defect"):
+        runner.run_step(make_batch(1, (STORE, 8, 1), (STORE, 9, 2)))
+    assert FakeEvent.waited_ms == FakeEvent.clock_ms
+
+
+def test_a_full_device_waits_for_the_blocks_before(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, empty, calls = runner._kv.layer_cache(1), torch.empty, list[str]()
+    cache.keys[8] = 3.0
+
+    def empty_once_there_is_room(*args: Any, **options: Any) -> torch.Tensor:
+        if "arrived" not in calls:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return empty(*args, **options)
+
+    monkeypatch.setattr(torch, "empty", empty_once_there_is_room)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: calls.append("arrived"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("given back"))
+    runner._kv.move((KVOp(STORE, 8, 1, "host"), KVOp(LOAD, 1, 9, "host")))
+    assert calls == ["arrived", "given back"]
+    assert float(cache.keys[9].min()) == 3.0
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8, torch.float32, torch.float8_e4m3fn])
 def test_a_block_is_copied_in_one_launch_wherever_it_lies(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between layers that are more than 2**31 bytes apart, too, in a pool of which only two blocks are touched."""
@@ -138,11 +176,18 @@ class FakeRuntime:
 
     def __init__(self, status: int) -> None:
         self.status = status
+        self.kept = 0  # what went wrong, until the next kernel is asked for
         self.pinned: dict[int, int] = {}
 
     def cudaHostRegister(self, address: int, num_bytes: int, _: int) -> int:
         self.pinned[address] = num_bytes
+        self.kept = self.status
         return self.status
+
+    def launch(self, *_: Any, **__: Any) -> None:
+        status, self.kept = self.kept, 0
+        if status:
+            raise RuntimeError(f"CUDA error {status}")
 
     def cudaHostUnregister(self, address: int) -> int:
         del self.pinned[address]
@@ -165,9 +210,11 @@ def test_as_much_host_memory_is_pinned_as_was_asked_for(runner: ModelRunner, mon
     del block
     assert not runtime.pinned
     runtime.status = 801
+    monkeypatch.setattr(torch, "zeros", runtime.launch)
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *args, dtype, **_: empty(*args, dtype=dtype))
     assert copies.empty_host(5, 1000).shape == (5, 1000)  # as torch pins it
+    runtime.launch()  # the next kernel is not told that the first way failed
     monkeypatch.setattr(torch, "empty", empty)
     with pytest.raises(MemoryError, match="5000 bytes of host memory could not be pinned: CUDA error 801, "):
         copies.empty_host(5, 1000)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import Any
 
 from pelton.cluster.config import TransferConfig
 from pelton.cluster.transfer.connector import PeerConnector, size_of
+from pelton.core.errors import ConfigError
 from pelton.core.events import EngineInfo
 
 # Name -> module and class of its `Mover`, made of (size, `EngineInfo.device`): imported when it is chosen.
@@ -19,6 +21,8 @@ MOVERS = {
 
 def open_connector(config: TransferConfig, info: EngineInfo) -> PeerConnector:
     """Raises `ConfigError` where the connector cannot work here, or its memory or address cannot be had."""
+    if sys.platform != "linux":
+        raise ConfigError(f"kv_listen and kv_peers work on Linux only, not on {sys.platform}: leave them out")
     module, name = MOVERS[config.kv_connector]
     make_mover: Any = getattr(import_module(f"{__name__}.{module}"), name)
     mover = make_mover(size_of(config, info), info.device)

@@ -7,8 +7,8 @@ written meanwhile, not a forger.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from hashlib import blake2b
 from typing import Any
 
@@ -17,6 +17,21 @@ import numpy as np
 ROW_WORDS = 512
 _WORD_BYTES = 8
 DIGEST_BYTES = 16
+
+
+@contextmanager
+def beside_steps(slots: Any) -> Iterator[None]:
+    """What is done to `slots` within is done by the end of it, on a device without waiting for its steps."""
+    if isinstance(slots, np.ndarray) or not slots.is_cuda:
+        yield
+        return
+    import torch
+
+    cuda: Any = torch.cuda
+    stream = cuda.Stream(slots.device)
+    with cuda.stream(stream):
+        yield
+    stream.synchronize()
 
 
 def checksums(slots: Any, slot_ids: Sequence[int]) -> list[bytes]:
@@ -38,11 +53,10 @@ def _sums_of_array(block: Any) -> bytes:
 
 
 def _sums_of_tensor(block: Any) -> bytes:
-    """Sums wrap around, signed or not: their bytes are the same. On a device beside the steps."""
+    """Sums wrap around, signed or not: their bytes are the same."""
     import torch
 
-    cuda: Any = torch.cuda
-    with cuda.stream(cuda.Stream()) if block.is_cuda else nullcontext():
+    with beside_steps(block):
         rows_end = _rows_end(len(block))
         rows = block[:rows_end].view(torch.int64).view(-1, ROW_WORDS)
         parts = [rows.sum(0).view(torch.uint8), rows.sum(1).view(torch.uint8), block[rows_end:]]

@@ -194,8 +194,12 @@ class MappedOutbox:
     def __init__(self, driver: CudaDriver, handle: bytes, inbox: Any) -> None:
         self._driver = driver
         self._inbox = inbox
-        self._stream = driver.make_stream()
         self._pointer = driver.open(handle)
+        try:
+            self._stream = driver.make_stream()
+        except CudaError:
+            driver.close(self._pointer)
+            raise
 
     def read(self, slot_ids: Sequence[int], inbox_ids: Sequence[int]) -> None:
         size = self._inbox.shape[1]
@@ -205,6 +209,8 @@ class MappedOutbox:
                 self._driver.copy(destination, self._pointer + slot_id * size, size, self._stream)
             self._driver.wait(self._stream)
         except CudaError as error:
+            with contextlib.suppress(CudaError):
+                self._driver.wait(self._stream)  # nothing may come later: the slots will be other blocks'
             raise TransferError(f"its device memory cannot be read: {error}") from error
 
     def close(self) -> None:

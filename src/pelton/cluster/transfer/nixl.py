@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from pelton.cluster.transfer.checksum import beside_steps
 from pelton.cluster.transfer.mover import MoverSize, TransferError
 from pelton.core.errors import ConfigError
 
@@ -87,13 +88,16 @@ class NixlMover:
             found = msgspec.msgpack.decode(description, type=_Description)
         except msgspec.DecodeError as error:
             raise TransferError(f"what describes its memory cannot be read: {error}") from error
-        bounce = self._empty(_BOUNCE_BLOCKS)
+        bounce, registered = self._empty(_BOUNCE_BLOCKS), None
         try:
             registered = self.register(bounce)
             with self._lock:
                 name = self._agent.add_remote_agent(found.metadata)
                 self._num_links[name] += 1
         except Exception as error:
+            if registered is not None:  # of memory that is about to be freed
+                with self._lock, contextlib.suppress(Exception):
+                    self._agent.deregister_memory(registered)
             raise TransferError(f"NIXL does not connect: {error}") from error
         return NixlOutbox(self, name, found, (bounce, registered))
 
@@ -156,8 +160,9 @@ class NixlOutbox:
         for low in range(0, len(slot_ids), len(self._bounce)):
             here = slot_ids[low : low + len(self._bounce)]
             self._mover.read(self._name, self._remote, here, self._bounce)
-            for index, inbox_id in enumerate(inbox_ids[low : low + len(here)]):
-                self._mover.inbox[inbox_id][:] = self._bounce[index]
+            with beside_steps(self._bounce):  # which the next read writes over
+                for index, inbox_id in enumerate(inbox_ids[low : low + len(here)]):
+                    self._mover.inbox[inbox_id][:] = self._bounce[index]
 
     def close(self) -> None:
         self._mover.forget(self._name, self._bounce, self._registered)

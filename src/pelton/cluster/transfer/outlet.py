@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import queue
 import socket
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError
 
@@ -21,9 +21,11 @@ from pelton.cluster.transfer.wire import (
     Taken,
     Welcome,
     difference,
+    keep_alive,
     listen,
     receive,
     send,
+    unlisten,
 )
 from pelton.core.errors import ConfigError
 from pelton.core.protocols import WantedBlocks
@@ -35,6 +37,7 @@ HELLO_S = 5.0
 OFFER_S = 10.0
 TAKEN_S = 10.0
 CLOSE_S = 2.0
+ACCEPT_AGAIN_S = 0.1  # where the process has no file left for a link
 
 
 class Outlet:
@@ -67,9 +70,7 @@ class Outlet:
         with self._lock:
             self._is_closed = True
             links, pending = dict(self._links), list(self._pending)
-        with contextlib.suppress(OSError):
-            self._server.shutdown(socket.SHUT_RDWR)  # which wakes the thread that accepts
-        self._server.close()
+        unlisten(self._server, self._address)
         for link in links:
             with contextlib.suppress(OSError):
                 link.shutdown(socket.SHUT_RDWR)
@@ -79,9 +80,6 @@ class Outlet:
         for thread in links.values():
             if thread.ident is not None:  # started
                 thread.join(CLOSE_S)
-        if self._address.startswith("unix:"):
-            with contextlib.suppress(OSError):
-                os.unlink(self._address.removeprefix("unix:"))
 
     def _accept(self) -> None:
         while True:
@@ -90,7 +88,9 @@ class Outlet:
             except OSError:
                 if self._is_closed:
                     return
+                time.sleep(ACCEPT_AGAIN_S)
                 continue
+            keep_alive(link)
             with self._lock:
                 if self._is_closed or len(self._links) >= MAX_LINKS:
                     link.close()

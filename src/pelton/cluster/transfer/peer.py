@@ -29,8 +29,10 @@ from pelton.core.batch import BlockKey
 CONNECT_S = 1.0
 # The longest that any answer is waited for; a request stops to wait for its blocks long before.
 ANSWER_S = 5.0
-# An engine that cannot be reached, or whose blocks cannot be used, is left alone for so long.
+# An engine that cannot be reached, or whose blocks cannot be used, is left alone for so long, and for so many times
+# what it took to find that out: requests wait meanwhile.
 RETRY_S = 1.0
+RETRY_TIMES = 4.0
 
 
 class Peer:
@@ -55,6 +57,7 @@ class Peer:
         """Bring the first so many of `keys` that the other engine has into inbox slots; returns how many are there
         and whole, and how long they were read."""
         num_loaded, read_s = 0, 0.0
+        start_s = time.monotonic()
         while True:
             is_new = self._open_link() is None
             try:
@@ -62,11 +65,13 @@ class Peer:
                     num_loaded += number
                     read_s += elapsed_s
                 self._problem = ""
-            except (OSError, TransferError) as error:
+            # Not only what it should raise: an exception would end the engine that asks.
+            except Exception as error:
                 self._close_link()
                 if isinstance(error, ConnectionError | LinkClosedError) and not is_new and not num_loaded:
                     continue  # that link was one to an engine that has been started again since
-                self._pause(getattr(error, "strerror", None) or str(error))
+                problem = getattr(error, "strerror", None) or str(error) or type(error).__name__
+                self._pause(problem, max(RETRY_S, RETRY_TIMES * (time.monotonic() - start_s)))
             return num_loaded, read_s
 
     def _open_link(self) -> Link | None:
@@ -93,12 +98,12 @@ class Peer:
                 self._links.discard(link)
             link.close()
 
-    def _pause(self, problem: str) -> None:
-        self._paused_until_s = time.monotonic() + RETRY_S
+    def _pause(self, problem: str, retry_s: float) -> None:
+        self._paused_until_s = time.monotonic() + retry_s
         if problem != self._problem and not self._is_closed:
             self._problem = problem
             print(
-                f"pelton: no KV blocks from {self.address}: {problem}; tried again after {RETRY_S:.0f} s",
+                f"pelton: no KV blocks from {self.address}: {problem}; tried again after {retry_s:.0f} s",
                 file=sys.stderr,
                 flush=True,
             )

@@ -14,7 +14,9 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import stat
 import struct
+import time
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -98,7 +100,8 @@ def connect(address: str, timeout_s: float) -> socket.socket:
 
 
 def listen(address: str) -> socket.socket:
-    """A Unix socket is for this user only, and takes the place of one that nobody listens at. Raises `OSError`."""
+    """A Unix socket is for this user only, and takes the place of one that nobody listens at: see `unlisten`. Raises
+    `OSError`."""
     kind, _, rest = address.partition(":")
     if kind == "tcp":
         host, _, port = rest.rpartition(":")
@@ -107,6 +110,8 @@ def listen(address: str) -> socket.socket:
         connect(address, 1.0).close()
         raise OSError("another engine listens there")
     with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(os.lstat(rest).st_mode):
+            raise OSError("there is a file, and no socket")
         os.unlink(rest)
     server = socket.socket(socket.AF_UNIX)
     try:
@@ -117,6 +122,25 @@ def listen(address: str) -> socket.socket:
         server.close()
         raise
     return server
+
+
+def unlisten(server: socket.socket, address: str) -> None:
+    """End what `listen` began. The path goes first: once nobody listens there, it may be another engine's."""
+    if server.family == socket.AF_UNIX:
+        with contextlib.suppress(OSError):
+            os.unlink(address.partition(":")[2])
+    with contextlib.suppress(OSError):
+        server.shutdown(socket.SHUT_RDWR)  # which wakes the thread that accepts
+    server.close()
+
+
+def keep_alive(link: socket.socket) -> None:
+    """Have a link over a network end when its other host is gone without a word: within a minute."""
+    if link.family == socket.AF_UNIX:
+        return
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in ((socket.TCP_KEEPIDLE, 20), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3)):
+        link.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def send(link: socket.socket, message: Message, files: Sequence[int] = ()) -> None:
@@ -130,7 +154,10 @@ def send(link: socket.socket, message: Message, files: Sequence[int] = ()) -> No
 
 
 def receive(link: socket.socket, kind: type[_M]) -> _M:
-    """Raises `OSError`, and `TransferError` for the end of the link and for what is no message of that kind."""
+    """Raises `OSError`, and `TransferError` for the end of the link and for what is no message of that kind.
+
+    The link's timeout is that of its beginning, and then of all the rest, however many pieces that comes in.
+    """
     message, files = receive_with_files(link, kind)
     _close(files)
     return message
@@ -142,28 +169,34 @@ def receive_with_files(link: socket.socket, kind: type[_M]) -> tuple[_M, list[in
         header, files, _, _ = socket.recv_fds(link, _LENGTH.size, _MAX_FILES)
     else:
         header, files = link.recv(_LENGTH.size), []
+    timeout_s = link.gettimeout()
+    until_s = None if timeout_s is None else time.monotonic() + timeout_s
     try:
-        header += _receive_bytes(link, _LENGTH.size - len(header))
+        header += _receive_bytes(link, _LENGTH.size - len(header), until_s)
         (length,) = _LENGTH.unpack(header)
         if length > MAX_FRAME_BYTES:
             raise TransferError(f"a message of {length} bytes is too long")
-        message = _decoder.decode(_receive_bytes(link, length))
+        message = _decoder.decode(_receive_bytes(link, length, until_s))
         if isinstance(message, Refused):
             raise TransferError(f"refused: {message.reason}")
         if not isinstance(message, kind):
             raise TransferError(f"{kind.__name__} was expected, not {type(message).__name__}")
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         _close(files)
         raise TransferError(f"what came is no message: {error}") from error
     except BaseException:
         _close(files)
         raise
+    finally:
+        link.settimeout(timeout_s)
     return message, files
 
 
-def _receive_bytes(link: socket.socket, num_bytes: int) -> bytes:
+def _receive_bytes(link: socket.socket, num_bytes: int, until_s: float | None) -> bytes:
     data = bytearray()
     while len(data) < num_bytes:
+        if until_s is not None:
+            link.settimeout(max(1e-3, until_s - time.monotonic()))
         part = link.recv(num_bytes - len(data))
         if not part:
             raise LinkClosedError("the other engine has closed the connection")

@@ -8,7 +8,6 @@ from typing import Protocol
 from pelton.core.protocols import Clock
 from pelton.core.request import Request
 from pelton.engine.kv.manager import KVManager
-from pelton.engine.kv.peer_wait import PeerWait
 from pelton.engine.kv.read_ahead import ReadAhead
 
 
@@ -31,6 +30,8 @@ class KVWait:
     def __init__(self, kv: KVManager, clock: Clock) -> None:
         self._stages: Sequence[_Stage] = [ReadAhead(kv, clock)]
         if kv.transfer is not None:
+            from pelton.engine.kv.peer_wait import PeerWait
+
             self._stages = [*self._stages, PeerWait(kv, kv.transfer, clock)]
 
     def __len__(self) -> int:

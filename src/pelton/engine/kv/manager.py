@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import chain
+from typing import TYPE_CHECKING
 
 from pelton.core.batch import NULL_BLOCK_ID, BlockKey, KVOp, KVOpKind
 from pelton.core.model_spec import KVGroupSpec
@@ -21,7 +22,9 @@ from pelton.engine.kv.block_pool import BlockPool
 from pelton.engine.kv.pins import PinTable
 from pelton.engine.kv.prefix_match import PrefixIndex, PrefixMatch, RequestMemo
 from pelton.engine.kv.tiers import KVTiers
-from pelton.engine.kv.transfer import KVTransfer
+
+if TYPE_CHECKING:
+    from pelton.engine.kv.transfer import KVTransfer
 
 
 class KVManager:
@@ -340,6 +343,24 @@ class KVManager:
         if self.tiers is not None:
             self.tiers.save(self.pool, num_blocks)
         return self._take_ops()
+
+    def lose(self, kv_ops: Sequence[KVOp], later_ops: Sequence[KVOp]) -> set[int]:
+        """A step failed, and may have moved nothing: what it was to bring is not found any more.
+
+        `later_ops` are those of steps that had begun by then. Returns blocks that hold something else, perhaps, than
+        their requests take them for.
+        """
+        slot_ids = {(op.tier, op.destination) for op in kv_ops if op.kind is KVOpKind.STORE}
+        loads = [op for op in kv_ops if op.kind is KVOpKind.LOAD]
+        loads += [op for op in later_ops if op.kind is KVOpKind.LOAD and (op.tier, op.source) in slot_ids]
+        lost = {op.destination for op in loads}
+        for block_id in lost:
+            self.pool.unpublish(block_id)
+        if self.tiers is not None:
+            self.tiers.lose(kv_ops)
+        if self.transfer is not None:
+            self.transfer.lose(kv_ops)
+        return lost
 
     def complete(self, kv_ops: Sequence[KVOp], elapsed_s: float = 0.0) -> None:
         """A step has ended, well or not; its operations took `elapsed_s`."""

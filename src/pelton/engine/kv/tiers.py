@@ -111,6 +111,12 @@ class KVTiers:
                 self.store(device.blocks[block_id])
                 num_blocks -= 1
 
+    def lose(self, ops: Sequence[KVOp]) -> None:
+        """What these were to store is not there."""
+        for op in ops:
+            if op.tier == HOST and op.kind is KVOpKind.STORE:
+                self.host.unpublish(op.destination)
+
     def complete(self, ops: Sequence[KVOp], elapsed_s: float) -> None:
         """The step that carried `ops` has ended; moving them took `elapsed_s`."""
         moved = [op.destination if op.kind is KVOpKind.STORE else op.source for op in ops if op.tier == HOST]

@@ -41,6 +41,7 @@ class _Offer:
     wanted: WantedBlocks
     slot_ids: tuple[int, ...]
     num_missing: int  # slots that no step has written yet
+    is_lost: bool = False  # a step that was to write one failed
 
 
 @dataclass(slots=True)
@@ -210,6 +211,12 @@ class KVTransfer:
 
     # -- steps --------------------------------------------------------------------------------------
 
+    def lose(self, ops: Sequence[KVOp]) -> None:
+        """What these were to copy for others is not there: they are offered nothing."""
+        for op in ops:
+            if op.tier == OUTBOX:
+                self._offers[op.destination].is_lost = True
+
     def complete(self, ops: Sequence[KVOp]) -> None:
         """The step that carried `ops` has ended."""
         for op in ops:
@@ -219,7 +226,12 @@ class KVTransfer:
             elif op.tier == OUTBOX:
                 offer = self._offers[op.destination]
                 offer.num_missing -= 1
-                if not offer.num_missing:
+                if offer.num_missing:
+                    continue
+                if offer.is_lost:
+                    offer.wanted.offer.set_result(())
+                    self._free_offer(offer)
+                else:
                     offer.wanted.offer.set_result(offer.slot_ids)
                     offer.wanted.taken.add_done_callback(
                         lambda _, offer=offer: self._tell(lambda: self._free_offer(offer))  # type: ignore[misc]

@@ -266,7 +266,8 @@ def _kv_identity(
     `facts`: type of the cache, block size.
     """
     model = repr(files.spec) if model_config.load_format == "dummy" else content_identity(files.path)
-    own = (version("pelton"), _KV_LAYOUT_VERSION, kernels.name, kernels.dtype, worker_config.activation_dtype)
+    how = (kernels.name, kernels.device_name, worker_config.batch_invariance, kernels.dtype)
+    own = (version("pelton"), _KV_LAYOUT_VERSION, *how, worker_config.activation_dtype)
     return "|".join(map(str, (model, model_config.load_format, model_config.quantization, *own, *facts)))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +40,8 @@ class CudaCopies:
             unpin = weakref.finalize(blocks, torch.cuda.cudart().cudaHostUnregister, memory.data_ptr())
             unpin.atexit = False  # the driver may be gone by then
             return blocks
+        with suppress(RuntimeError):  # the runtime keeps what went wrong, and says it of the next kernel
+            torch.zeros(1, device=self._device)
         try:  # some hosts pin nothing but what the driver has made
             return torch.empty((num_blocks, block_bytes), dtype=torch.uint8, pin_memory=True).numpy()
         except RuntimeError as error:
@@ -54,7 +56,7 @@ class CudaCopies:
         steps = torch.cuda.current_stream(self._device)
         self._in.wait_stream(self._out)  # it may have been stored just now
         with torch.cuda.stream(self._in):
-            packed = torch.empty(destination.shape, dtype=destination.dtype, device=destination.device)
+            packed = self._empty_like(destination)
             host = _as_tensor(source).view(destination.dtype).view(destination.shape)
             with _timed(self._loads, self._in):
                 packed.copy_(host, non_blocking=True)
@@ -63,7 +65,7 @@ class CudaCopies:
         self.copy(destination, packed)
 
     def store(self, destination: Bytes, source: Block) -> None:
-        packed = torch.empty(source.shape, dtype=source.dtype, device=source.device)
+        packed = self._empty_like(source)
         self.copy(packed, source)
         self._out.wait_stream(torch.cuda.current_stream(self._device))
         packed.record_stream(self._out)
@@ -71,6 +73,15 @@ class CudaCopies:
             host = _as_tensor(destination).view(source.dtype).view(source.shape)
             with _timed(self._stores, self._out):
                 host.copy_(packed, non_blocking=True)
+
+    def _empty_like(self, block: Block) -> torch.Tensor:
+        """Packed. On a full device there is room once the blocks before have arrived."""
+        try:
+            return torch.empty(block.shape, dtype=block.dtype, device=block.device)
+        except torch.OutOfMemoryError:
+            torch.cuda.synchronize(self._device)
+            torch.cuda.empty_cache()
+            return torch.empty(block.shape, dtype=block.dtype, device=block.device)
 
     def _on_device(self) -> AbstractContextManager[object]:
         return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
