@@ -371,28 +371,8 @@ class KVManager:
 
     def tier_stats(self) -> dict[str, int]:
         """Fields of `EngineStats`."""
-        stats = {} if self.transfer is None else self.transfer.stats()
-        if self.tiers is None:
-            return stats
-        host, counters, disk = self.tiers.host, self.tiers.counters, self.tiers.disk
-        stats |= {
-            "num_host_blocks": host.num_total,
-            "num_host_blocks_cached": host.num_cached,
-            "num_host_hit_tokens_total": counters.num_loaded_blocks * self.block_size // len(self.groups),
-            "num_disk_hit_tokens_total": counters.num_loaded_disk_blocks * self.block_size // len(self.groups),
-            "num_tier_stored_blocks_total": counters.num_stored_blocks,
-            "num_tier_loaded_blocks_total": counters.num_loaded_blocks,
-            "num_tier_dropped_blocks_total": counters.num_dropped_blocks,
-        }
-        if disk is not None:
-            stats |= {
-                "num_disk_blocks": disk.num_blocks,
-                "num_disk_written_blocks_total": disk.counters.num_written_blocks,
-                "num_disk_read_blocks_total": disk.counters.num_read_blocks,
-                "num_disk_failed_writes_total": disk.counters.num_failed_writes,
-                "num_disk_failed_reads_total": disk.counters.num_failed_reads,
-            }
-        return stats
+        tiers = {} if self.tiers is None else self.tiers.stats(self.block_size, len(self.groups))
+        return tiers | ({} if self.transfer is None else self.transfer.stats())
 
     def check(self, requests: Iterable[Request]) -> None:
         """Assert the block ledger (law 4) for the requests that may hold blocks, and for pins."""

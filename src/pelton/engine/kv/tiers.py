@@ -129,6 +129,28 @@ class KVTiers:
             own_s = elapsed_s * len(moved) / len(ops)
             self.costs.copies_from(HOST).observe(len(moved) * self._num_block_bytes, own_s)
 
+    def stats(self, block_size: int, num_groups: int) -> dict[str, int]:
+        """Fields of `EngineStats`; a token has a place in a block of every group."""
+        stats = {
+            "num_host_blocks": self.host.num_total,
+            "num_host_blocks_cached": self.host.num_cached,
+            "num_host_hit_tokens_total": self.counters.num_loaded_blocks * block_size // num_groups,
+            "num_disk_hit_tokens_total": self.counters.num_loaded_disk_blocks * block_size // num_groups,
+            "num_tier_stored_blocks_total": self.counters.num_stored_blocks,
+            "num_tier_loaded_blocks_total": self.counters.num_loaded_blocks,
+            "num_tier_dropped_blocks_total": self.counters.num_dropped_blocks,
+        }
+        if self.disk is not None:
+            counters = self.disk.counters
+            stats |= {
+                "num_disk_blocks": self.disk.num_blocks,
+                "num_disk_written_blocks_total": counters.num_written_blocks,
+                "num_disk_read_blocks_total": counters.num_read_blocks,
+                "num_disk_failed_writes_total": counters.num_failed_writes,
+                "num_disk_failed_reads_total": counters.num_failed_reads,
+            }
+        return stats
+
     def check(self) -> None:
         """Assert that host blocks are held by what is under way and by nothing else. For tests."""
         moving = self.disk.held_slot_ids() if self.disk is not None else []
