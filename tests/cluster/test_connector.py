@@ -124,6 +124,7 @@ def test_an_engine_without_answers(
         if is_frozen:
             assert fetch(connector, KEYS[:2]) == (True, True)
             process.send_signal(signal.SIGSTOP)
+            wait_until(lambda: Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T")
         assert fetch(connector, KEYS[:2]) == (False, False)
         assert not connector.can_fetch
 
