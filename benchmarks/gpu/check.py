@@ -7,7 +7,7 @@ Items run one after another, each in a process of its own with a limit: one that
 costs nothing but itself, and a part of one that raises costs nothing but that part. Prints versions first, then a table
 and verdicts, and writes all of it as JSON after each item (rows of the running one to item.json beside it, as they
 come). Exit status: 0 results are right and every limit of speed is reached; 1 a result is wrong, or an item or a part
-gave none; 2 no device; 3 results are right, limits were missed or not measured.
+gave none; 2 no device, or no torch and Triton; 3 results are right, limits were missed or not measured.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ BEGUN_S = time.perf_counter()  # this process
 TOTAL_S = 479.0
 START_S = 15.0  # imports and questions to the driver, before the first item
 ROOT = Path(__file__).resolve().parents[2]
-MISSED_LIMITS = 3  # exit status
+NO_DEVICE = 2  # exit status
+MISSED_LIMITS = 3
 _KILL_S = 10.0
 # Items that measure nothing: kernels may be compiled beside them, and for so long before the first other one.
 UNTIMED = ("kernels", "same text", "batch invariance")
@@ -232,11 +234,15 @@ def main() -> int:
     if arguments.item:
         run_item(arguments.item, False, arguments.out)
         return 0
+    missing = [name for name in ("torch", "triton") if find_spec(name) is None]
+    if missing:
+        print(f"gpu-check: this Python has no {' and no '.join(missing)}: {sys.executable}", file=sys.stderr)
+        return NO_DEVICE
     import torch
 
     if not arguments.interpret and not torch.cuda.is_available():
         print("gpu-check: no CUDA device: torch finds none (--interpret runs tiny shapes without)", file=sys.stderr)
-        return 2
+        return NO_DEVICE
     report: dict[str, Any] = {**describe(), "items": {}}
     print("; ".join(f"{name} {value}" for name, value in report.items() if name != "items"), flush=True)
     names = [

@@ -21,6 +21,7 @@ from benchmarks.gpu import hand_over as hand_over_module
 from benchmarks.gpu.check import (
     ITEMS,
     MISSED_LIMITS,
+    NO_DEVICE,
     PEER,
     START_S,
     TOTAL_S,
@@ -58,6 +59,13 @@ def test_without_a_gpu_it_says_so() -> None:
     done = run()
     assert done.returncode == 2
     assert "no CUDA device" in done.stderr
+
+
+def test_a_python_without_torch_is_named() -> None:
+    command = [sys.executable, "-S", "-m", "benchmarks.gpu.check"]  # -S: none of the installed packages
+    done = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": f"{ROOT}/src:{ROOT}"}, capture_output=True, text=True)
+    assert done.returncode == NO_DEVICE
+    assert f"no torch and no triton: {sys.executable}" in done.stderr
 
 
 @pytest.mark.torch
