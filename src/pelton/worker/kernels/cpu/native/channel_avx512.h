@@ -15,7 +15,7 @@ namespace pelton::avx512 {
 
 constexpr int kChannelRows = 6;
 // Into the second level: the first has too few places for lines under way.
-constexpr int kChannelBytesAhead = 9216;
+constexpr int kChannelBytesAhead = 16384;
 
 // By how much a sum of unsigned codes is too much: 128 times the row's sum.
 inline __m512i excess(const ByteRows& rows, int row) {

@@ -365,8 +365,7 @@ void multiply_many(const PackedMatrix& matrix, int panel, GroupRange groups, con
 template <Format kFormat>
 void multiply_panels(const PackedMatrix& matrix, PanelRange panels, GroupRange groups, const TiledRows& rows,
                      const LinearResult& result, uint8_t* scratch) {
-    // Eight bits come from memory too slowly for the difference to show.
-    if constexpr (traits_of(kFormat).bits < 8) {
+    if constexpr (!traits_of(kFormat).is_dense()) {
         if (rows.num_rows == 1) {
             auto* x = reinterpret_cast<float*>(scratch);
             widen_row(rows, x);
