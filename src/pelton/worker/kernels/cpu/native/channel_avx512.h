@@ -15,7 +15,8 @@ namespace pelton::avx512 {
 
 constexpr int kChannelRows = 6;
 // Into the second level: the first has too few places for lines under way.
-constexpr int kChannelBytesAhead = 16384;
+constexpr int kChannelBytesAhead = 9216;
+constexpr int kStreamBytesAhead = 16384;  // without tiles
 
 // By how much a sum of unsigned codes is too much: 128 times the row's sum.
 inline __m512i excess(const ByteRows& rows, int row) {
@@ -63,11 +64,11 @@ struct ChannelGroups {
     explicit ChannelGroups(const uint8_t* panel) : group(panel) {}
     void next() {
         group += kGroupBytes;
-        prefetch();
+        prefetch(kStreamBytesAhead);
     }
-    void prefetch() const {
+    void prefetch(int ahead = kChannelBytesAhead) const {
         for (int line = 0; line < kGroupBytes; line += 64) {
-            _mm_prefetch(reinterpret_cast<const char*>(group + kChannelBytesAhead + line), _MM_HINT_T1);
+            _mm_prefetch(reinterpret_cast<const char*>(group + ahead + line), _MM_HINT_T1);
         }
     }
 
