@@ -50,6 +50,17 @@ void ChannelProducts::linear(const LinearWeight& weight, const float* x, int num
     multiply(pool_, shared_, weight, quantize(pool_, shared_, x, num_rows, weight.num_inputs, true), bias, out);
 }
 
+void ChannelProducts::greatest_columns(const LinearWeight& weight, const float* x, int num_rows, const float* bias,
+                                       int64_t* columns) {
+    const ByteRows rows = quantize(pool_, shared_, x, num_rows, weight.num_inputs, true);
+    const size_t scratch_bytes = aligned(channel_scratch_bytes(rows.num_rows));
+    auto* scratch = static_cast<uint8_t*>(shared_.scratch.reserve(scratch_bytes * pool_.num_threads()));
+    const auto multiply = [&](const PackedMatrix& part, PanelRange panels, const LinearResult& result, int thread) {
+        kernels_.channel_panels(part, panels, rows, result, scratch + thread * scratch_bytes);
+    };
+    greatest_.find(kernels_, pool_, weight, num_rows, bias, columns, multiply);
+}
+
 bool ChannelProducts::can_fuse(const GatedWeights& weights) const {
     const auto& sides = weights.gate_up->parts;
     return kernels_.tiles != nullptr && sides.size() == 2 && sides[0].format == sides[1].format &&

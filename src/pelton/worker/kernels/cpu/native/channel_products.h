@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "buffer.h"
+#include "greatest_columns.h"
 #include "kernel_table.h"
 #include "linear_weight.h"
 #include "workers.h"
@@ -18,6 +19,9 @@ public:
 
     // As Runtime::linear.
     void linear(const LinearWeight& weight, const float* x, int num_rows, const float* bias, float* out);
+
+    // As Runtime::greatest_columns.
+    void greatest_columns(const LinearWeight& weight, const float* x, int num_rows, const float* bias, int64_t* columns);
 
     // Whether `gated_mlp` takes this layer.
     bool can_fuse(const GatedWeights& weights) const;
@@ -51,6 +55,7 @@ private:
     ThreadPool& pool_;
     Workspace shared_;
     std::vector<Workspace> own_;  // of each thread
+    GreatestColumns greatest_;
 };
 
 }  // namespace pelton

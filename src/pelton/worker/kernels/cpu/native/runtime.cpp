@@ -65,20 +65,47 @@ QuantizedRows Runtime::quantize(const float* x, int num_rows, int num_inputs) {
     return {num_rows, num_inputs, values, scales, sums};
 }
 
-void Runtime::multiply_panels(const LinearWeight& weight, const float* x, int num_rows, const float* bias, float* out) {
+Runtime::PanelInputs Runtime::prepare_panels(const LinearWeight& weight, const float* x, int num_rows) {
     const int num_inputs = weight.num_inputs;
-    int num_panels = 0;
-    bool any_floats = false, any_quantized = false;
-    for (const auto& part : weight.parts) {
-        num_panels += part.num_panels();
-        (multiplies_floats(part) ? any_floats : any_quantized) = true;
-    }
-    const QuantizedRows quantized = any_quantized ? quantize(x, num_rows, num_inputs) : QuantizedRows{};
+    const auto is_float = [this](const PackedMatrix& part) { return multiplies_floats(part); };
+    const bool any_floats = std::any_of(weight.parts.begin(), weight.parts.end(), is_float);
+    const bool all_floats = std::all_of(weight.parts.begin(), weight.parts.end(), is_float);
+    const QuantizedRows quantized = all_floats ? QuantizedRows{} : quantize(x, num_rows, num_inputs);
     const int padded_inputs = (num_inputs + kGroup - 1) / kGroup * kGroup;
     const size_t scratch_bytes = aligned(
         std::max(linear_scratch_bytes(padded_inputs), any_floats ? dense_scratch_bytes(padded_inputs) : 0));
     auto* scratch = static_cast<uint8_t*>(scratch_.reserve(scratch_bytes * pool_.num_threads()));
-    const int chunk_rows = std::max(48, kChunkBytes / (any_floats ? 4 * num_inputs : num_inputs));
+    return {{num_rows, num_inputs, x}, quantized, scratch, scratch_bytes};
+}
+
+// Rows [first, last) of one panel's columns; `result` starts at row `first`.
+void Runtime::multiply_panel(const PackedMatrix& part, int panel, const PanelInputs& inputs, std::pair<int, int> rows,
+                             const LinearResult& result, int thread) const {
+    const auto [first, last] = rows;
+    const int num_inputs = inputs.floats.num_inputs;
+    uint8_t* scratch = inputs.scratch + thread * inputs.scratch_bytes;
+    const size_t value = static_cast<size_t>(first) * num_inputs;
+    if (multiplies_floats(part)) {
+        kernels_.dense_panel(part, panel, {last - first, num_inputs, inputs.floats.values + value}, result.bias,
+                             result.out, result.ld_out, scratch);
+        return;
+    }
+    const QuantizedRows& all = inputs.quantized;
+    const size_t group = value / kGroup;
+    kernels_.linear_panel(part, panel,
+                          {last - first, num_inputs, all.values + value, all.scales + group, all.sums + 2 * group},
+                          result.bias, result.out, result.ld_out, scratch);
+}
+
+void Runtime::multiply_panels(const LinearWeight& weight, const float* x, int num_rows, const float* bias, float* out) {
+    const PanelInputs inputs = prepare_panels(weight, x, num_rows);
+    int num_panels = 0;
+    bool any_floats = false;
+    for (const auto& part : weight.parts) {
+        num_panels += part.num_panels();
+        any_floats = any_floats || multiplies_floats(part);
+    }
+    const int chunk_rows = std::max(48, kChunkBytes / (any_floats ? 4 * weight.num_inputs : weight.num_inputs));
     const int num_chunks = (num_rows + chunk_rows - 1) / chunk_rows;
     pool_.run(num_panels * num_chunks, [&](int task, int thread) {
         const int first = static_cast<int>(static_cast<int64_t>(num_rows) * (task / num_panels) / num_chunks);
@@ -90,23 +117,35 @@ void Runtime::multiply_panels(const LinearWeight& weight, const float* x, int nu
                 column += part.num_outputs;
                 continue;
             }
-            const float* offsets = bias != nullptr ? bias + column : nullptr;
             float* to = out + static_cast<int64_t>(first) * weight.num_outputs + column;
-            uint8_t* memory = scratch + thread * scratch_bytes;
-            const size_t value = static_cast<size_t>(first) * num_inputs;
-            if (multiplies_floats(part)) {
-                kernels_.dense_panel(part, panel, {last - first, num_inputs, x + value}, offsets, to,
-                                     weight.num_outputs, memory);
-            } else {
-                const size_t group = value / kGroup;
-                kernels_.linear_panel(part, panel,
-                                      {last - first, num_inputs, quantized.values + value, quantized.scales + group,
-                                       quantized.sums + 2 * group},
-                                      offsets, to, weight.num_outputs, memory);
-            }
+            multiply_panel(part, panel, inputs, {first, last},
+                           {bias != nullptr ? bias + column : nullptr, to, weight.num_outputs}, thread);
             return;
         }
     });
+}
+
+void Runtime::greatest_columns(const LinearWeight& weight, const float* x, int num_rows, const float* bias,
+                               int64_t* columns) {
+    if (weight.is_by_channel()) return channels_.greatest_columns(weight, x, num_rows, bias, columns);
+    if (!multiplies_tiles(weight)) {
+        const PanelInputs inputs = prepare_panels(weight, x, num_rows);
+        const auto multiply = [&](const PackedMatrix& part, PanelRange panels, const LinearResult& result, int thread) {
+            for (int panel = panels.first; panel < panels.last; ++panel) {
+                multiply_panel(part, panel, inputs, {0, num_rows}, result, thread);
+            }
+        };
+        return greatest_.find(kernels_, pool_, weight, num_rows, bias, columns, multiply);
+    }
+    const TiledRows rows = pack_tiles(x, num_rows, weight.num_inputs);
+    const size_t scratch_bytes = aligned(tile_scratch_bytes(num_rows, weight.num_inputs));
+    auto* scratch = static_cast<uint8_t*>(scratch_.reserve(scratch_bytes * pool_.num_threads()));
+    const auto multiply = [&](const PackedMatrix& part, PanelRange panels, const LinearResult& result, int thread) {
+        const FlushDenormals flush;
+        kernels_.tiles->linear_panels(part, panels, {0, weight.num_inputs / kGroup}, rows, result,
+                                      scratch + thread * scratch_bytes);
+    };
+    greatest_.find(kernels_, pool_, weight, num_rows, bias, columns, multiply);
 }
 
 TiledRows Runtime::reserve_tiles(Buffer& buffer, int num_rows, int num_inputs) {

@@ -9,6 +9,7 @@
 #include "attention_schedule.h"
 #include "buffer.h"
 #include "channel_products.h"
+#include "greatest_columns.h"
 #include "kernel_table.h"
 #include "linear_weight.h"
 #include "thread_pool.h"
@@ -56,6 +57,10 @@ public:
     // out [S, O] = x [S, I] times weight, plus bias [O] where given.
     void linear(const LinearWeight& weight, const float* x, int num_rows, const float* bias, float* out);
 
+    // columns [S]: where each row of what `linear` would make is greatest, of equal values the first; kNoColumn where that
+    // is not finite or a value is NaN.
+    void greatest_columns(const LinearWeight& weight, const float* x, int num_rows, const float* bias, int64_t* columns);
+
     // out [S, H] of x [S, H]; residual [S, H] (may be null) becomes x + residual.
     void rms_norm(const float* x, float* residual, const float* weight, int num_rows, int size, float eps, float* out);
 
@@ -90,6 +95,16 @@ private:
     }
     // A weight with a dense part goes another way as a whole.
     bool multiplies_tiles(const LinearWeight& weight) const;
+    // Rows as a product of panels takes them, and its memory.
+    struct PanelInputs {
+        FloatRows floats;
+        QuantizedRows quantized;
+        uint8_t* scratch;
+        size_t scratch_bytes;  // of a thread
+    };
+    PanelInputs prepare_panels(const LinearWeight& weight, const float* x, int num_rows);
+    void multiply_panel(const PackedMatrix& part, int panel, const PanelInputs& inputs, std::pair<int, int> rows,
+                        const LinearResult& result, int thread) const;
     void multiply_panels(const LinearWeight& weight, const float* x, int num_rows, const float* bias, float* out);
     // Rows in 8 bits, in memory that the next call reuses.
     QuantizedRows quantize(const float* x, int num_rows, int num_inputs);
@@ -108,6 +123,7 @@ private:
     Buffer scratch_;
     AttentionMemory attention_;
     Buffer mlp_;
+    GreatestColumns greatest_;
 };
 
 }  // namespace pelton
