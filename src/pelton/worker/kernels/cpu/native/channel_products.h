@@ -1,6 +1,7 @@
 // Operations whose weights have formats by channel: activations are rounded to 8 bits with one scale per row.
 #pragma once
 
+#include <initializer_list>
 #include <vector>
 
 #include "buffer.h"
@@ -36,6 +37,9 @@ private:
     };
 
     template <typename Workers>
+    void linear(Workers& workers, Workspace& space, const LinearWeight& weight, const float* x, int num_rows,
+                const float* bias, float* out);
+    template <typename Workers>
     void gated_mlp(Workers& workers, Workspace& space, const GatedWeights& weights, const float* x, int num_rows, float* out);
     template <typename Workers>
     PairedRows multiply_gated(Workers& workers, Workspace& space, const GatedWeights& weights, const ByteRows& x);
@@ -49,7 +53,7 @@ private:
     template <typename Workers, typename Quantize, typename AddRest>
     ByteRows quantize_rows(Workers& workers, Workspace& space, int num_rows, int num_inputs, bool with_rests,
                            const Quantize& quantize, const AddRest& add_rest);
-    void reserve(Workspace& space, const GatedWeights& weights, int num_rows);
+    void reserve_own(std::initializer_list<const LinearWeight*> weights, int num_rows);
 
     const KernelTable& kernels_;
     ThreadPool& pool_;

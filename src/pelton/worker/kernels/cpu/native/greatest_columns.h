@@ -27,6 +27,7 @@ public:
     template <typename Multiply>
     void find(const KernelTable& kernels, ThreadPool& pool, const LinearWeight& weight, int num_rows, const float* bias,
               int64_t* columns, const Multiply& multiply) {
+        if (num_rows == 0) return;
         const int panels_at_once = std::max(kPieceFloats / (num_rows * kPanel), 1);
         // Rows a little apart from a power of two, which would share few places of the cache.
         const int64_t ld = static_cast<int64_t>(panels_at_once) * kPanel + kAlign / sizeof(float);

@@ -108,10 +108,27 @@ private:
     void multiply_panels(const LinearWeight& weight, const float* x, int num_rows, const float* bias, float* out);
     // Rows in 8 bits, in memory that the next call reuses.
     QuantizedRows quantize(const float* x, int num_rows, int num_inputs);
+    struct GatedPieces;
+    // As much for each thread.
+    struct ThreadScratch {
+        uint8_t* memory;
+        size_t num_bytes;
+        uint8_t* of(int thread) const { return memory + thread * num_bytes; }
+    };
     TiledRows reserve_tiles(Buffer& buffer, int num_rows, int num_inputs);
-    TiledRows pack_tiles(const float* x, int num_rows, int num_inputs);
-    void multiply_tiles(const LinearWeight& weight, const TiledRows& x, const float* bias, float* out);
-    TiledRows multiply_gated(const GatedWeights& weights, const TiledRows& x);
+    ThreadScratch reserve_scratch(size_t num_bytes);
+    template <typename Run>
+    void run_rows(int num_rows, const Run& run);
+    template <typename Workers>
+    void pack_tiles(Workers& workers, const float* x, const TiledRows& to);
+    void multiply_tiles(const LinearWeight& weight, const float* x, int num_rows, const float* bias, float* out);
+    template <typename Workers>
+    void multiply_tiles(Workers& workers, const LinearWeight& weight, const TiledRows& x, const float* bias, float* out,
+                        const ThreadScratch& scratch);
+    void gated_tiles(const GatedWeights& weights, const float* x, int num_rows, float* out);
+    template <typename Workers>
+    void multiply_gated(Workers& workers, const GatedWeights& weights, const GatedPieces& pieces, const TiledRows& x,
+                        const TiledRows& hidden, const ThreadScratch& scratch);
     void store_gated(bool gelu, const float* const (&sides)[2], int column, int64_t ld, const TiledRows& to,
                      int group) const;
 

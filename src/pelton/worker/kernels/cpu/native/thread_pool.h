@@ -22,8 +22,9 @@ public:
 
     int num_threads() const { return num_threads_; }
 
-    // Calls task(i, thread) for every i in [0, count), each once, on whichever thread is free. Returns
-    // when all are done. Tasks must not throw, and results must not depend on who runs them.
+    // Calls task(i, thread) for every i in [0, count), each once. Each thread takes neighbours from a share of its own,
+    // in order, and when that is done what is left of others'. Returns when all are done. Tasks must not throw, and
+    // results must not depend on who runs them.
     template <typename Task>
     void run(int count, const Task& task) {
         if (count <= 0) return;
@@ -59,6 +60,12 @@ private:
         int count;
     };
 
+    // Neighbours lie together in memory: a long stream of one thread is read up to twice as fast as short ones in turn.
+    struct alignas(64) Share {
+        std::atomic<int> next{0};
+        int end = 0;
+    };
+
     // state_: whether the job may be joined, and how many threads have joined and not left.
     static constexpr uint32_t kOpen = 1u << 31;
 
@@ -69,7 +76,7 @@ private:
 
     int num_threads_;
     Job job_{};
-    alignas(64) std::atomic<int> next_{0};
+    std::vector<Share> shares_;  // of each thread
     alignas(64) std::atomic<uint32_t> state_{0};
     alignas(64) std::atomic<uint32_t> generation_{0};
     std::atomic<bool> stop_{false};
