@@ -215,8 +215,8 @@ class Program(Protocol):
         ...
 
     def try_argmax(self, rows: npt.NDArray[np.int64], adapters: Adapters = ()) -> list[int] | None:
-        """The token of the greatest of each row's `logits`, of equal ones the first, without making them all; None where
-        there is no way to, or a row is not finite."""
+        """The token of the greatest of each row's `logits`, of equal ones the first, without writing them all; None
+        where there is no way to, or a row is not finite."""
         ...
 
     def hidden(self, first: int, num_rows: int) -> npt.NDArray[np.float32]:
