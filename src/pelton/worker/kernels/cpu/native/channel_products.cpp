@@ -177,13 +177,13 @@ ByteRows ChannelProducts::quantize_rows(Workers& workers, Workspace& space, int 
                      reinterpret_cast<float*>(words(0)),
                      reinterpret_cast<int32_t*>(words(1)),
                      reinterpret_cast<int32_t*>(words(2))};
-    workers.run_small(num_rows, [&](int row, int) { rows.targets[row] = quantize(row, rows) && with_rests ? -1 : row; });
+    workers.run_rows(num_rows, num_inputs, [&](int row, int) { rows.targets[row] = quantize(row, rows) && with_rests ? -1 : row; });
     for (int row = 0; row < num_rows; ++row) {
         if (rows.targets[row] == row) continue;
         rows.targets[row] = row;
         rows.targets[rows.num_rows++] = row;
     }
-    workers.run_small(rows.num_rows - num_rows, [&](int i, int) {
+    workers.run_rows(rows.num_rows - num_rows, num_inputs, [&](int i, int) {
         add_rest(rows.targets[num_rows + i], rows, num_rows + i);
     });
     return rows;

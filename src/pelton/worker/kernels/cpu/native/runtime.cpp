@@ -74,7 +74,7 @@ QuantizedRows Runtime::quantize(const float* x, int num_rows, int num_inputs) {
     auto* values = reinterpret_cast<int8_t*>(memory);
     auto* scales = reinterpret_cast<float*>(memory + value_bytes);
     auto* sums = reinterpret_cast<int32_t*>(memory + value_bytes + scale_bytes);
-    pool_.run_small(num_rows, [&](int row, int) {
+    pool_.run_rows(num_rows, num_inputs, [&](int row, int) {
         const size_t group = static_cast<size_t>(row) * num_groups;
         kernels_.quantize_row(x + static_cast<size_t>(row) * num_inputs, num_inputs,
                               values + static_cast<size_t>(row) * num_inputs, scales + group, sums + 2 * group);
@@ -297,7 +297,7 @@ void Runtime::store_gated(bool gelu, const float* const (&sides)[2], int column,
 
 void Runtime::rms_norm(const float* x, float* residual, const float* weight, int num_rows, int size, float eps,
                        float* out) {
-    pool_.run_small(num_rows, [&](int row, int) {
+    pool_.run_rows(num_rows, size, [&](int row, int) {
         const int64_t at = static_cast<int64_t>(row) * size;
         kernels_.rms_norm_row(x + at, residual != nullptr ? residual + at : nullptr, weight, size, eps, out + at);
     });
@@ -305,7 +305,7 @@ void Runtime::rms_norm(const float* x, float* residual, const float* weight, int
 
 void Runtime::gated(bool gelu, const float* gate_up, int num_rows, int size, float* out) {
     const auto row_kernel = gelu ? kernels_.gelu_tanh_mul_row : kernels_.silu_mul_row;
-    pool_.run_small(num_rows, [&](int row, int) {
+    pool_.run_rows(num_rows, 2 * size, [&](int row, int) {
         row_kernel(gate_up + 2 * static_cast<int64_t>(row) * size, size, out + static_cast<int64_t>(row) * size);
     });
 }
@@ -314,7 +314,8 @@ void Runtime::rotate_and_store(const AttentionShape& shape, const Tokens& tokens
                                void* key_cache, void* value_cache) {
     const int dim = shape.head_dim;
     const int64_t element_bytes = shape.kv_type == KVType::F32 ? 4 : 2;
-    pool_.run_small(tokens.num_tokens, [&](int token, int) {
+    const int num_values = (shape.num_heads + 2 * shape.num_kv_heads) * dim;
+    pool_.run_rows(tokens.num_tokens, num_values, [&](int token, int) {
         const float* cos = tokens.cos + static_cast<int64_t>(token) * tokens.half;
         const float* sin = tokens.sin + static_cast<int64_t>(token) * tokens.half;
         for (int head = 0; head < shape.num_heads; ++head) {

@@ -21,8 +21,8 @@ struct AloneWorker {
         for (int i = 0; i < count; ++i) task(i, thread);
     }
     template <typename Task>
-    void run_small(int count, const Task& task) const {
-        run(count, task);
+    void run_rows(int num_rows, int, const Task& task) const {
+        run(num_rows, task);
     }
 };
 
