@@ -51,8 +51,16 @@ public:
         });
     }
 
+    // The same for rows of `size` values each, by the caller alone where they are few: to share out a job takes longer.
+    template <typename Task>
+    void run_rows(int num_rows, int size, const Task& task) {
+        if (static_cast<int64_t>(num_rows) * size >= kWorthSharing) return run_small(num_rows, task);
+        for (int row = 0; row < num_rows; ++row) task(row, 0);
+    }
+
 private:
     static constexpr int kPiecesPerThread = 8;
+    static constexpr int kWorthSharing = 16 * 1024;
 
     struct Job {
         void (*call)(const void* context, int i, int thread);
