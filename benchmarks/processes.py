@@ -17,6 +17,9 @@ from typing import Any
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 STOP_TIMEOUT_S = 20.0
 
+# Every server may keep its compiled modules, as an installed package has them.
+AS_INSTALLED = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+
 
 class StartError(Exception):
     """The server ended, or said nothing for too long."""
@@ -37,7 +40,7 @@ class ServerProcess:
         self.started_s = time.perf_counter()
         self._process = subprocess.Popen(
             command,
-            env={**os.environ, **environment},
+            env={**AS_INSTALLED, **environment},
             stdin=subprocess.DEVNULL,
             stdout=self._output,
             stderr=subprocess.STDOUT,

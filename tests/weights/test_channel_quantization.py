@@ -64,6 +64,31 @@ def test_4_bits_keep_what_fits() -> None:
     np.testing.assert_allclose(dequantize(round_channels(tensor_of("w", values), "w4a8")), values, atol=1e-5)
 
 
+def plain_lines(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Step, base and q of groups [n, 32], as plainly as numpy says it."""
+    low, high = codes.min(axis=1), codes.max(axis=1)
+    found = []
+    for narrower in range(3):
+        step = np.maximum(np.ceil((high - low) / np.float32(15)) - narrower, 1)
+        base = np.clip(np.rint((low + high - 15 * step) / 2), 0, 255 - 15 * step)
+        q = np.clip(np.rint((codes - base[:, None]) / step[:, None]), 0, 15)
+        found.append((np.square(q * step[:, None] + base[:, None] - codes).sum(axis=1), step, base, q))
+    best, each = np.argmin([error for error, *_ in found], axis=0), np.arange(len(codes))
+    step, base, q = (np.stack(values)[best, each] for values in list(zip(*found, strict=True))[1:])
+    return step, base, q
+
+
+def test_4_bits_are_those_of_the_plain_formula() -> None:
+    """To the bit: what a start rounds is what another has kept on disk. More groups than are fitted at once."""
+    values = np.random.default_rng(2).standard_normal((300, 512), np.float32) ** 3
+    scales = np.abs(values).max(axis=1, keepdims=True) / np.float32(127)
+    step, base, q = plain_lines((values * (np.float32(1) / scales)).reshape(-1, 32) + np.float32(128))
+    blocks = round_channels(tensor_of("w", values), "w4a8").data.reshape(-1, 22)
+    np.testing.assert_array_equal(blocks[:, :4].copy().view(np.float32)[:, 0], np.repeat(scales[:, 0], 16))
+    np.testing.assert_array_equal(blocks[:, 4:6], np.stack([step, base], axis=1))
+    np.testing.assert_array_equal(np.concatenate([blocks[:, 6:] & 15, blocks[:, 6:] >> 4], axis=1), q)
+
+
 @dataclass
 class Spec:
     tie_word_embeddings: bool

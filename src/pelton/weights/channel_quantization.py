@@ -32,7 +32,9 @@ GROUP = 32
 # the products) and keep what they have.
 _SUFFIXES = ("o_proj.weight", "gate_proj.weight", "up_proj.weight", "down_proj.weight")
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-_ROWS_AT_ONCE = 128
+# Few enough to stay in the caches between the passes over them, enough for threads not to wait for the interpreter.
+_VALUES_AT_ONCE = 1 << 19
+_GROUPS_AT_ONCE = 1 << 12
 _ZERO = 128  # the code of a weight of 0
 CHANNEL_QUANTIZATIONS = ("w8a8", "w4a8")
 
@@ -135,7 +137,7 @@ def _round_to_int8(source: WeightTensor) -> U8:
         rounded = np.clip(np.rint(codes), -127, 127).astype(np.int8).view(np.uint8)
         blocks[rows, :, 4:] = rounded.reshape(len(rounded), -1, GROUP)
 
-    _for_some_rows(source.shape[0], fill)
+    _for_some_rows(source.shape, fill)
     return blocks
 
 
@@ -152,7 +154,7 @@ def _round_to_int4(source: WeightTensor) -> U8:
         own[..., 5] = base.reshape(own.shape[:2])
         own[..., 6:] = (q[:, :16] | q[:, 16:] << np.uint8(4)).reshape(*own.shape[:2], 16)
 
-    _for_some_rows(source.shape[0], fill)
+    _for_some_rows(source.shape, fill)
     return blocks
 
 
@@ -173,9 +175,11 @@ def _empty_blocks(source: WeightTensor, format_name: str) -> U8:
     return np.empty((num_outputs, num_inputs // GROUP, FORMATS[format_name].block_bytes), np.uint8)
 
 
-def _for_some_rows(num_rows: int, fill: Callable[[slice], None]) -> None:
+def _for_some_rows(shape: tuple[int, ...], fill: Callable[[slice], None]) -> None:
     """Parts of all rows, on as many threads as there are cores: numpy works without the interpreter's lock."""
-    parts = [slice(start, min(start + _ROWS_AT_ONCE, num_rows)) for start in range(0, num_rows, _ROWS_AT_ONCE)]
+    num_rows, num_inputs = shape
+    at_once = max(1, _VALUES_AT_ONCE // num_inputs)
+    parts = [slice(start, min(start + at_once, num_rows)) for start in range(0, num_rows, at_once)]
     with ThreadPoolExecutor(num_cores()) as pool:
         list(pool.map(fill, parts))
 
@@ -194,16 +198,54 @@ def _fit_lines(codes: F32) -> tuple[U8, U8, U8]:
 
     The widest reaches both ends of the group; a narrower one, which cuts them off, may be nearer to the rest.
     """
-    low, high = codes.min(axis=1), codes.max(axis=1)
-    least = np.full(len(codes), np.inf, np.float32)
-    steps, bases, qs = (np.zeros(shape, np.uint8) for shape in (len(codes), len(codes), codes.shape))
+    num_groups = len(codes)
+    steps, bases = (np.empty(num_groups, np.uint8) for _ in range(2))
+    qs = np.empty(codes.shape, np.uint8)
+    for start in range(0, num_groups, _GROUPS_AT_ONCE):
+        part = slice(start, start + _GROUPS_AT_ONCE)
+        steps[part], bases[part], qs[part] = _fit_lines_in_cache(np.ascontiguousarray(codes[part].T))
+    return steps, bases, qs
+
+
+def _fit_lines_in_cache(codes: F32) -> tuple[F32, F32, F32]:
+    """As `_fit_lines` for codes [32, n], so that vectors run along groups. q is [n, 32]."""
+    low, high = codes.min(axis=0), codes.max(axis=0)
+    widest = np.ceil((high - low) / np.float32(15))
+    least = np.full(len(low), np.inf, np.float32)
+    steps, bases = np.empty_like(low), np.empty_like(low)
+    work = np.empty_like(codes)
     for narrower in range(3):
-        step = np.maximum(np.ceil((high - low) / np.float32(15)) - narrower, 1)
+        step = np.maximum(widest - np.float32(narrower), np.float32(1))
         base = np.clip(np.rint((low + high - 15 * step) / 2), 0, 255 - 15 * step)
-        q = np.clip(np.rint((codes - base[:, None]) / step[:, None]), 0, 15)
-        error = np.square(q * step[:, None] + base[:, None] - codes).sum(axis=1)
+        _nearest_points(codes, step, base, work)
+        np.multiply(work, step, out=work)
+        np.add(work, base, out=work)
+        np.subtract(work, codes, out=work)
+        np.multiply(work, work, out=work)
+        error = _sum_of_group(work)
         is_nearer = error < least
         least = np.where(is_nearer, error, least)
-        steps[is_nearer], bases[is_nearer] = step[is_nearer], base[is_nearer]
-        qs[is_nearer] = q[is_nearer]
-    return steps, bases, qs
+        np.copyto(steps, step, where=is_nearer)
+        np.copyto(bases, base, where=is_nearer)
+    _nearest_points(codes, steps, bases, work)
+    return steps, bases, work.T
+
+
+def _nearest_points(codes: F32, step: F32, base: F32, out: F32) -> None:
+    """q [32, n] of lines with `step` and `base` [n]."""
+    np.subtract(codes, base, out=out)
+    np.divide(out, step, out=out)
+    np.rint(out, out=out)
+    np.maximum(out, np.float32(0), out=out)
+    np.minimum(out, np.float32(15), out=out)
+
+
+def _sum_of_group(values: F32) -> F32:
+    """Over the first axis [32, n], in the order in which numpy adds up 32 neighbours: what is kept on disk depends on
+    the last bit."""
+    eight = values[:8] + values[8:16]
+    eight += values[16:24]
+    eight += values[24:]
+    pairs = eight[0::2] + eight[1::2]
+    total: F32 = (pairs[0] + pairs[1]) + (pairs[2] + pairs[3])
+    return total
