@@ -3,6 +3,8 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -91,6 +93,20 @@ inline void add_random_part(LinearWeight& weight, Format format, int num_outputs
     repack(matrix, source.data(), pool);
     weight.num_outputs += num_outputs;
     weight.parts.push_back(std::move(matrix));
+}
+
+// The greatest columns that a product is said to have are those of its result `out`.
+inline void check_greatest(Runtime& runtime, const LinearWeight& weight, std::pair<const float*, int> rows,
+                           const float* bias, const float* out) {
+    const auto [x, num_rows] = rows;
+    std::vector<int64_t> found(num_rows);
+    runtime.greatest_columns(weight, x, num_rows, bias, found.data());
+    for (int row = 0; row < num_rows; ++row, out += weight.num_outputs) {
+        const bool any_nan = std::any_of(out, out + weight.num_outputs, [](float value) { return std::isnan(value); });
+        const float* greatest = std::max_element(out, out + weight.num_outputs);
+        const bool is_finite = !any_nan && std::isfinite(*greatest);
+        if (found[row] != (is_finite ? greatest - out : kNoColumn)) fail("another column is the greatest");
+    }
 }
 
 // products.cpp: of weights by channel, of gated layers, of adapters.

@@ -48,6 +48,8 @@ void check_linear(std::vector<Runtime*> runtimes, ActivationType activation) {
                         runtime->linear(weight, x.data(), num_rows, num_rows % 2 ? bias.data() : nullptr, out.data());
                         if (runtime == runtimes.front()) first = out;
                         if (!same_bits(first, out)) fail("linear depends on the threads");
+                        check_greatest(*runtime, weight, {x.data(), num_rows}, num_rows % 2 ? bias.data() : nullptr,
+                                       out.data());
                     }
                     if (num_rows > 7 || num_outputs != 33) continue;  // slow
                     const bool has_tiles = runtimes.front()->kernels().tiles != nullptr;

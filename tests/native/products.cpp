@@ -66,6 +66,7 @@ void check_channels(const std::vector<Runtime*>& runtimes) {
                 runtime->linear(weight, x.data(), num_rows, offsets, out.data());
                 if (runtime == runtimes.front()) first = out;
                 if (!same_bits(first, out)) fail("a product by channel depends on the threads");
+                check_greatest(*runtime, weight, {x.data(), num_rows}, offsets, out.data());
             }
             const auto run = [&](const float* row, int count, float* out) {
                 runtimes.front()->linear(weight, row, count, offsets, out);

@@ -26,6 +26,7 @@ from pelton.core.errors import EngineStepError
 from pelton.core.model_spec import ModelSpec, RopeSpec, make_kv_groups
 from pelton.core.output import TokenLogprobs
 from pelton.core.sampling_params import SamplingParams
+from pelton.worker.kernels.cpu.program import NativeProgram
 from pelton.worker.kernels.ops import make_kernels
 from pelton.worker.kv_storage import KVStorage
 from pelton.worker.model_runner import ModelRunner
@@ -449,3 +450,25 @@ def test_a_batch_without_requests_is_bookkeeping_only(model: Model) -> None:
     assert result == replace(StepResult(result.step_id, ()), elapsed_s=result.elapsed_s)
     # Forgotten: without a context it cannot go on.
     assert set(driver.step({"a": 1}).failed or {}) == {"a"}
+
+
+def test_greedy_rows_are_the_same_whatever_others_ask(model: Model) -> None:
+    """Alone, where no logits are written out; beside a row that wants them; with logprobs of their own."""
+    plain = replace(GREEDY, logprobs=None)
+    outputs = []
+    for own, others in ((plain, None), (plain, GREEDY), (GREEDY, None)):
+        driver = Driver(model)
+        request = driver.add("a", make_prompt(9), own)
+        if others is not None:
+            driver.add("b", make_prompt(6, 4), others)
+        driver.run(8)
+        outputs.append(request.outputs)
+    assert outputs[0] == outputs[1] == outputs[2]
+
+
+def test_logits_of_greedy_rows_are_not_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_dummy_model(SPECS["full"], make_kernels("native"))
+    monkeypatch.delattr(NativeProgram, "logits")
+    driver = Driver(model)
+    driver.add("a", make_prompt(9), replace(GREEDY, logprobs=None))
+    driver.run(4)

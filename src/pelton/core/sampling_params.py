@@ -105,6 +105,31 @@ class SamplingParams:
     def is_greedy(self) -> bool:
         return self.temperature == 0.0
 
+    @property
+    def edits_logits(self) -> bool:
+        """Whether a bias, a ban or a penalty may change a token's logit."""
+        return bool(
+            self.logit_bias
+            or self.allowed_token_ids is not None
+            or self.banned_token_ids
+            or self.min_tokens > 0
+            or self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+        )
+
+    @property
+    def takes_greatest(self) -> bool:
+        """Whether the token of the greatest logit is all that is wanted of a step's logits."""
+        return (
+            self.is_greedy
+            and not self.edits_logits
+            and self.logprobs is None
+            and not self.banned_sequences
+            and self.grammar is None
+            and self.thinking is None
+        )
+
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:  # also refuses NaN

@@ -251,6 +251,8 @@ class ModelRunner:
         logits_indices = batch.logits_indices[wanted]
         for low in range(0, len(sampling_rows), self._max_logits_rows):
             here = slice(low, low + self._max_logits_rows)
+            if self._try_take_greatest(sampling_rows[here], logits_indices[here], batch.adapters, answers):
+                continue
             logits = self._program.logits(logits_indices[here], batch.adapters)
             if not (
                 is_whole
@@ -258,6 +260,18 @@ class ModelRunner:
                 and self._try_sample_late(sampling_rows, logits, step)
             ):
                 self._sample(sampling_rows[here], logits, None if masks is None else masks.result()[here], answers)
+
+    def _try_take_greatest(
+        self, rows: Sequence[StepRow], logits_indices: Ints, adapters: Adapters, answers: _Answers
+    ) -> bool:
+        """The next tokens of `rows` without their logits, where the greatest is all they want of them."""
+        if not all(row.state.takes_greatest for row in rows):
+            return False
+        token_ids = self._program.try_argmax(logits_indices, adapters)
+        if token_ids is None:
+            return False
+        self._take_samples(rows, Samples(token_ids, {}, {}), answers)
+        return True
 
     def _late_inputs(self, rows: Sequence[StepRow], batch: ForwardBatch) -> tuple[Any, Ints | None]:
         """The samples that the last step left on the device, and for each token its row there; see `ops.Program`."""

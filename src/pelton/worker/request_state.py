@@ -35,6 +35,7 @@ class RequestState:
         "prompt_token_ids",
         "sampling",
         "sampling_row",
+        "takes_greatest",
         "thinking",
     )
 
@@ -45,6 +46,7 @@ class RequestState:
         self.output_token_ids = list(context.output_token_ids)
         self.lora_id = context.lora_id
         self.sampling = sampling
+        self.takes_greatest = sampling.takes_greatest
         self.grammar = grammar
         self.sampling_row: SamplingRow = sampler.make_row(sampling, context.seed)
         self.sampling_row.add_prompt(self.prompt_token_ids)

@@ -32,6 +32,7 @@ _HALF_BF16 = 0x3F00
 _GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
 
 _OUTSIDE_OPS = "native calls, outside ops"
+_ARGMAX = "logits, greatest only"
 _SAMPLING = "sampling"
 _PYTHON = "Python: batch, bookkeeping"
 
@@ -75,6 +76,12 @@ class _TimedProgram:
         logits = self._program.logits(rows, adapters)
         self._split(time.perf_counter() - start_s)
         return logits
+
+    def try_argmax(self, rows: Ints, adapters: Adapters = ()) -> list[int] | None:
+        start_s = time.perf_counter()
+        token_ids = self._program.try_argmax(rows, adapters)
+        self._times.add(_ARGMAX, time.perf_counter() - start_s)
+        return token_ids
 
     def hidden(self, first: int, num_rows: int) -> Floats:
         return self._program.hidden(first, num_rows)

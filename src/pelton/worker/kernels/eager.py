@@ -45,6 +45,9 @@ class EagerProgram:
         ops = self._ops(adapters_among(adapters, rows))
         return self._kernels.to_numpy(self._model.compute_logits(ops, hidden))
 
+    def try_argmax(self, rows: npt.NDArray[np.int64], adapters: Adapters = ()) -> None:
+        """There is no way to."""
+
     def hidden(self, first: int, num_rows: int) -> npt.NDArray[np.float32]:
         return self._kernels.to_numpy(self._kernels.select_rows(self._hidden, np.arange(first, first + num_rows)))
 

@@ -208,11 +208,11 @@ class Program(Protocol):
 
     def logits(self, rows: npt.NDArray[np.int64], adapters: Adapters = ()) -> Array:
         """float32 [S, V] of `rows` [S] among the tokens of the last step, as the backend's sampler takes them; may be
-        overwritten by the next call.
+        overwritten by the next call. `adapters` are those of the step."""
 
-        `adapters` are those of the step.
-        """
-        ...
+    def try_argmax(self, rows: npt.NDArray[np.int64], adapters: Adapters = ()) -> list[int] | None:
+        """Each row's token of the greatest of `logits`, of equal ones the first, found while they are made; None
+        where there is no way to, or a row is not finite."""
 
     def hidden(self, first: int, num_rows: int) -> npt.NDArray[np.float32]:
         """Hidden states [num_rows, H] of tokens of the last step; may be overwritten by the next `forward`."""

@@ -35,18 +35,6 @@ class LogitEditor:
         has_penalty = sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
         self._seen = _SeenTokens() if has_penalty or sampling.repetition_penalty != 1.0 else None
 
-    @staticmethod
-    def is_needed(sampling: SamplingParams) -> bool:
-        return bool(
-            sampling.logit_bias
-            or sampling.allowed_token_ids is not None
-            or sampling.banned_token_ids
-            or sampling.min_tokens > 0
-            or sampling.repetition_penalty != 1.0
-            or sampling.presence_penalty != 0.0
-            or sampling.frequency_penalty != 0.0
-        )
-
     def add_prompt(self, token_ids: Sequence[int]) -> None:
         if self._seen is not None and self._sampling.repetition_penalty != 1.0:
             self._seen.add(token_ids, 0)

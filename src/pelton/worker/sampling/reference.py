@@ -27,7 +27,7 @@ class ReferenceRow:
         self.sampling = sampling
         self.seed = seed
         self._editor = None
-        if LogitEditor.is_needed(sampling):
+        if sampling.edits_logits:
             self._editor = LogitEditor(sampling, eos_token_ids, vocab_size)
 
     def add_prompt(self, token_ids: Sequence[int]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from pelton.worker.forward_batch import Adapters, ForwardBatch, adapters_among
 from pelton.worker.kernels.cpu import pelton_cpu
 from pelton.worker.kernels.cpu.adapter import native_rows
-from pelton.worker.kernels.cpu.arrays import Floats, Ints, is_bfloat16, native_shape
+from pelton.worker.kernels.cpu.arrays import Floats, Ints, address, is_bfloat16, native_shape
 from pelton.worker.kernels.cpu.recorder import GroupInput, Recorder
 from pelton.worker.kernels.ops import AttentionContext, AttentionShape, Forward, LayerCache
 
@@ -35,6 +35,8 @@ class NativeProgram:
         recorder = Recorder()
         logits = model.compute_logits(recorder, recorder.select_rows(hidden.buffer.width))
         self._labels += recorder.build(self._head, logits)
+        self._output = recorder.only_product()
+        self._runtime = runtime
         self._hidden = _Rows(hidden.buffer.width)
         self._logits = _Rows(logits.buffer.width)
 
@@ -58,6 +60,14 @@ class NativeProgram:
         logits = self._logits.take(len(rows))
         self._head.run_rows(self._hidden.taken, rows, logits, native_rows(adapters_among(adapters, rows)))
         return logits
+
+    def try_argmax(self, rows: Ints, adapters: Adapters = ()) -> list[int] | None:
+        if self._output is None or adapters_among(adapters, rows):
+            return None
+        weight, bias = self._output
+        hidden = self._hidden.taken[rows]
+        token_ids = self._runtime.greatest_columns(weight, address(hidden), len(rows), bias)
+        return None if pelton_cpu.NO_COLUMN in token_ids else token_ids
 
     def hidden(self, first: int, num_rows: int) -> Floats:
         return self._hidden.taken[first : first + num_rows]

@@ -75,6 +75,13 @@ class Recorder:
         self._add("select_rows", width, out)
         return out
 
+    def only_product(self) -> tuple[pelton_cpu.LinearWeight, int] | None:
+        """Its weight and the bias's address, where nothing else is done to selected rows but for adapters."""
+        if [name for name, _ in self._ops] != ["select_rows", "linear", "adapt"]:
+            return None
+        _, (weight, _, bias, _) = self._ops[1]
+        return weight, bias
+
     def linear(self, x: Value, weight: pelton_cpu.LinearWeight, bias: Floats | None = None) -> Value:
         out = _new(weight.num_outputs)
         self._add("linear", weight, x, 0 if bias is None else address(bias), out)

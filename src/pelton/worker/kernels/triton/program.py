@@ -142,6 +142,9 @@ class TritonProgram:
             return self._hidden.index_select(0, on_device)
         return self._kernels.select_rows(self._hidden, rows)
 
+    def try_argmax(self, rows: Ints, adapters: Adapters = ()) -> None:
+        """There is no way to."""
+
     @torch.inference_mode()
     def hidden(self, first: int, num_rows: int) -> npt.NDArray[np.float32]:
         return self._kernels.to_numpy(self._hidden[first : first + num_rows])

@@ -11,12 +11,6 @@ namespace {
 constexpr int kPairHeight = 2 * ByteRows::kHeight;
 constexpr int kChunkBytes = 1280 * 1024;  // rows in 8 bits that stay in the second-level cache, beside a panel
 
-// A feed-forward layer of so many rows fits in a core's second-level cache, with what lies between its products. What
-// another core has written comes at a fifth of the speed of memory: threads that share rows, not panels, need none of it.
-constexpr int kRowsAtOnce = 256;
-// With fewer rows to a thread it costs more that each of them makes all weights.
-constexpr int kFewestRowsAtOnce = 128;
-
 int chunk_rows(int num_inputs) { return std::max(1, kChunkBytes / num_inputs / kPairHeight) * kPairHeight; }
 
 // Places of all buffers for rows in 8 bits.
@@ -37,17 +31,35 @@ struct ByteLayout {
 
 size_t hidden_bytes(int num_rows, int size) { return static_cast<size_t>(num_rows + 1) * size * sizeof(uint16_t); }
 
-// How many pieces of a step's rows the threads take in turn; 0: they share panels.
-int num_pieces(int num_rows, int num_threads) {
-    const int per_thread = num_rows / num_threads;
-    if (per_thread < kFewestRowsAtOnce) return 0;
-    return (per_thread + kRowsAtOnce - 1) / kRowsAtOnce * num_threads;
-}
-
 }  // namespace
 
 void ChannelProducts::linear(const LinearWeight& weight, const float* x, int num_rows, const float* bias, float* out) {
-    multiply(pool_, shared_, weight, quantize(pool_, shared_, x, num_rows, weight.num_inputs, true), bias, out);
+    const RowPieces pieces(num_rows, pool_.num_threads());
+    if (pieces.count() == 1) return linear(pool_, shared_, weight, x, num_rows, bias, out);
+    reserve_own({&weight}, pieces.most_rows());
+    pool_.run(pieces.count(), [&](int piece, int thread) {
+        const int64_t first = pieces.first(piece);
+        AloneWorker worker{thread};
+        linear(worker, own_[thread], weight, x + first * weight.num_inputs, pieces.num_rows(piece), bias,
+               out + first * weight.num_outputs);
+    });
+}
+
+template <typename Workers>
+void ChannelProducts::linear(Workers& workers, Workspace& space, const LinearWeight& weight, const float* x, int num_rows,
+                             const float* bias, float* out) {
+    multiply(workers, space, weight, quantize(workers, space, x, num_rows, weight.num_inputs, true), bias, out);
+}
+
+void ChannelProducts::greatest_columns(const LinearWeight& weight, const float* x, int num_rows, const float* bias,
+                                       int64_t* columns) {
+    const ByteRows rows = quantize(pool_, shared_, x, num_rows, weight.num_inputs, true);
+    const size_t scratch_bytes = aligned(channel_scratch_bytes(rows.num_rows));
+    auto* scratch = static_cast<uint8_t*>(shared_.scratch.reserve(scratch_bytes * pool_.num_threads()));
+    const auto multiply = [&](const PackedMatrix& part, PanelRange panels, const LinearResult& result, int thread) {
+        kernels_.channel_panels(part, panels, rows, result, scratch + thread * scratch_bytes);
+    };
+    greatest_.find(kernels_, pool_, weight, num_rows, bias, columns, multiply);
 }
 
 bool ChannelProducts::can_fuse(const GatedWeights& weights) const {
@@ -57,29 +69,24 @@ bool ChannelProducts::can_fuse(const GatedWeights& weights) const {
 }
 
 void ChannelProducts::gated_mlp(const GatedWeights& weights, const float* x, int num_rows, float* out) {
-    const int pieces = num_pieces(num_rows, pool_.num_threads());
-    if (pieces == 0) return gated_mlp(pool_, shared_, weights, x, num_rows, out);
-    const int num_blocks = (num_rows + ByteRows::kHeight - 1) / ByteRows::kHeight;
-    const auto first_row = [&](int piece) {
-        return std::min(num_rows, static_cast<int>(static_cast<int64_t>(num_blocks) * piece / pieces) * ByteRows::kHeight);
-    };
-    int most = 0;
-    for (int piece = 0; piece < pieces; ++piece) most = std::max(most, first_row(piece + 1) - first_row(piece));
-    for (auto& space : own_) reserve(space, weights, most);
-    pool_.run(pieces, [&](int piece, int thread) {
-        const int64_t first = first_row(piece);
+    const RowPieces pieces(num_rows, pool_.num_threads());
+    if (pieces.count() == 1) return gated_mlp(pool_, shared_, weights, x, num_rows, out);
+    reserve_own({weights.gate_up, weights.down}, pieces.most_rows());
+    for (auto& space : own_) space.hidden.reserve(hidden_bytes(pieces.most_rows(), weights.down->num_inputs));
+    pool_.run(pieces.count(), [&](int piece, int thread) {
+        const int64_t first = pieces.first(piece);
         AloneWorker worker{thread};
-        gated_mlp(worker, own_[thread], weights, x + first * weights.gate_up->num_inputs, first_row(piece + 1) - first,
+        gated_mlp(worker, own_[thread], weights, x + first * weights.gate_up->num_inputs, pieces.num_rows(piece),
                   out + first * weights.down->num_outputs);
     });
 }
 
-// All that a piece of `num_rows` needs: tasks of a pool must not throw.
-void ChannelProducts::reserve(Workspace& space, const GatedWeights& weights, int num_rows) {
-    const int num_inputs = weights.gate_up->num_inputs, size = weights.down->num_inputs;
-    space.rows.reserve(std::max(ByteLayout(num_rows, num_inputs).num_bytes(), ByteLayout(num_rows, size).num_bytes()));
-    space.hidden.reserve(hidden_bytes(num_rows, size));
-    space.scratch.reserve(aligned(channel_scratch_bytes(2 * num_rows)));
+// All that products of pieces of `num_rows` need: tasks of a pool must not throw.
+void ChannelProducts::reserve_own(std::initializer_list<const LinearWeight*> weights, int num_rows) {
+    for (auto& space : own_) {
+        for (const auto* weight : weights) space.rows.reserve(ByteLayout(num_rows, weight->num_inputs).num_bytes());
+        space.scratch.reserve(aligned(channel_scratch_bytes(2 * num_rows)));
+    }
 }
 
 template <typename Workers>
@@ -170,13 +177,13 @@ ByteRows ChannelProducts::quantize_rows(Workers& workers, Workspace& space, int 
                      reinterpret_cast<float*>(words(0)),
                      reinterpret_cast<int32_t*>(words(1)),
                      reinterpret_cast<int32_t*>(words(2))};
-    workers.run_small(num_rows, [&](int row, int) { rows.targets[row] = quantize(row, rows) && with_rests ? -1 : row; });
+    workers.run_rows(num_rows, num_inputs, [&](int row, int) { rows.targets[row] = quantize(row, rows) && with_rests ? -1 : row; });
     for (int row = 0; row < num_rows; ++row) {
         if (rows.targets[row] == row) continue;
         rows.targets[row] = row;
         rows.targets[rows.num_rows++] = row;
     }
-    workers.run_small(rows.num_rows - num_rows, [&](int i, int) {
+    workers.run_rows(rows.num_rows - num_rows, num_inputs, [&](int i, int) {
         add_rest(rows.targets[num_rows + i], rows, num_rows + i);
     });
     return rows;

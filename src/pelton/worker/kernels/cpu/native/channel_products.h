@@ -1,9 +1,11 @@
 // Operations whose weights have formats by channel: activations are rounded to 8 bits with one scale per row.
 #pragma once
 
+#include <initializer_list>
 #include <vector>
 
 #include "buffer.h"
+#include "greatest_columns.h"
 #include "kernel_table.h"
 #include "linear_weight.h"
 #include "workers.h"
@@ -19,6 +21,9 @@ public:
     // As Runtime::linear.
     void linear(const LinearWeight& weight, const float* x, int num_rows, const float* bias, float* out);
 
+    // As Runtime::greatest_columns.
+    void greatest_columns(const LinearWeight& weight, const float* x, int num_rows, const float* bias, int64_t* columns);
+
     // Whether `gated_mlp` takes this layer.
     bool can_fuse(const GatedWeights& weights) const;
 
@@ -31,6 +36,9 @@ private:
         Buffer rows, hidden, scratch;
     };
 
+    template <typename Workers>
+    void linear(Workers& workers, Workspace& space, const LinearWeight& weight, const float* x, int num_rows,
+                const float* bias, float* out);
     template <typename Workers>
     void gated_mlp(Workers& workers, Workspace& space, const GatedWeights& weights, const float* x, int num_rows, float* out);
     template <typename Workers>
@@ -45,12 +53,13 @@ private:
     template <typename Workers, typename Quantize, typename AddRest>
     ByteRows quantize_rows(Workers& workers, Workspace& space, int num_rows, int num_inputs, bool with_rests,
                            const Quantize& quantize, const AddRest& add_rest);
-    void reserve(Workspace& space, const GatedWeights& weights, int num_rows);
+    void reserve_own(std::initializer_list<const LinearWeight*> weights, int num_rows);
 
     const KernelTable& kernels_;
     ThreadPool& pool_;
     Workspace shared_;
     std::vector<Workspace> own_;  // of each thread
+    GreatestColumns greatest_;
 };
 
 }  // namespace pelton

@@ -299,6 +299,7 @@ NB_MODULE(pelton_cpu, m) {
                                      runtime.attends_in_chunks(shape));
         });
 
+    m.attr("NO_COLUMN") = kNoColumn;
     nb::class_<Runtime>(m, "Runtime")
         .def("__init__",
              [](Runtime* self, std::optional<std::string> isa, int num_threads, const std::vector<int>& cpus,
@@ -321,6 +322,13 @@ NB_MODULE(pelton_cpu, m) {
                  self.linear(weight, at<const float>(x), num_rows, at<const float>(bias), at<float>(out));
              },
              no_gil)
+        .def("greatest_columns",
+             [](Runtime& self, const LinearWeight& weight, Address x, int num_rows, Address bias) {
+                 std::vector<int64_t> columns(num_rows);
+                 nb::gil_scoped_release release;
+                 self.greatest_columns(weight, at<const float>(x), num_rows, at<const float>(bias), columns.data());
+                 return columns;
+             })
         .def("embedding",
              [](Runtime& self, const EmbeddingTable& table, Address token_ids, int num_tokens, Address out) {
                  embed(table, at<const int64_t>(token_ids), num_tokens, at<float>(out), self.pool());

@@ -58,7 +58,7 @@ void Program::rms_norm(View x, int num_heads, const float* weight, int size, flo
     check(out, num_heads * size);
     ops_.push_back([=, this] {
         const Matrix from = at(x), to = at(out);
-        runtime_.pool().run_small(inputs_.num_rows, [&](int row, int) {
+        runtime_.pool().run_rows(inputs_.num_rows, num_heads * size, [&](int row, int) {
             for (int column = 0; column < num_heads * size; column += size) {
                 runtime_.kernels().rms_norm_row(from.row(row) + column, nullptr, weight, size, eps,
                                                 to.row(row) + column);
@@ -73,7 +73,7 @@ void Program::add_rms_norm(View x, View residual, const float* weight, int size,
     check(out, size);
     ops_.push_back([=, this] {
         const Matrix from = at(x), sum = at(residual), to = at(out);
-        runtime_.pool().run_small(inputs_.num_rows, [&](int row, int) {
+        runtime_.pool().run_rows(inputs_.num_rows, size, [&](int row, int) {
             runtime_.kernels().rms_norm_row(from.row(row), sum.row(row), weight, size, eps, to.row(row));
         });
     });
@@ -159,7 +159,7 @@ void Program::softcap(View x, int size, float cap) {
     check(x, size);
     ops_.push_back([=, this] {
         const Matrix values = at(x);
-        runtime_.pool().run_small(inputs_.num_rows, [&](int row, int) {
+        runtime_.pool().run_rows(inputs_.num_rows, size, [&](int row, int) {
             runtime_.kernels().softcap_row(values.row(row), size, cap);
         });
     });

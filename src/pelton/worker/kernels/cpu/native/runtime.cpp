@@ -25,6 +25,23 @@ constexpr int tile_rows_at_once(int num_inputs) {
 
 }  // namespace
 
+// How much of a gated layer's two wide results is there at once, for a thread.
+struct Runtime::GatedPieces {
+    int rows_at_once;
+    int panels_at_once;
+    size_t side_bytes;
+    size_t product_bytes;
+
+    GatedPieces(int num_rows, int num_inputs)
+        : rows_at_once(std::min(num_rows, tile_rows_at_once(num_inputs))),
+          panels_at_once(num_rows <= 2 * kTileHeight ? kFewPanels : 1),
+          side_bytes(aligned(static_cast<size_t>(rows_at_once) * ld() * sizeof(float))),
+          product_bytes(tile_scratch_bytes(rows_at_once, num_inputs)) {}
+
+    int64_t ld() const { return panels_at_once * kPanel; }
+    size_t work_bytes() const { return 2 * side_bytes + product_bytes; }
+};
+
 size_t LinearWeight::num_bytes() const {
     size_t total = 0;
     for (const auto& part : parts) total += part.num_bytes();
@@ -35,7 +52,7 @@ void Runtime::linear(const LinearWeight& weight, const float* x, int num_rows, c
     if (weight.is_by_channel()) {
         channels_.linear(weight, x, num_rows, bias, out);
     } else if (multiplies_tiles(weight)) {
-        multiply_tiles(weight, pack_tiles(x, num_rows, weight.num_inputs), bias, out);
+        multiply_tiles(weight, x, num_rows, bias, out);
     } else {
         multiply_panels(weight, x, num_rows, bias, out);
     }
@@ -57,7 +74,7 @@ QuantizedRows Runtime::quantize(const float* x, int num_rows, int num_inputs) {
     auto* values = reinterpret_cast<int8_t*>(memory);
     auto* scales = reinterpret_cast<float*>(memory + value_bytes);
     auto* sums = reinterpret_cast<int32_t*>(memory + value_bytes + scale_bytes);
-    pool_.run_small(num_rows, [&](int row, int) {
+    pool_.run_rows(num_rows, num_inputs, [&](int row, int) {
         const size_t group = static_cast<size_t>(row) * num_groups;
         kernels_.quantize_row(x + static_cast<size_t>(row) * num_inputs, num_inputs,
                               values + static_cast<size_t>(row) * num_inputs, scales + group, sums + 2 * group);
@@ -65,20 +82,47 @@ QuantizedRows Runtime::quantize(const float* x, int num_rows, int num_inputs) {
     return {num_rows, num_inputs, values, scales, sums};
 }
 
-void Runtime::multiply_panels(const LinearWeight& weight, const float* x, int num_rows, const float* bias, float* out) {
+Runtime::PanelInputs Runtime::prepare_panels(const LinearWeight& weight, const float* x, int num_rows) {
     const int num_inputs = weight.num_inputs;
-    int num_panels = 0;
-    bool any_floats = false, any_quantized = false;
-    for (const auto& part : weight.parts) {
-        num_panels += part.num_panels();
-        (multiplies_floats(part) ? any_floats : any_quantized) = true;
-    }
-    const QuantizedRows quantized = any_quantized ? quantize(x, num_rows, num_inputs) : QuantizedRows{};
+    const auto is_float = [this](const PackedMatrix& part) { return multiplies_floats(part); };
+    const bool any_floats = std::any_of(weight.parts.begin(), weight.parts.end(), is_float);
+    const bool all_floats = std::all_of(weight.parts.begin(), weight.parts.end(), is_float);
+    const QuantizedRows quantized = all_floats ? QuantizedRows{} : quantize(x, num_rows, num_inputs);
     const int padded_inputs = (num_inputs + kGroup - 1) / kGroup * kGroup;
     const size_t scratch_bytes = aligned(
         std::max(linear_scratch_bytes(padded_inputs), any_floats ? dense_scratch_bytes(padded_inputs) : 0));
     auto* scratch = static_cast<uint8_t*>(scratch_.reserve(scratch_bytes * pool_.num_threads()));
-    const int chunk_rows = std::max(48, kChunkBytes / (any_floats ? 4 * num_inputs : num_inputs));
+    return {{num_rows, num_inputs, x}, quantized, scratch, scratch_bytes};
+}
+
+// Rows [first, last) of one panel's columns; `result` starts at row `first`.
+void Runtime::multiply_panel(const PackedMatrix& part, int panel, const PanelInputs& inputs, std::pair<int, int> rows,
+                             const LinearResult& result, int thread) const {
+    const auto [first, last] = rows;
+    const int num_inputs = inputs.floats.num_inputs;
+    uint8_t* scratch = inputs.scratch + thread * inputs.scratch_bytes;
+    const size_t value = static_cast<size_t>(first) * num_inputs;
+    if (multiplies_floats(part)) {
+        kernels_.dense_panel(part, panel, {last - first, num_inputs, inputs.floats.values + value}, result.bias,
+                             result.out, result.ld_out, scratch);
+        return;
+    }
+    const QuantizedRows& all = inputs.quantized;
+    const size_t group = value / kGroup;
+    kernels_.linear_panel(part, panel,
+                          {last - first, num_inputs, all.values + value, all.scales + group, all.sums + 2 * group},
+                          result.bias, result.out, result.ld_out, scratch);
+}
+
+void Runtime::multiply_panels(const LinearWeight& weight, const float* x, int num_rows, const float* bias, float* out) {
+    const PanelInputs inputs = prepare_panels(weight, x, num_rows);
+    int num_panels = 0;
+    bool any_floats = false;
+    for (const auto& part : weight.parts) {
+        num_panels += part.num_panels();
+        any_floats = any_floats || multiplies_floats(part);
+    }
+    const int chunk_rows = std::max(48, kChunkBytes / (any_floats ? 4 * weight.num_inputs : weight.num_inputs));
     const int num_chunks = (num_rows + chunk_rows - 1) / chunk_rows;
     pool_.run(num_panels * num_chunks, [&](int task, int thread) {
         const int first = static_cast<int>(static_cast<int64_t>(num_rows) * (task / num_panels) / num_chunks);
@@ -90,23 +134,35 @@ void Runtime::multiply_panels(const LinearWeight& weight, const float* x, int nu
                 column += part.num_outputs;
                 continue;
             }
-            const float* offsets = bias != nullptr ? bias + column : nullptr;
             float* to = out + static_cast<int64_t>(first) * weight.num_outputs + column;
-            uint8_t* memory = scratch + thread * scratch_bytes;
-            const size_t value = static_cast<size_t>(first) * num_inputs;
-            if (multiplies_floats(part)) {
-                kernels_.dense_panel(part, panel, {last - first, num_inputs, x + value}, offsets, to,
-                                     weight.num_outputs, memory);
-            } else {
-                const size_t group = value / kGroup;
-                kernels_.linear_panel(part, panel,
-                                      {last - first, num_inputs, quantized.values + value, quantized.scales + group,
-                                       quantized.sums + 2 * group},
-                                      offsets, to, weight.num_outputs, memory);
-            }
+            multiply_panel(part, panel, inputs, {first, last},
+                           {bias != nullptr ? bias + column : nullptr, to, weight.num_outputs}, thread);
             return;
         }
     });
+}
+
+void Runtime::greatest_columns(const LinearWeight& weight, const float* x, int num_rows, const float* bias,
+                               int64_t* columns) {
+    if (weight.is_by_channel()) return channels_.greatest_columns(weight, x, num_rows, bias, columns);
+    if (!multiplies_tiles(weight)) {
+        const PanelInputs inputs = prepare_panels(weight, x, num_rows);
+        const auto multiply = [&](const PackedMatrix& part, PanelRange panels, const LinearResult& result, int thread) {
+            for (int panel = panels.first; panel < panels.last; ++panel) {
+                multiply_panel(part, panel, inputs, {0, num_rows}, result, thread);
+            }
+        };
+        return greatest_.find(kernels_, pool_, weight, num_rows, bias, columns, multiply);
+    }
+    const TiledRows rows = reserve_tiles(activations_, num_rows, weight.num_inputs);
+    pack_tiles(pool_, x, rows);
+    const ThreadScratch scratch = reserve_scratch(tile_scratch_bytes(num_rows, weight.num_inputs));
+    const auto multiply = [&](const PackedMatrix& part, PanelRange panels, const LinearResult& result, int thread) {
+        const FlushDenormals flush;
+        kernels_.tiles->linear_panels(part, panels, {0, weight.num_inputs / kGroup}, rows, result,
+                                      scratch.of(thread));
+    };
+    greatest_.find(kernels_, pool_, weight, num_rows, bias, columns, multiply);
 }
 
 TiledRows Runtime::reserve_tiles(Buffer& buffer, int num_rows, int num_inputs) {
@@ -116,31 +172,55 @@ TiledRows Runtime::reserve_tiles(Buffer& buffer, int num_rows, int num_inputs) {
             static_cast<uint16_t*>(buffer.reserve(num_blocks * kTileHeight * num_inputs * sizeof(uint16_t)))};
 }
 
-TiledRows Runtime::pack_tiles(const float* x, int num_rows, int num_inputs) {
-    const TiledRows rows = reserve_tiles(activations_, num_rows, num_inputs);
-    pool_.run((num_rows + kTileHeight - 1) / kTileHeight, [&](int block, int) {
-        const int row = block * kTileHeight;
-        kernels_.tiles->pack_rows(x + static_cast<int64_t>(row) * num_inputs, std::min(kTileHeight, num_rows - row),
-                                  num_inputs, rows.block(block));
-    });
-    return rows;
+Runtime::ThreadScratch Runtime::reserve_scratch(size_t num_bytes) {
+    num_bytes = aligned(num_bytes);
+    return {static_cast<uint8_t*>(scratch_.reserve(num_bytes * pool_.num_threads())), num_bytes};
 }
 
-void Runtime::multiply_tiles(const LinearWeight& weight, const TiledRows& x, const float* bias, float* out) {
+// Calls run(workers, first row, rows) for all rows: at once, or for pieces that threads take alone.
+template <typename Run>
+void Runtime::run_rows(int num_rows, const Run& run) {
+    const RowPieces pieces(num_rows, pool_.num_threads());
+    if (pieces.count() == 1) return run(pool_, 0, num_rows);
+    pool_.run(pieces.count(), [&](int piece, int thread) {
+        run(AloneWorker{thread}, pieces.first(piece), pieces.num_rows(piece));
+    });
+}
+
+template <typename Workers>
+void Runtime::pack_tiles(Workers& workers, const float* x, const TiledRows& to) {
+    workers.run((to.num_rows + kTileHeight - 1) / kTileHeight, [&](int block, int) {
+        const int row = block * kTileHeight;
+        kernels_.tiles->pack_rows(x + static_cast<int64_t>(row) * to.num_inputs, std::min(kTileHeight, to.num_rows - row),
+                                  to.num_inputs, to.block(block));
+    });
+}
+
+void Runtime::multiply_tiles(const LinearWeight& weight, const float* x, int num_rows, const float* bias, float* out) {
+    const TiledRows all = reserve_tiles(activations_, num_rows, weight.num_inputs);
+    const ThreadScratch scratch = reserve_scratch(tile_scratch_bytes(std::min(num_rows, kTileChunkRows), weight.num_inputs));
+    run_rows(num_rows, [&](auto&& workers, int64_t first, int count) {
+        const TiledRows rows = all.from(first, count);
+        pack_tiles(workers, x + first * weight.num_inputs, rows);
+        multiply_tiles(workers, weight, rows, bias, out + first * weight.num_outputs, scratch);
+    });
+}
+
+template <typename Workers>
+void Runtime::multiply_tiles(Workers& workers, const LinearWeight& weight, const TiledRows& x, const float* bias,
+                             float* out, const ThreadScratch& scratch) {
     const int num_groups = weight.num_inputs / kGroup;
-    const size_t scratch_bytes = tile_scratch_bytes(std::min(x.num_rows, kTileChunkRows), x.num_inputs);
-    auto* scratch = static_cast<uint8_t*>(scratch_.reserve(scratch_bytes * pool_.num_threads()));
     for (int row = 0; row < x.num_rows; row += kTileChunkRows) {
         const TiledRows rows = x.from(row, kTileChunkRows);
         const int groups_at_once = rows.is_few() ? num_groups : kTileChunkRows * kTileChunkGroups / rows.num_rows;
         for (int group = 0; group < num_groups; group += groups_at_once) {
             const GroupRange groups = {group, std::min(group + groups_at_once, num_groups)};
-            run_panels(pool_, weight.parts, [&](const PackedMatrix& part, PanelRange panels, int column, int thread) {
+            run_panels(workers, weight.parts, [&](const PackedMatrix& part, PanelRange panels, int column, int thread) {
                 const FlushDenormals flush;  // as tiles do
                 const LinearResult result = {bias != nullptr ? bias + column : nullptr,
                                              out + static_cast<int64_t>(row) * weight.num_outputs + column,
                                              weight.num_outputs};
-                kernels_.tiles->linear_panels(part, panels, groups, rows, result, scratch + thread * scratch_bytes);
+                kernels_.tiles->linear_panels(part, panels, groups, rows, result, scratch.of(thread));
             });
         }
     }
@@ -149,9 +229,7 @@ void Runtime::multiply_tiles(const LinearWeight& weight, const TiledRows& x, con
 void Runtime::gated_mlp(const GatedWeights& weights, const float* x, int num_rows, float* out) {
     if (channels_.can_fuse(weights)) return channels_.gated_mlp(weights, x, num_rows, out);
     if (weights.gate_up->parts.size() == 2 && multiplies_tiles(*weights.gate_up) && multiplies_tiles(*weights.down)) {
-        const TiledRows hidden = multiply_gated(weights, pack_tiles(x, num_rows, weights.gate_up->num_inputs));
-        multiply_tiles(*weights.down, hidden, weights.down_bias, out);
-        return;
+        return gated_tiles(weights, x, num_rows, out);
     }
     const int size = weights.down->num_inputs;
     auto* wide = static_cast<float*>(mlp_.reserve(static_cast<size_t>(num_rows) * size * 3 * sizeof(float)));
@@ -161,39 +239,49 @@ void Runtime::gated_mlp(const GatedWeights& weights, const float* x, int num_row
     linear(*weights.down, narrow, num_rows, weights.down_bias, out);
 }
 
+void Runtime::gated_tiles(const GatedWeights& weights, const float* x, int num_rows, float* out) {
+    const int num_inputs = weights.gate_up->num_inputs, size = weights.down->num_inputs;
+    const TiledRows all = reserve_tiles(activations_, num_rows, num_inputs);
+    const TiledRows all_hidden = reserve_tiles(mlp_, num_rows, size);
+    const GatedPieces pieces(num_rows, num_inputs);
+    const ThreadScratch scratch =
+        reserve_scratch(std::max(pieces.work_bytes(), tile_scratch_bytes(std::min(num_rows, kTileChunkRows), size)));
+    run_rows(num_rows, [&](auto&& workers, int64_t first, int count) {
+        const TiledRows rows = all.from(first, count), hidden = all_hidden.from(first, count);
+        pack_tiles(workers, x + first * num_inputs, rows);
+        multiply_gated(workers, weights, pieces, rows, hidden, scratch);
+        multiply_tiles(workers, *weights.down, hidden, weights.down_bias, out + first * weights.down->num_outputs, scratch);
+    });
+}
+
 // Panels of gate and up are multiplied side by side, and their activation goes straight into tiles: for many rows
 // the two wide results would cost as much time in memory as the products.
-TiledRows Runtime::multiply_gated(const GatedWeights& weights, const TiledRows& x) {
+template <typename Workers>
+void Runtime::multiply_gated(Workers& workers, const GatedWeights& weights, const GatedPieces& pieces, const TiledRows& x,
+                             const TiledRows& hidden, const ThreadScratch& scratch) {
     const int size = weights.down->num_inputs;
     const auto& parts = weights.gate_up->parts;
     const float* bias[2] = {weights.gate_up_bias, weights.gate_up_bias == nullptr ? nullptr : weights.gate_up_bias + size};
-    const TiledRows hidden = reserve_tiles(mlp_, x.num_rows, size);
-    const int chunk_rows = std::min(x.num_rows, tile_rows_at_once(x.num_inputs));
-    const int panels_at_once = x.is_few() ? kFewPanels : 1;
-    const int64_t ld = panels_at_once * kPanel;
-    const size_t side_bytes = aligned(static_cast<size_t>(chunk_rows) * ld * sizeof(float));
-    const size_t work_bytes = tile_scratch_bytes(chunk_rows, x.num_inputs) + 2 * side_bytes;
-    auto* scratch = static_cast<uint8_t*>(scratch_.reserve(work_bytes * pool_.num_threads()));
-    for (int row = 0; row < x.num_rows; row += chunk_rows) {
-        const TiledRows rows = x.from(row, chunk_rows);
-        const TiledRows to = hidden.from(row, chunk_rows);
-        run_panels(pool_, std::span(parts).first(1), [&](const PackedMatrix&, PanelRange panels, int, int thread) {
+    for (int row = 0; row < x.num_rows; row += pieces.rows_at_once) {
+        const TiledRows rows = x.from(row, pieces.rows_at_once);
+        const TiledRows to = hidden.from(row, pieces.rows_at_once);
+        run_panels(workers, std::span(parts).first(1), [&](const PackedMatrix&, PanelRange panels, int, int thread) {
             const FlushDenormals flush;
-            uint8_t* work = scratch + thread * work_bytes;
-            float* sides[2] = {reinterpret_cast<float*>(work), reinterpret_cast<float*>(work + side_bytes)};
-            for (int first = panels.first; first < panels.last; first += panels_at_once) {
-                const PanelRange some = {first, std::min(first + panels_at_once, panels.last)};
+            uint8_t* work = scratch.of(thread);
+            float* sides[2] = {reinterpret_cast<float*>(work), reinterpret_cast<float*>(work + pieces.side_bytes)};
+            for (int first = panels.first; first < panels.last; first += pieces.panels_at_once) {
+                const PanelRange some = {first, std::min(first + pieces.panels_at_once, panels.last)};
                 for (int side = 0; side < 2; ++side) {
                     kernels_.tiles->linear_panels(parts[side], some, {0, rows.num_inputs / kGroup}, rows,
-                                                  {bias[side], sides[side] - first * kPanel, ld}, work + 2 * side_bytes);
+                                                  {bias[side], sides[side] - first * kPanel, pieces.ld()},
+                                                  work + 2 * pieces.side_bytes);
                 }
                 for (int panel = some.first; panel < some.last; ++panel) {
-                    store_gated(weights.gelu, sides, (panel - some.first) * kPanel, ld, to, panel);
+                    store_gated(weights.gelu, sides, (panel - some.first) * kPanel, pieces.ld(), to, panel);
                 }
             }
         });
     }
-    return hidden;
 }
 
 // Columns [column, column + 32) of both sides, rows `ld` apart, to group `group` of `to`.
@@ -209,7 +297,7 @@ void Runtime::store_gated(bool gelu, const float* const (&sides)[2], int column,
 
 void Runtime::rms_norm(const float* x, float* residual, const float* weight, int num_rows, int size, float eps,
                        float* out) {
-    pool_.run_small(num_rows, [&](int row, int) {
+    pool_.run_rows(num_rows, size, [&](int row, int) {
         const int64_t at = static_cast<int64_t>(row) * size;
         kernels_.rms_norm_row(x + at, residual != nullptr ? residual + at : nullptr, weight, size, eps, out + at);
     });
@@ -217,7 +305,7 @@ void Runtime::rms_norm(const float* x, float* residual, const float* weight, int
 
 void Runtime::gated(bool gelu, const float* gate_up, int num_rows, int size, float* out) {
     const auto row_kernel = gelu ? kernels_.gelu_tanh_mul_row : kernels_.silu_mul_row;
-    pool_.run_small(num_rows, [&](int row, int) {
+    pool_.run_rows(num_rows, 2 * size, [&](int row, int) {
         row_kernel(gate_up + 2 * static_cast<int64_t>(row) * size, size, out + static_cast<int64_t>(row) * size);
     });
 }
@@ -226,7 +314,8 @@ void Runtime::rotate_and_store(const AttentionShape& shape, const Tokens& tokens
                                void* key_cache, void* value_cache) {
     const int dim = shape.head_dim;
     const int64_t element_bytes = shape.kv_type == KVType::F32 ? 4 : 2;
-    pool_.run_small(tokens.num_tokens, [&](int token, int) {
+    const int num_values = (shape.num_heads + 2 * shape.num_kv_heads) * dim;
+    pool_.run_rows(tokens.num_tokens, num_values, [&](int token, int) {
         const float* cos = tokens.cos + static_cast<int64_t>(token) * tokens.half;
         const float* sin = tokens.sin + static_cast<int64_t>(token) * tokens.half;
         for (int head = 0; head < shape.num_heads; ++head) {

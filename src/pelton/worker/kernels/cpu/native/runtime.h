@@ -9,6 +9,7 @@
 #include "attention_schedule.h"
 #include "buffer.h"
 #include "channel_products.h"
+#include "greatest_columns.h"
 #include "kernel_table.h"
 #include "linear_weight.h"
 #include "thread_pool.h"
@@ -56,6 +57,10 @@ public:
     // out [S, O] = x [S, I] times weight, plus bias [O] where given.
     void linear(const LinearWeight& weight, const float* x, int num_rows, const float* bias, float* out);
 
+    // columns [S]: where each row of what `linear` would make is greatest, of equal values the first; kNoColumn where that
+    // is not finite or a value is NaN.
+    void greatest_columns(const LinearWeight& weight, const float* x, int num_rows, const float* bias, int64_t* columns);
+
     // out [S, H] of x [S, H]; residual [S, H] (may be null) becomes x + residual.
     void rms_norm(const float* x, float* residual, const float* weight, int num_rows, int size, float eps, float* out);
 
@@ -90,13 +95,40 @@ private:
     }
     // A weight with a dense part goes another way as a whole.
     bool multiplies_tiles(const LinearWeight& weight) const;
+    // Rows as a product of panels takes them, and its memory.
+    struct PanelInputs {
+        FloatRows floats;
+        QuantizedRows quantized;
+        uint8_t* scratch;
+        size_t scratch_bytes;  // of a thread
+    };
+    PanelInputs prepare_panels(const LinearWeight& weight, const float* x, int num_rows);
+    void multiply_panel(const PackedMatrix& part, int panel, const PanelInputs& inputs, std::pair<int, int> rows,
+                        const LinearResult& result, int thread) const;
     void multiply_panels(const LinearWeight& weight, const float* x, int num_rows, const float* bias, float* out);
     // Rows in 8 bits, in memory that the next call reuses.
     QuantizedRows quantize(const float* x, int num_rows, int num_inputs);
+    struct GatedPieces;
+    // As much for each thread.
+    struct ThreadScratch {
+        uint8_t* memory;
+        size_t num_bytes;
+        uint8_t* of(int thread) const { return memory + thread * num_bytes; }
+    };
     TiledRows reserve_tiles(Buffer& buffer, int num_rows, int num_inputs);
-    TiledRows pack_tiles(const float* x, int num_rows, int num_inputs);
-    void multiply_tiles(const LinearWeight& weight, const TiledRows& x, const float* bias, float* out);
-    TiledRows multiply_gated(const GatedWeights& weights, const TiledRows& x);
+    ThreadScratch reserve_scratch(size_t num_bytes);
+    template <typename Run>
+    void run_rows(int num_rows, const Run& run);
+    template <typename Workers>
+    void pack_tiles(Workers& workers, const float* x, const TiledRows& to);
+    void multiply_tiles(const LinearWeight& weight, const float* x, int num_rows, const float* bias, float* out);
+    template <typename Workers>
+    void multiply_tiles(Workers& workers, const LinearWeight& weight, const TiledRows& x, const float* bias, float* out,
+                        const ThreadScratch& scratch);
+    void gated_tiles(const GatedWeights& weights, const float* x, int num_rows, float* out);
+    template <typename Workers>
+    void multiply_gated(Workers& workers, const GatedWeights& weights, const GatedPieces& pieces, const TiledRows& x,
+                        const TiledRows& hidden, const ThreadScratch& scratch);
     void store_gated(bool gelu, const float* const (&sides)[2], int column, int64_t ld, const TiledRows& to,
                      int group) const;
 
@@ -108,6 +140,7 @@ private:
     Buffer scratch_;
     AttentionMemory attention_;
     Buffer mlp_;
+    GreatestColumns greatest_;
 };
 
 }  // namespace pelton

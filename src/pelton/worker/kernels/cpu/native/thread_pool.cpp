@@ -53,7 +53,8 @@ void pin(pthread_t thread, int cpu) {
 
 }  // namespace
 
-ThreadPool::ThreadPool(int num_threads, const std::vector<int>& cpus) : num_threads_(num_threads) {
+ThreadPool::ThreadPool(int num_threads, const std::vector<int>& cpus)
+    : num_threads_(num_threads), shares_(num_threads) {
     for (int thread = 1; thread < num_threads; ++thread) {
         threads_.emplace_back([this, thread] { work(thread); });
         if (thread < static_cast<int>(cpus.size())) pin(threads_.back().native_handle(), cpus[thread]);
@@ -69,7 +70,11 @@ ThreadPool::~ThreadPool() {
 
 void ThreadPool::run_job(const Job& job) {
     job_ = job;
-    next_.store(0, std::memory_order_relaxed);
+    for (int thread = 0; thread < num_threads_; ++thread) {
+        const auto first = [&](int64_t index) { return static_cast<int>(index * job.count / num_threads_); };
+        shares_[thread].next.store(first(thread), std::memory_order_relaxed);
+        shares_[thread].end = first(thread + 1);
+    }
     state_.store(kOpen, std::memory_order_release);
     generation_.fetch_add(1, std::memory_order_release);
     generation_.notify_all();
@@ -90,8 +95,11 @@ bool ThreadPool::try_join() {
 }
 
 void ThreadPool::take_tasks(int thread) {
-    for (int i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < job_.count;) {
-        job_.call(job_.context, i, thread);
+    for (int other = 0; other < num_threads_; ++other) {
+        Share& share = shares_[(thread + other) % num_threads_];
+        for (int i; (i = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;) {
+            job_.call(job_.context, i, thread);
+        }
     }
 }
 

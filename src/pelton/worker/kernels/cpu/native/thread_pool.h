@@ -22,8 +22,9 @@ public:
 
     int num_threads() const { return num_threads_; }
 
-    // Calls task(i, thread) for every i in [0, count), each once, on whichever thread is free. Returns
-    // when all are done. Tasks must not throw, and results must not depend on who runs them.
+    // Calls task(i, thread) for every i in [0, count), each once. Each thread takes neighbours from a share of its own,
+    // in order, and when that is done what is left of others'. Returns when all are done. Tasks must not throw, and
+    // results must not depend on who runs them.
     template <typename Task>
     void run(int count, const Task& task) {
         if (count <= 0) return;
@@ -50,13 +51,27 @@ public:
         });
     }
 
+    // The same for rows of `size` values each, by the caller alone where they are few: to share out a job takes longer.
+    template <typename Task>
+    void run_rows(int num_rows, int size, const Task& task) {
+        if (static_cast<int64_t>(num_rows) * size >= kWorthSharing) return run_small(num_rows, task);
+        for (int row = 0; row < num_rows; ++row) task(row, 0);
+    }
+
 private:
     static constexpr int kPiecesPerThread = 8;
+    static constexpr int kWorthSharing = 16 * 1024;
 
     struct Job {
         void (*call)(const void* context, int i, int thread);
         const void* context;
         int count;
+    };
+
+    // Neighbours lie together in memory: a long stream of one thread is read up to twice as fast as short ones in turn.
+    struct alignas(64) Share {
+        std::atomic<int> next{0};
+        int end = 0;
     };
 
     // state_: whether the job may be joined, and how many threads have joined and not left.
@@ -69,7 +84,7 @@ private:
 
     int num_threads_;
     Job job_{};
-    alignas(64) std::atomic<int> next_{0};
+    std::vector<Share> shares_;  // of each thread
     alignas(64) std::atomic<uint32_t> state_{0};
     alignas(64) std::atomic<uint32_t> generation_{0};
     std::atomic<bool> stop_{false};

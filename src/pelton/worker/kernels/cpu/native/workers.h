@@ -21,9 +21,38 @@ struct AloneWorker {
         for (int i = 0; i < count; ++i) task(i, thread);
     }
     template <typename Task>
-    void run_small(int count, const Task& task) const {
-        run(count, task);
+    void run_rows(int num_rows, int, const Task& task) const {
+        run(num_rows, task);
     }
+};
+
+// From so many rows to a thread on, each takes rows of its own through an operation: what another core has written comes
+// at a fifth of the speed of memory. With fewer it costs more that each of them makes all weights.
+constexpr int kFewestOwnRows = 128;
+// With what lies between two products, so many of a feed-forward layer fit in a core's second-level cache.
+constexpr int kOwnRows = 256;
+
+// Rows in pieces of neighbours, as many to each thread; one is none: threads share panels, not rows.
+class RowPieces {
+public:
+    RowPieces(int num_rows, int num_threads) : num_pairs_((num_rows + kPairRows - 1) / kPairRows), num_rows_(num_rows) {
+        const int per_thread = num_rows / num_threads;
+        if (num_threads > 1 && per_thread >= kFewestOwnRows) count_ = (per_thread + kOwnRows - 1) / kOwnRows * num_threads;
+    }
+
+    int count() const { return count_; }
+    int first(int piece) const {
+        return std::min(num_rows_, static_cast<int>(static_cast<int64_t>(num_pairs_) * piece / count_) * kPairRows);
+    }
+    int num_rows(int piece) const { return first(piece + 1) - first(piece); }
+    int most_rows() const { return std::min(num_rows_, (num_pairs_ + count_ - 1) / count_ * kPairRows); }
+
+private:
+    static constexpr int kPairRows = 2 * kTileHeight;  // blocks are read in pairs
+
+    int num_pairs_;
+    int num_rows_;
+    int count_ = 1;
 };
 
 // Calls run(part, panels, first column, thread) for all panels, some neighbours at a time: streams of memory
