@@ -6,8 +6,9 @@
 
 Every task's prompt is completed as it stands by /v1/completions, cut at the first line that begins something new,
 and run with the task's own tests in the sandbox of sandbox.py. Programs written by a model are run on this machine:
-read there what holds them back. `--compare` names the tasks that only one of two engines solved. An engine whose
-answers depend on its load should be asked with `--clients 1`.
+read there what holds them back. `--output` is written after every task, and with `--resume` only those are asked that
+it does not have. `--compare` names the tasks that only one of two engines solved. An engine whose answers depend on
+its load should be asked with `--clients 1`.
 """
 
 from __future__ import annotations
@@ -73,23 +74,41 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     base_url = args.base_url.rstrip("/").removesuffix("/v1")
     model = args.model or ask(base_url, "/v1/models")["data"][0]["id"]
     tasks = read_tasks(args.data)[: args.limit]
-    start_s = time.perf_counter()
-    results: list[dict[str, Any]] = []
+    before = json.loads(args.output.read_text(encoding="utf-8")) if args.resume and args.output.exists() else {}
+    if before and before["model"] != model:
+        raise SystemExit(f"--resume: {args.output} has answers of {before['model']}, the server has {model}")
+    report = {**make_report(model, before.get("results", [])), "elapsed_s": before.get("elapsed_s", 0.0)}
+    known = {result["task_id"] for result in report["results"]}
+    start_s = time.perf_counter() - report["elapsed_s"]
     with ThreadPoolExecutor(args.clients) as pool:
-        for result in pool.map(lambda task: solve(base_url, model, task), tasks):
-            results.append(result)
-            num_passed = sum(each["passed"] for each in results)
-            line = f"[{len(results)}/{len(tasks)}] {result['task_id']}: {result['problem'] or 'passed'}"
-            print(f"{line}  ({num_passed} passed)", file=sys.stderr, flush=True)
+        for result in pool.map(
+            lambda task: solve(base_url, model, task), (task for task in tasks if task["task_id"] not in known)
+        ):
+            report = make_report(model, [*report["results"], result])
+            report["elapsed_s"] = round(time.perf_counter() - start_s, 1)
+            if args.output:
+                save(report, args.output)
+            line = f"[{report['num_tasks']}/{len(tasks)}] {result['task_id']}: {result['problem'] or 'passed'}"
+            print(f"{line}  ({report['num_passed']} passed)", file=sys.stderr, flush=True)
+    return report
+
+
+def make_report(model: str, results: list[dict[str, Any]]) -> dict[str, Any]:
     num_passed = sum(result["passed"] for result in results)
     return {
         "model": model,
         "num_tasks": len(results),
         "num_passed": num_passed,
-        "pass_at_1": num_passed / len(results),
-        "elapsed_s": round(time.perf_counter() - start_s, 1),
+        "pass_at_1": num_passed / max(1, len(results)),
+        "elapsed_s": 0.0,
         "results": results,
     }
+
+
+def save(report: dict[str, Any], path: Path) -> None:
+    draft = path.with_suffix(".draft")
+    draft.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    draft.replace(path)
 
 
 def compare(mine: Path, theirs: Path) -> None:
@@ -114,6 +133,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="tasks to solve; default: all 164")
     parser.add_argument("--clients", type=int, default=8, help="requests at a time")
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--resume", action="store_true", help="ask only for tasks that --output does not have")
     parser.add_argument("--compare", type=Path, nargs=2, metavar=("MINE", "OTHER"))
     args = parser.parse_args()
     if args.compare:
@@ -121,9 +141,9 @@ def main() -> None:
         return
     if args.data is None:
         parser.error("--data is needed, or --compare")
+    if args.resume and args.output is None:
+        parser.error("--resume needs --output")
     report = measure(args)
-    if args.output:
-        args.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     counts = f"{report['num_passed']} of {report['num_tasks']}"
     print(f"pass@1 {report['pass_at_1']:.4f} ({counts}, {report['elapsed_s']:.0f} s)")
 

@@ -10,7 +10,8 @@ first token (BOS), every window begins with it. Of each window the tokens of the
 half a window of context at least (`--score all`: every token but the first). The error is the standard error over
 tokens; that of a ratio is over windows, pair by pair, since both runs saw the same tokens.
 
-`--set NAME=VALUE` is any setting of `pelton serve`. llama.cpp's figure for the same protocol:
+`--output` is written after every few windows; `--resume` goes on with those that are there, so that a long run may be
+stopped at any time. `--set NAME=VALUE` is any setting of `pelton serve`. llama.cpp's figure for the same protocol:
 `llama-perplexity -m MODEL -f TEXT -c CONTEXT --chunks N` (its batch size changes nothing but the time).
 """
 
@@ -35,6 +36,7 @@ class Score:
     """Negative log-likelihoods in nats. `windows` holds the mean of each."""
 
     model: str
+    text: str
     settings: dict[str, Any]
     context: int
     score: str
@@ -60,8 +62,22 @@ class Score:
         variance = max(0.0, self.total_squares / self.num_tokens - mean * mean)
         return self.perplexity * math.sqrt(variance / max(1, self.num_tokens - 1))
 
-    def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "perplexity": self.perplexity, "standard_error": self.standard_error}
+    def save(self, path: Path) -> None:
+        document = {**asdict(self), "perplexity": self.perplexity, "standard_error": self.standard_error}
+        draft = path.with_suffix(".draft")
+        draft.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        draft.replace(path)
+
+    def take_over(self, path: Path) -> None:
+        """The windows that an earlier run has left in `path`, if there is such a file."""
+        if not path.exists():
+            return
+        document = json.loads(path.read_text(encoding="utf-8"))
+        for name in ("model", "text", "settings", "context", "score"):
+            if document[name] != getattr(self, name):
+                raise SystemExit(f"--resume: {path} has {name} {document[name]!r}, not {getattr(self, name)!r}")
+        for name in ("windows", "num_tokens", "total", "total_squares", "elapsed_s"):
+            setattr(self, name, document[name])
 
 
 def cut_windows(token_ids: Sequence[int], context: int, bos_id: int | None) -> Iterator[list[int]]:
@@ -106,8 +122,10 @@ def measure(args: argparse.Namespace) -> Score:
     given = parse_settings(args.set)
     settings = {"max_model_len": args.context + 1, "max_num_seqs": WINDOWS_PER_CALL, **given}
     sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
-    score = Score(Path(args.model).name, given, args.context, args.score)
-    start_s = time.perf_counter()
+    score = Score(Path(args.model).name, args.text.name, given, args.context, args.score)
+    if args.resume:
+        score.take_over(args.output)
+    start_s = time.perf_counter() - score.elapsed_s
     with LLM(args.model, **settings) as llm:
         # llama.cpp drops a last line break too.
         token_ids = llm.tokenizer.encode(args.text.read_text(encoding="utf-8").removesuffix("\n"))
@@ -117,14 +135,16 @@ def measure(args: argparse.Namespace) -> Score:
         if not windows:
             raise SystemExit(f"the text has {len(token_ids)} tokens, less than one window of {args.context}")
         first = first_scored(args.context, args.score)
-        for low in range(0, len(windows), WINDOWS_PER_CALL):
+        for low in range(len(score.windows), len(windows), WINDOWS_PER_CALL):
             for generation in llm.generate(windows[low : low + WINDOWS_PER_CALL], sampling):
                 assert generation.prompt_logprobs is not None
                 # Entry i is the logprob of token i + 1.
                 score.add([-entry.logprob for entry in generation.prompt_logprobs[first - 1 :]])
+            score.elapsed_s = round(time.perf_counter() - start_s, 1)
+            if args.output:
+                score.save(args.output)
             done = f"[{len(score.windows)}/{len(windows)}] {score.perplexity:.4f} +- {score.standard_error:.4f}"
             print(done, file=sys.stderr, flush=True)
-    score.elapsed_s = round(time.perf_counter() - start_s, 1)
     return score
 
 
@@ -149,6 +169,7 @@ def main() -> None:
     parser.add_argument("--score", choices=("second-half", "all"), default="second-half")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--resume", action="store_true", help="go on with the windows that --output has")
     parser.add_argument("--compare", type=Path, nargs=2, metavar=("MINE", "REFERENCE"))
     args = parser.parse_args()
     if args.compare:
@@ -158,9 +179,9 @@ def main() -> None:
         parser.error("--model and --text are needed, or --compare")
     if args.context < 4:
         parser.error("--context must be at least 4")
+    if args.resume and args.output is None:
+        parser.error("--resume needs --output")
     score = measure(args)
-    if args.output:
-        args.output.write_text(json.dumps(score.to_json(), indent=1) + "\n", encoding="utf-8")
     print(
         f"perplexity {score.perplexity:.4f} +- {score.standard_error:.4f}  "
         f"({score.num_tokens} tokens of {len(score.windows)} windows of {args.context}, {score.elapsed_s:.0f} s)"

