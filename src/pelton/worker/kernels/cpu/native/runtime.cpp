@@ -89,10 +89,9 @@ Runtime::PanelInputs Runtime::prepare_panels(const LinearWeight& weight, const f
     const bool all_floats = std::all_of(weight.parts.begin(), weight.parts.end(), is_float);
     const QuantizedRows quantized = all_floats ? QuantizedRows{} : quantize(x, num_rows, num_inputs);
     const int padded_inputs = (num_inputs + kGroup - 1) / kGroup * kGroup;
-    const size_t scratch_bytes = aligned(
-        std::max(linear_scratch_bytes(padded_inputs), any_floats ? dense_scratch_bytes(padded_inputs) : 0));
-    auto* scratch = static_cast<uint8_t*>(scratch_.reserve(scratch_bytes * pool_.num_threads()));
-    return {{num_rows, num_inputs, x}, quantized, scratch, scratch_bytes};
+    const size_t scratch_bytes =
+        std::max(linear_scratch_bytes(padded_inputs), any_floats ? dense_scratch_bytes(padded_inputs) : 0);
+    return {{num_rows, num_inputs, x}, quantized, reserve_scratch(scratch_bytes)};
 }
 
 // Rows [first, last) of one panel's columns; `result` starts at row `first`.
@@ -100,7 +99,7 @@ void Runtime::multiply_panel(const PackedMatrix& part, int panel, const PanelInp
                              const LinearResult& result, int thread) const {
     const auto [first, last] = rows;
     const int num_inputs = inputs.floats.num_inputs;
-    uint8_t* scratch = inputs.scratch + thread * inputs.scratch_bytes;
+    uint8_t* scratch = inputs.scratch.of(thread);
     const size_t value = static_cast<size_t>(first) * num_inputs;
     if (multiplies_floats(part)) {
         kernels_.dense_panel(part, panel, {last - first, num_inputs, inputs.floats.values + value}, result.bias,
@@ -179,7 +178,7 @@ Runtime::ThreadScratch Runtime::reserve_scratch(size_t num_bytes) {
 
 // Calls run(workers, first row, rows) for all rows: at once, or for pieces that threads take alone.
 template <typename Run>
-void Runtime::run_rows(int num_rows, const Run& run) {
+void Runtime::run_pieces(int num_rows, const Run& run) {
     const RowPieces pieces(num_rows, pool_.num_threads());
     if (pieces.count() == 1) return run(pool_, 0, num_rows);
     pool_.run(pieces.count(), [&](int piece, int thread) {
@@ -199,7 +198,7 @@ void Runtime::pack_tiles(Workers& workers, const float* x, const TiledRows& to) 
 void Runtime::multiply_tiles(const LinearWeight& weight, const float* x, int num_rows, const float* bias, float* out) {
     const TiledRows all = reserve_tiles(activations_, num_rows, weight.num_inputs);
     const ThreadScratch scratch = reserve_scratch(tile_scratch_bytes(std::min(num_rows, kTileChunkRows), weight.num_inputs));
-    run_rows(num_rows, [&](auto&& workers, int64_t first, int count) {
+    run_pieces(num_rows, [&](auto&& workers, int64_t first, int count) {
         const TiledRows rows = all.from(first, count);
         pack_tiles(workers, x + first * weight.num_inputs, rows);
         multiply_tiles(workers, weight, rows, bias, out + first * weight.num_outputs, scratch);
@@ -246,7 +245,7 @@ void Runtime::gated_tiles(const GatedWeights& weights, const float* x, int num_r
     const GatedPieces pieces(num_rows, num_inputs);
     const ThreadScratch scratch =
         reserve_scratch(std::max(pieces.work_bytes(), tile_scratch_bytes(std::min(num_rows, kTileChunkRows), size)));
-    run_rows(num_rows, [&](auto&& workers, int64_t first, int count) {
+    run_pieces(num_rows, [&](auto&& workers, int64_t first, int count) {
         const TiledRows rows = all.from(first, count), hidden = all_hidden.from(first, count);
         pack_tiles(workers, x + first * num_inputs, rows);
         multiply_gated(workers, weights, pieces, rows, hidden, scratch);

@@ -95,12 +95,18 @@ private:
     }
     // A weight with a dense part goes another way as a whole.
     bool multiplies_tiles(const LinearWeight& weight) const;
+    // As much for each thread.
+    struct ThreadScratch {
+        uint8_t* memory;
+        size_t num_bytes;
+        uint8_t* of(int thread) const { return memory + thread * num_bytes; }
+    };
+    ThreadScratch reserve_scratch(size_t num_bytes);
     // Rows as a product of panels takes them, and its memory.
     struct PanelInputs {
         FloatRows floats;
         QuantizedRows quantized;
-        uint8_t* scratch;
-        size_t scratch_bytes;  // of a thread
+        ThreadScratch scratch;
     };
     PanelInputs prepare_panels(const LinearWeight& weight, const float* x, int num_rows);
     void multiply_panel(const PackedMatrix& part, int panel, const PanelInputs& inputs, std::pair<int, int> rows,
@@ -109,16 +115,9 @@ private:
     // Rows in 8 bits, in memory that the next call reuses.
     QuantizedRows quantize(const float* x, int num_rows, int num_inputs);
     struct GatedPieces;
-    // As much for each thread.
-    struct ThreadScratch {
-        uint8_t* memory;
-        size_t num_bytes;
-        uint8_t* of(int thread) const { return memory + thread * num_bytes; }
-    };
     TiledRows reserve_tiles(Buffer& buffer, int num_rows, int num_inputs);
-    ThreadScratch reserve_scratch(size_t num_bytes);
     template <typename Run>
-    void run_rows(int num_rows, const Run& run);
+    void run_pieces(int num_rows, const Run& run);
     template <typename Workers>
     void pack_tiles(Workers& workers, const float* x, const TiledRows& to);
     void multiply_tiles(const LinearWeight& weight, const float* x, int num_rows, const float* bias, float* out);
