@@ -268,6 +268,10 @@ class Kernels(Ops, Protocol):
         """Float32 whatever the dtype of x; may share the memory."""
         ...
 
+    def take_pages(self, cache: Array) -> None:
+        """Take the memory of a contiguous part of a cache now, not as it is first written; what it holds stays."""
+        ...
+
     def empty_cache(self, shape: tuple[int, ...], dtype: str) -> Array:
         """Memory that is not touched (so not really taken) before it is written. Raises MemoryError."""
         ...
