@@ -73,10 +73,12 @@ class PeltonConfig:
         return cls(**{room: config_class(**values[room]) for room, config_class in rooms.items()})
 
 
-def build_engine(config: PeltonConfig, decoder: TokenDecoder | None = None) -> Engine:
+def build_engine(
+    config: PeltonConfig, decoder: TokenDecoder | None = None, on_progress: Callable[[float], None] | None = None
+) -> Engine:
     """Load the model and join scheduler, KV manager and executor.
 
-    `decoder` is the model's, where the caller has it already.
+    `decoder` is the model's, where the caller has it already. `on_progress` is `build_executor`'s.
     """
     from pelton.core.protocols import MonotonicClock
     from pelton.weights.catalog import resolve_model
@@ -95,6 +97,7 @@ def build_engine(config: PeltonConfig, decoder: TokenDecoder | None = None) -> E
         eos_token_ids=decoder.eos_token_ids,
         decoder=decoder,
         connect=partial(connect_peers, config.transfer) if config.transfer.is_on else None,
+        on_progress=on_progress,
     )
     executor: Executor = worker
     if config.engine.step_log is not None:
@@ -243,7 +246,15 @@ def connect_peers(config: TransferConfig, info: EngineInfo) -> KVConnector:
 
 def build_engine_from_settings(settings: bytes) -> Engine:
     """As `build_engine`, from the JSON that `build_process_client` sends to the engine's process."""
-    return build_engine(msgspec.json.decode(settings, type=PeltonConfig))
+    config = msgspec.json.decode(settings, type=PeltonConfig)
+    is_quiet = config.server.log_level in ("warning", "error")
+    return build_engine(config, on_progress=None if is_quiet else _log_progress)
+
+
+def _log_progress(share: float) -> None:
+    from pelton.serving.logs import Logger
+
+    Logger().info("loading weights", percent=round(100 * share))
 
 
 def build_process_client(config: PeltonConfig) -> EngineClient:
