@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import sys
 from collections.abc import Callable, Mapping
@@ -292,21 +293,26 @@ def serve(config: PeltonConfig) -> int:
 
 def build_app(config: PeltonConfig, path: Path, client: EngineClient) -> Starlette:
     """The HTTP application over `client`, for the model at `path`."""
-    from pelton.serving.app import create_app
-    from pelton.serving.context import ModelCard
-    from pelton.store.opener import Store
     from pelton.weights.model_files import open_model
-    from pelton.weights.pooling import declared_pooling
     from pelton.weights.tokenizer import load_tokenizer
 
     files = open_model(path)
+    # Before the application is imported: it takes twice its memory for a moment.
+    tokenizer = load_tokenizer(path, config.model.tokenizer, files)
+    _give_back_freed_memory()
+
+    from pelton.serving.app import create_app
+    from pelton.serving.context import ModelCard
+    from pelton.store.opener import Store
+    from pelton.weights.pooling import declared_pooling
+
     names = config.server.served_model_name or (model_name(config.model.model),)
     for module in parse_lora_modules(config.model.lora_modules):
         if module.name in names:
             raise ConfigError(f"lora_modules: {module.name!r} is the name of the model itself")
     return create_app(
         client,
-        load_tokenizer(path, config.model.tokenizer, files),
+        tokenizer,
         ModelCard(
             names=names,
             root=config.model.model,
@@ -319,6 +325,13 @@ def build_app(config: PeltonConfig, path: Path, client: EngineClient) -> Starlet
         generation_defaults=files.generation_defaults,
         store=Store(config.store),
     )
+
+
+def _give_back_freed_memory() -> None:
+    """The C library keeps what a thread other than the first has freed, unless it is told; others than glibc do not."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def read_chat_template(path: str | None) -> str | None:

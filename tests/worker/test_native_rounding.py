@@ -69,7 +69,9 @@ def extreme_rows() -> F32:
     """Rows of 4 groups."""
     rng = np.random.default_rng(0)
     rows = np.concatenate([rng.standard_normal((200, 128)), rng.integers(-127, 128, (200, 128))]).astype(np.float32)
-    for row, value in enumerate((0.0, -0.0, 1.0, -3.0, 1e-45, 1e-41, 2.9e-39, 3.5e-38, 3.4e38, np.inf, -np.inf, np.nan)):
+    for row, value in enumerate(
+        (0.0, -0.0, 1.0, -3.0, 1e-45, 1e-41, 2.9e-39, 3.5e-38, 3.4e38, np.inf, -np.inf, np.nan)
+    ):
         rows[row] = value  # constant
         rows[20 + row, 37] = value  # among others
         rows[40 + row, 32:64] = value  # a group
@@ -108,5 +110,5 @@ def test_what_does_not_fit_is_refused(quantization: str) -> None:
     data = np.zeros(2 * 64, np.float32)
     cases = [(("Q9_9", format_name), 64, 512), (("F32", "Q8_0"), 64, 512), (("F32", format_name), 64, 508)]
     for formats, num_inputs, num_bytes in [*cases, (("Q4_K", format_name), 64, 512)]:
-        with pytest.raises(ValueError, match="blocks of|rounded|wrong number"):
+        with pytest.raises(ValueError, match=r"blocks of|rounded|wrong number"):
             pelton_cpu.LinearWeight(num_inputs).add_rounded(runtime, formats, 2, data.ctypes.data, num_bytes)

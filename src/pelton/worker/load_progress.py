@@ -11,7 +11,7 @@ INTERVAL_S = 1.0
 
 
 class LoadProgress:
-    """Calls `report` with the share that is loaded, from 0 to 1, every second at most: never for a load that is shorter."""
+    """Calls `report` with the share that is loaded, from 0 to 1, every second at most; never for a shorter load."""
 
     def __init__(
         self,
