@@ -81,8 +81,5 @@ def _sentencepiece(vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> tuple
 def _merges(path: Path, metadata: Mapping[str, Any]) -> Merges | None:
     if "tokenizer.ggml.merges" not in metadata:
         return None
-    # Each spelling once: a few ten thousand of them make all merges.
-    known: dict[str, str] = {}
-    once = known.setdefault
-    cut = (merge.partition(" ") for merge in read_array(path, metadata, "merges", str))
-    return [(once(left, left), once(right, right)) for left, _, right in cut]
+    merges: Merges = [merge.partition(" ")[::2] for merge in read_array(path, metadata, "merges", str)]
+    return merges
