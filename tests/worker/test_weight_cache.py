@@ -1,4 +1,4 @@
-"""Packed weights on disk: what is mapped is what would be repacked, and no file or disk keeps a model from loading."""
+"""Packed weights on disk: what is read is what would be repacked, and no file or disk keeps a model from loading."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from pelton.weights.model_files import open_model
 from pelton.weights.packed_files import content_identity, packed_path
 from pelton.weights.tensors import ModelFiles
 from pelton.worker.kernels.cpu import pelton_cpu, weight_cache
-from pelton.worker.kernels.cpu.packed_weights import MappedWeights, PackedWeights
-from pelton.worker.kernels.cpu.weight_cache import CacheKey, open_weight_cache, try_map
+from pelton.worker.kernels.cpu.packed_weights import KeptWeights, PackedWeights
+from pelton.worker.kernels.cpu.weight_cache import CacheKey, open_weight_cache, try_read
 from tests.weights.make_models import TINY_CONFIGS, random_tensors, write_gguf
 
 CONFIG = {**TINY_CONFIGS["qwen2"], "hidden_size": 256, "intermediate_size": 512}
@@ -68,12 +68,12 @@ def wait_for_writers() -> None:
 
 
 def start(model: Path, path: Path) -> tuple[Results, bool]:
-    """What the products are after a start, and whether it mapped its weights."""
+    """What the products are after a start, and whether it read its weights."""
     files = open_model(model)
     with open_weight_cache(RUNTIME, files, path, min_bytes=0) as weights:
         matrices = load_into(weights, files)
     wait_for_writers()
-    return products(matrices), isinstance(weights, MappedWeights)
+    return products(matrices), isinstance(weights, KeptWeights)
 
 
 def fresh(model: Path) -> Results:
@@ -84,7 +84,7 @@ def key_of(model: Path, path: Path) -> CacheKey:
     return CacheKey(path, model, content_identity(model))
 
 
-def test_the_second_start_maps_what_the_first_repacked(model: Path, tmp_path: Path) -> None:
+def test_the_second_start_reads_what_the_first_repacked(model: Path, tmp_path: Path) -> None:
     path = packed_path(tmp_path / "cache", model)
     results = fresh(model)
     assert start(model, path) == (results, False)
@@ -110,11 +110,9 @@ def test_kept_bytes_are_those_of_a_fresh_repack(format_name: str, tmp_path: Path
     path = tmp_path / "image"
     path.write_bytes(images[0])
     with path.open("rb") as file:
-        mapped = pelton_cpu.WeightMemory.map(file.fileno(), num_bytes)
-        memory.replace_with(file.fileno(), num_bytes)
-    mapped.prefetch()
-    assert images[0] == images[1]
-    assert ctypes.string_at(mapped.address, num_bytes) == ctypes.string_at(memory.address, num_bytes) == images[0]
+        kept = pelton_cpu.WeightMemory(num_bytes)
+        kept.read(RUNTIME, file.fileno(), num_bytes)
+    assert ctypes.string_at(kept.address, num_bytes) == images[0] == images[1]
 
 
 def cut(path: Path, num_bytes: int) -> None:
@@ -164,7 +162,7 @@ def test_a_damaged_file_is_replaced(model: Path, tmp_path: Path, damage: str) ->
     path = tmp_path / "model.weights"
     results, _ = start(model, path)
     DAMAGE[damage](path)
-    assert try_map(RUNTIME, key_of(model, path)) is None
+    assert try_read(RUNTIME, key_of(model, path)) is None
     assert start(model, path) == (results, False)
     assert start(model, path) == (results, True)
 
@@ -244,7 +242,7 @@ def test_a_disk_with_little_room_is_left_alone(
 
 
 def test_two_processes_race(model: Path, tmp_path: Path) -> None:
-    """Both load; one of them writes, and both end up on the same pages."""
+    """Both load; one of them writes, and a third reads that."""
     path = tmp_path / "cache" / "model.weights"
     command = [sys.executable, "-c", RACER, str(model), str(path)]
     racers = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
@@ -255,10 +253,9 @@ def test_two_processes_race(model: Path, tmp_path: Path) -> None:
         assert racer.stdin is not None
         racer.stdin.write("go\n")
         racer.stdin.flush()
-    answers = [racer.communicate(timeout=60)[0].split() for racer in racers]
+    answers = [racer.communicate(timeout=60)[0] for racer in racers]
     assert [racer.returncode for racer in racers] == [0, 0]
     assert answers[0] == answers[1]
-    assert answers[0][1] == "True"
     assert sorted(each.suffix for each in path.parent.iterdir()) == [".lock", ".weights"]
     assert start(model, path) == (fresh(model), True)
 
@@ -276,21 +273,23 @@ with open_weight_cache(RUNTIME, files, Path(sys.argv[2]), min_bytes=0) as weight
     matrices = load_into(weights, files)
 wait_for_writers()
 digest = hashlib.sha256(b"".join(products(matrices).values())).hexdigest()
-print(digest, sys.argv[2] in Path("/proc/self/maps").read_text())
+print(digest)
 """
 
 
-def test_kernels_run_on_while_the_file_takes_the_memorys_place(model: Path, tmp_path: Path) -> None:
-    path = tmp_path / "model.weights"
-    files = open_model(model)
-    expected = fresh(model)
-    with open_weight_cache(RUNTIME, files, path, min_bytes=0) as weights:
-        matrices = load_into(weights, files)
-    wrong = 0
-    while any(thread.name == "pelton-weight-cache" for thread in threading.enumerate()):
-        wrong += products(matrices) != expected
-    assert wrong == 0
-    assert str(path) in Path("/proc/self/maps").read_text()
+def test_what_cannot_be_read_is_an_error(tmp_path: Path) -> None:
+    """Several pieces, so that threads of the pool meet it."""
+    num_bytes = 40 << 20
+    path = tmp_path / "image"
+    with path.open("wb") as file:
+        file.truncate(num_bytes - 1)
+    memory = pelton_cpu.WeightMemory(num_bytes)
+    with path.open("rb") as file:
+        memory.read(RUNTIME, file.fileno(), num_bytes - 1)
+        with pytest.raises(RuntimeError, match="Input/output error"):
+            memory.read(RUNTIME, file.fileno(), num_bytes)
+        with pytest.raises(IndexError):
+            memory.read(RUNTIME, file.fileno(), memory.num_bytes + 1)
 
 
 def test_what_is_kept_for_lost_models_is_removed(model: Path, tmp_path: Path) -> None:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 ModelFlag = Annotated[str | None, Parameter(help="whose shapes and weights; default: the default model")]
 ThreadsFlag = Annotated[int | None, Parameter(help="default: the cores that this process may use")]
 IsaFlag = Annotated[str | None, Parameter(help="force an instruction set, such as avx2; default: the fastest")]
+QuantizationFlag = Annotated[str | None, Parameter(help="round the weights as they are loaded, such as w4a8")]
+ActivationFlag = Annotated[str | None, Parameter(help="of products: auto, int8, bfloat16 or float32")]
 JsonFlag = Annotated[Path | None, Parameter(name="--json", help="also write all of it to a file")]
 
 
@@ -60,6 +62,8 @@ def step(
     *,
     threads: ThreadsFlag = None,
     isa: IsaFlag = None,
+    quantization: QuantizationFlag = None,
+    activation_dtype: ActivationFlag = None,
     decode: Annotated[str, Parameter(help="requests of decode steps")] = "1,16,32,64",
     prefill: Annotated[str, Parameter(help="tokens of prompts")] = "512",
     context: Annotated[int, Parameter(help="tokens before the one that is decoded")] = 256,
@@ -72,12 +76,13 @@ def step(
     from pelton.build import profile_steps
 
     plan = StepProfilePlan(decode=_numbers("decode", decode), prefill=_numbers("prefill", prefill), context=context)
-    config = _resolve(model, threads)
+    config = _resolve(model, threads, quantization=quantization, activation_dtype=activation_dtype)
     status = Console(stderr=True)
     with status.status("") as line:
         name, profiles = profile_steps(config, plan, isa, line.update if status.is_terminal else _ignore)
     if json_file is not None:
-        document = {"model": Path(config.model.model).name, "kernels": name, "context": context}
+        rounding = {"quantization": config.model.quantization, "activation_dtype": config.worker.activation_dtype}
+        document = {"model": Path(config.model.model).name, "kernels": name, **rounding, "context": context}
         _write_json(json_file, {**document, "steps": [asdict(profile) for profile in profiles]})
     console = Console(width=1000, highlight=False)
     console.print(f"kernels: {name}")
@@ -86,9 +91,9 @@ def step(
     return 0
 
 
-def _resolve(model: str | None, threads: int | None) -> PeltonConfig:
+def _resolve(model: str | None, threads: int | None, **others: str | None) -> PeltonConfig:
     """Settings with a model that is on disk."""
-    given = {"model": model, "threads": threads}
+    given = {"model": model, "threads": threads, **others}
     config = resolve_settings({name: value for name, value in given.items() if value is not None}, os.environ)
     pull_model(config.model)
     return config

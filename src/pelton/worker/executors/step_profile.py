@@ -112,8 +112,8 @@ class _TimedSampler(NativeSampler):
 
 
 class _TimedKernels(NativeKernels):
-    def __init__(self, num_threads: int, isa: str | None) -> None:
-        super().__init__(num_threads, isa)
+    def __init__(self, num_threads: int, isa: str | None, activation_dtype: str) -> None:
+        super().__init__(num_threads, isa, activation_dtype=activation_dtype)
         self.times = _Times()
 
     def compile(  # type: ignore[override]
@@ -131,7 +131,7 @@ def profile_steps(
 ) -> tuple[str, list[StepProfile]]:
     """The kernels' name and the profiles. Raises `ConfigError` as `build_executor` does."""
     model_config, worker_config = configs
-    kernels = _TimedKernels(worker_config.threads or num_available_cores(), isa)
+    kernels = _TimedKernels(worker_config.threads or num_available_cores(), isa, worker_config.activation_dtype)
     on_progress("loading")
     model = load_weights(files, model_config, worker_config, kernels)
     spec = files.spec

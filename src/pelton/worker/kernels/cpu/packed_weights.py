@@ -73,7 +73,7 @@ class PackedWeights:
         weight.add(self._runtime, kept, tensor.shape[0], data.ctypes.data, data.nbytes, memory, offset)
 
 
-class MappedWeights(PackedWeights):
+class KeptWeights(PackedWeights):
     """Finds matrices in memory that holds them already."""
 
     def __init__(

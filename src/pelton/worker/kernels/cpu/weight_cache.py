@@ -1,4 +1,4 @@
-"""Packed weights kept on disk: the next start maps them instead of repacking.
+"""Packed weights kept on disk: the next start reads them instead of repacking.
 
     header   at 0: magic, layout version, length of the file, place and SHA-256 of the index
     matrices from 4096 on, each at a multiple of 64, as native/packed_matrix.h describes them
@@ -30,7 +30,7 @@ from pelton.worker.kernels.cpu import pelton_cpu
 from pelton.worker.kernels.cpu.packed_weights import (
     ALIGNMENT,
     CollectedWeights,
-    MappedWeights,
+    KeptWeights,
     PackedWeights,
     PlacedMatrix,
 )
@@ -61,16 +61,16 @@ class CacheKey:
 def open_weight_cache(
     runtime: pelton_cpu.Runtime, files: ModelFiles, path: Path | None, min_bytes: int = MIN_BYTES
 ) -> Iterator[PackedWeights]:
-    """Weights mapped from `path` where they are those of `files`, else a collection that is written there.
+    """Weights read from `path` where they are those of `files`, else a collection that is written there.
 
-    Writing goes on in the background when the block is left; the collection then becomes a map of the file.
+    Writing goes on in the background when the block is left.
     With no path, or for a model of less than `min_bytes`, nothing is read or written.
     """
     key = _try_key(path, files.path)
-    mapped = try_map(runtime, key) if key is not None else None
-    if mapped is not None:
-        yield mapped
-        if not mapped.is_complete and path is not None:
+    kept = try_read(runtime, key) if key is not None else None
+    if kept is not None:
+        yield kept
+        if not kept.is_complete and path is not None:
             path.unlink(missing_ok=True)
         return
     num_bytes = _max_packed_bytes(files)
@@ -95,19 +95,19 @@ def _max_packed_bytes(files: ModelFiles) -> int:
     return sum(PlacedMatrix.of(tensor).num_bytes + ALIGNMENT for tensor in tensors)
 
 
-def try_map(runtime: pelton_cpu.Runtime, key: CacheKey) -> MappedWeights | None:
-    """The weights kept at `key.path`, read in the background, or None where they are not those of the model."""
+def try_read(runtime: pelton_cpu.Runtime, key: CacheKey) -> KeptWeights | None:
+    """The weights kept at `key.path`, or None where they are not those of the model."""
     try:
         with key.path.open("rb", buffering=0) as file:
             num_bytes, index = _read_index(file)
             matrices = {name: PlacedMatrix(*place) for name, place in index["matrices"].items()}
             if index["identity"] != key.identity or not all(_lies_within(m, num_bytes) for m in matrices.values()):
                 return None
-            memory = pelton_cpu.WeightMemory.map(file.fileno(), num_bytes)
+            memory = pelton_cpu.WeightMemory(num_bytes)
+            memory.read(runtime, file.fileno(), num_bytes)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None
-    threading.Thread(target=memory.prefetch, name="pelton-weight-prefetch", daemon=True).start()
-    return MappedWeights(runtime, memory, matrices)
+    return KeptWeights(runtime, memory, matrices)
 
 
 def _lies_within(matrix: PlacedMatrix, num_bytes: int) -> bool:
@@ -133,16 +133,15 @@ def _read_index(file: Any) -> tuple[int, dict[str, Any]]:
 
 
 def _keep(key: CacheKey, collected: CollectedWeights) -> None:
-    """Write the collection to `key.path`, or take what another process has written meanwhile, and map it."""
+    """Write the collection to `key.path`, unless another process has meanwhile."""
     try:
         key.path.parent.mkdir(parents=True, exist_ok=True)
         with key.path.with_suffix(".lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if content_identity(key.model) != key.identity:
                 return  # rewritten while it was read: nobody knows what was repacked
-            if not _try_share(key, collected):
+            if not _holds(key.path, _index(key, collected)):
                 _write(key, collected)
-                _try_share(key, collected)
                 _remove_orphans(key.path.parent)
     except (OSError, RuntimeError) as error:
         import logging
@@ -150,17 +149,12 @@ def _keep(key: CacheKey, collected: CollectedWeights) -> None:
         logging.getLogger("pelton.worker").warning("repacked weights are not kept: %s", error)
 
 
-def _try_share(key: CacheKey, collected: CollectedWeights) -> bool:
-    """Put the file's pages in place of the collection's memory, if they hold the same."""
+def _holds(path: Path, index: dict[str, Any]) -> bool:
     try:
-        with key.path.open("rb", buffering=0) as file:
-            num_bytes, index = _read_index(file)
-            if index != _index(key, collected):
-                return False
-            collected.memory.replace_with(file.fileno(), num_bytes)
+        with path.open("rb", buffering=0) as file:
+            return _read_index(file)[1] == index
     except (OSError, ValueError):
         return False
-    return True
 
 
 def _index(key: CacheKey, collected: CollectedWeights) -> dict[str, Any]:

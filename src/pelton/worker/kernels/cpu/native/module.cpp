@@ -275,13 +275,14 @@ NB_MODULE(pelton_cpu, m) {
 
     nb::class_<WeightMemory>(m, "WeightMemory")
         .def(nb::init<size_t>(), "num_bytes"_a)
-        .def_static(
-            "map", [](int file, size_t num_bytes) { return std::make_shared<WeightMemory>(file, num_bytes); }, "file"_a,
-            "num_bytes"_a)
         .def_prop_ro("address", [](const WeightMemory& self) { return reinterpret_cast<Address>(self.data()); })
         .def_prop_ro("num_bytes", &WeightMemory::num_bytes)
-        .def("replace_with", &WeightMemory::replace_with, "file"_a, "num_bytes"_a, no_gil)
-        .def("prefetch", &WeightMemory::prefetch, no_gil);
+        .def(
+            "read",
+            [](WeightMemory& self, Runtime& runtime, int file, size_t num_bytes) {
+                self.read(file, num_bytes, runtime.pool());
+            },
+            "runtime"_a, "file"_a, "num_bytes"_a, no_gil);
 
     nb::class_<LinearWeight>(m, "LinearWeight")
         .def("__init__",

@@ -1,7 +1,10 @@
 #include "weight_memory.h"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <stdexcept>
 #include <system_error>
@@ -12,11 +15,7 @@ namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
 
-uint8_t* map(void* at, size_t num_bytes, int protection, int flags, int file) {
-    void* memory = mmap(at, num_bytes, protection, flags, file, 0);
-    if (memory == MAP_FAILED) throw std::system_error(errno, std::generic_category(), "mmap");
-    return static_cast<uint8_t*>(memory);
-}
+constexpr size_t kPieceBytes = 4 * kHugePage;
 
 // Only a hint: systems without huge pages go on without.
 void prefer_huge_pages([[maybe_unused]] uint8_t* data, [[maybe_unused]] size_t num_bytes) {
@@ -25,36 +24,41 @@ void prefer_huge_pages([[maybe_unused]] uint8_t* data, [[maybe_unused]] size_t n
 #endif
 }
 
-}  // namespace
-
-WeightMemory::WeightMemory(size_t num_bytes) : num_bytes_(num_bytes) {
-    // The kernel puts a map of this size where a huge page may start only if its length is whole ones.
-    num_bytes_ = (num_bytes + kHugePage - 1) / kHugePage * kHugePage;
-    data_ = map(nullptr, num_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1);
-    prefer_huge_pages(data_, num_bytes_);
+// 0, or the error that kept `num_bytes` at `offset` of the file from `data`.
+int try_read(int file, uint8_t* data, size_t num_bytes, size_t offset) {
+    while (num_bytes > 0) {
+        const ssize_t count = pread(file, data, num_bytes, static_cast<off_t>(offset));
+        if (count < 0 && errno == EINTR) continue;
+        if (count <= 0) return count < 0 ? errno : EIO;
+        data += count;
+        offset += static_cast<size_t>(count);
+        num_bytes -= static_cast<size_t>(count);
+    }
+    return 0;
 }
 
-WeightMemory::WeightMemory(int file, size_t num_bytes) : num_bytes_(num_bytes) {
-    data_ = map(nullptr, num_bytes, PROT_READ, MAP_SHARED, file);
-    prefer_huge_pages(data_, num_bytes);
+}  // namespace
+
+WeightMemory::WeightMemory(size_t num_bytes) {
+    // The kernel puts a map of this size where a huge page may start only if its length is whole ones.
+    num_bytes_ = (num_bytes + kHugePage - 1) / kHugePage * kHugePage;
+    void* memory = mmap(nullptr, num_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) throw std::system_error(errno, std::generic_category(), "mmap");
+    data_ = static_cast<uint8_t*>(memory);
+    prefer_huge_pages(data_, num_bytes_);
 }
 
 WeightMemory::~WeightMemory() { munmap(data_, num_bytes_); }
 
-void WeightMemory::replace_with(int file, size_t num_bytes) {
-    constexpr size_t kPage = 4096;
-    const size_t kept = (num_bytes + kPage - 1) / kPage * kPage;
-    if (num_bytes == 0 || kept > num_bytes_) throw std::out_of_range("the file is larger than the memory");
-    map(data_, num_bytes, PROT_READ, MAP_SHARED | MAP_FIXED, file);
-    prefer_huge_pages(data_, num_bytes);
-    if (kept < num_bytes_ && munmap(data_ + kept, num_bytes_ - kept) == 0) num_bytes_ = kept;
-}
-
-void WeightMemory::prefetch() const {
-#ifdef MADV_POPULATE_READ
-    if (madvise(data_, num_bytes_, MADV_POPULATE_READ) == 0) return;
-#endif
-    madvise(data_, num_bytes_, MADV_WILLNEED);
+void WeightMemory::read(int file, size_t num_bytes, ThreadPool& pool) {
+    if (num_bytes > num_bytes_) throw std::out_of_range("the file is larger than the memory");
+    std::atomic<int> error{0};
+    pool.run(static_cast<int>((num_bytes + kPieceBytes - 1) / kPieceBytes), [&](int piece, int) {
+        const size_t offset = piece * kPieceBytes;
+        const int failed = try_read(file, data_ + offset, std::min(kPieceBytes, num_bytes - offset), offset);
+        if (failed != 0) error.store(failed);
+    });
+    if (error != 0) throw std::system_error(error, std::generic_category(), "read");
 }
 
 std::shared_ptr<uint8_t> part_of(const std::shared_ptr<WeightMemory>& memory, size_t offset, size_t num_bytes) {

@@ -1,18 +1,19 @@
-// Memory for the packed matrices of a model: first the process's own, later the pages of a file.
+// Memory of the process's own for the packed matrices of a model.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <memory>
 
+#include "thread_pool.h"
+
 namespace pelton {
 
 class WeightMemory {
 public:
-    // Zeros, in huge pages where the system has them: a stream of weights reads a third faster from these.
+    // Zeros, in huge pages where the system has them: a stream of weights reads a third faster from these. A map of a
+    // file would do with less at the start, but the page cache may give it small pages, and split up large ones later.
     explicit WeightMemory(size_t num_bytes);
-    // The first `num_bytes` of an open file, read-only, shared with every process that maps them.
-    WeightMemory(int file, size_t num_bytes);
     ~WeightMemory();
     WeightMemory(const WeightMemory&) = delete;
     WeightMemory& operator=(const WeightMemory&) = delete;
@@ -20,12 +21,9 @@ public:
     uint8_t* data() const { return data_; }
     size_t num_bytes() const { return num_bytes_; }
 
-    // Puts the file's first `num_bytes` in place of the same bytes of memory, for readers to go on with, and
-    // frees what lies behind them. Throws `std::system_error`; then nothing has changed.
-    void replace_with(int file, size_t num_bytes);
-
-    // Reads all of it from disk now, rather than page by page when it is first used.
-    void prefetch() const;
+    // Fills it with the first `num_bytes` of an open file. Throws `std::system_error` where they cannot be read, or the
+    // file ends before.
+    void read(int file, size_t num_bytes, ThreadPool& pool);
 
 private:
     uint8_t* data_;
