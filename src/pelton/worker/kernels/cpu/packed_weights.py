@@ -66,8 +66,9 @@ class PackedWeights:
     ) -> None:
         kept = packed_format(tensor)
         if isinstance(tensor, RoundedTensor) and tensor.source.format in _BLOCK_FORMATS:
-            formats, data = (tensor.source.format, kept), np.ascontiguousarray(tensor.source.data)
-            weight.add_rounded(self._runtime, formats, tensor.shape[0], data.ctypes.data, data.nbytes, memory, offset)
+            source = np.ascontiguousarray(tensor.source.data)
+            place = (tensor.shape[0], source.ctypes.data, source.nbytes, memory, offset)
+            weight.add_rounded(self._runtime, (tensor.source.format, kept), *place)
             return
         data = np.ascontiguousarray(tensor.data) if kept == tensor.format else dequantize(tensor)
         weight.add(self._runtime, kept, tensor.shape[0], data.ctypes.data, data.nbytes, memory, offset)
