@@ -1,4 +1,4 @@
-"""Packed weights on disk: what is read is what would be repacked, and no file or disk keeps a model from loading."""
+"""Packed weights on disk: what is mapped is what would be repacked, and no file or disk keeps a model from loading."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from pelton.weights.model_files import open_model
 from pelton.weights.packed_files import content_identity, packed_path
 from pelton.weights.tensors import ModelFiles
 from pelton.worker.kernels.cpu import pelton_cpu, weight_cache
-from pelton.worker.kernels.cpu.packed_weights import KeptWeights, PackedWeights
-from pelton.worker.kernels.cpu.weight_cache import CacheKey, open_weight_cache, try_read
+from pelton.worker.kernels.cpu.backend import NativeKernels
+from pelton.worker.kernels.cpu.packed_weights import MappedWeights, PackedWeights
+from pelton.worker.kernels.cpu.weight_cache import CacheKey, open_weight_cache, try_map
 from tests.weights.make_models import TINY_CONFIGS, random_tensors, write_gguf
 
 CONFIG = {**TINY_CONFIGS["qwen2"], "hidden_size": 256, "intermediate_size": 512}
@@ -68,12 +69,12 @@ def wait_for_writers() -> None:
 
 
 def start(model: Path, path: Path) -> tuple[Results, bool]:
-    """What the products are after a start, and whether it read its weights."""
+    """What the products are after a start, and whether it mapped its weights."""
     files = open_model(model)
     with open_weight_cache(RUNTIME, files, path, min_bytes=0) as weights:
         matrices = load_into(weights, files)
     wait_for_writers()
-    return products(matrices), isinstance(weights, KeptWeights)
+    return products(matrices), isinstance(weights, MappedWeights)
 
 
 def fresh(model: Path) -> Results:
@@ -84,7 +85,7 @@ def key_of(model: Path, path: Path) -> CacheKey:
     return CacheKey(path, model, content_identity(model))
 
 
-def test_the_second_start_reads_what_the_first_repacked(model: Path, tmp_path: Path) -> None:
+def test_the_second_start_maps_what_the_first_repacked(model: Path, tmp_path: Path) -> None:
     path = packed_path(tmp_path / "cache", model)
     results = fresh(model)
     assert start(model, path) == (results, False)
@@ -110,9 +111,11 @@ def test_kept_bytes_are_those_of_a_fresh_repack(format_name: str, tmp_path: Path
     path = tmp_path / "image"
     path.write_bytes(images[0])
     with path.open("rb") as file:
-        kept = pelton_cpu.WeightMemory(num_bytes)
-        kept.read(RUNTIME, file.fileno(), num_bytes)
-    assert ctypes.string_at(kept.address, num_bytes) == images[0] == images[1]
+        mapped = pelton_cpu.WeightMemory.map(file.fileno(), num_bytes)
+    for _ in range(2):
+        assert ctypes.string_at(mapped.address, num_bytes) == images[0] == images[1]
+        mapped.copy_file()
+        assert mapped.num_mapped_bytes == 0
 
 
 def cut(path: Path, num_bytes: int) -> None:
@@ -162,7 +165,7 @@ def test_a_damaged_file_is_replaced(model: Path, tmp_path: Path, damage: str) ->
     path = tmp_path / "model.weights"
     results, _ = start(model, path)
     DAMAGE[damage](path)
-    assert try_read(RUNTIME, key_of(model, path)) is None
+    assert try_map(RUNTIME, key_of(model, path)) is None
     assert start(model, path) == (results, False)
     assert start(model, path) == (results, True)
 
@@ -242,7 +245,7 @@ def test_a_disk_with_little_room_is_left_alone(
 
 
 def test_two_processes_race(model: Path, tmp_path: Path) -> None:
-    """Both load; one of them writes, and a third reads that."""
+    """Both load; one of them writes, and a third maps that."""
     path = tmp_path / "cache" / "model.weights"
     command = [sys.executable, "-c", RACER, str(model), str(path)]
     racers = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
@@ -277,19 +280,33 @@ print(digest)
 """
 
 
-def test_what_cannot_be_read_is_an_error(tmp_path: Path) -> None:
-    """Several pieces, so that threads of the pool meet it."""
-    num_bytes = 40 << 20
+def test_copies_take_the_files_place_under_readers(tmp_path: Path) -> None:
+    """Several pieces, the last of which ends within a page."""
+    image = np.random.default_rng(0).integers(0, 256, (40 << 20) + 5, np.uint8).tobytes()
     path = tmp_path / "image"
-    with path.open("wb") as file:
-        file.truncate(num_bytes - 1)
-    memory = pelton_cpu.WeightMemory(num_bytes)
+    path.write_bytes(image)
     with path.open("rb") as file:
-        memory.read(RUNTIME, file.fileno(), num_bytes - 1)
-        with pytest.raises(RuntimeError, match="Input/output error"):
-            memory.read(RUNTIME, file.fileno(), num_bytes)
-        with pytest.raises(IndexError):
-            memory.read(RUNTIME, file.fileno(), memory.num_bytes + 1)
+        memory = pelton_cpu.WeightMemory.map(file.fileno(), len(image))
+    assert memory.num_mapped_bytes == len(image)
+    assert str(path) in Path("/proc/self/maps").read_text()
+    copier = threading.Thread(target=memory.copy_file)
+    copier.start()
+    while copier.is_alive():
+        assert ctypes.string_at(memory.address, len(image)) == image
+    assert ctypes.string_at(memory.address, len(image)) == image
+    assert memory.num_mapped_bytes == 0
+    assert str(path) not in Path("/proc/self/maps").read_text()
+
+
+def test_what_is_not_copied_yet_is_promised(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.weights"
+    start(model, path)
+    monkeypatch.setattr(weight_cache, "_copy", lambda memory: None)
+    kernels = NativeKernels(1)
+    monkeypatch.setattr(weight_cache, "MIN_BYTES", 0)
+    with kernels.weight_cache(open_model(model), path):
+        assert kernels.num_promised_bytes() == 0
+    assert kernels.num_promised_bytes() == path.stat().st_size
 
 
 def test_what_is_kept_for_lost_models_is_removed(model: Path, tmp_path: Path) -> None:

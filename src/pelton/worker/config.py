@@ -31,7 +31,7 @@ class WorkerConfig:
         "kernels to run; auto: the fastest for device and dtype",
         choices=("auto", "native", "reference", "triton"),
     )
-    enable_weight_cache: bool = setting(True, "keep repacked weights on disk, for later starts to read")
+    enable_weight_cache: bool = setting(True, "keep repacked weights on disk, for later starts to map")
     weight_cache_dir: str | None = setting(None, "where they are kept; default: .packed beside the pulled models")
     activation_dtype: str = setting(
         "auto",

@@ -51,10 +51,12 @@ class FreeMemory:
 def find_free_memory(kernels: Kernels, ranks: Ranks | None) -> FreeMemory:
     """Of the host an even share for each of its ranks. All look at the same time: once all have taken what they take
     before, and before any takes more."""
+    promised = kernels.num_promised_bytes()
     if ranks is None:
-        return FreeMemory(num_available_memory_bytes(), kernels.num_free_bytes())
+        return FreeMemory(max(0, num_available_memory_bytes() - promised), kernels.num_free_bytes())
     ranks.least((0,))
-    num_host_bytes, num_device_bytes = num_available_memory_bytes() // ranks.size, kernels.num_free_bytes()
+    num_host_bytes = max(0, num_available_memory_bytes() // ranks.size - promised)
+    num_device_bytes = kernels.num_free_bytes()
     (num_host_bytes,) = ranks.least((num_host_bytes,))
     return FreeMemory(num_host_bytes, num_device_bytes, ranks.size)
 

@@ -231,6 +231,10 @@ class Kernels(Ops, Protocol):
         """Of the device's own memory, for weights and caches; None: they live in the host's."""
         ...
 
+    def num_promised_bytes(self) -> int:
+        """Of the host's memory, what loaded weights will take that they have not yet."""
+        ...
+
     def num_weight_bytes(self, tensor: WeightTensor) -> int:
         """Memory that `tensor` takes once it is loaded for products, at most."""
         ...

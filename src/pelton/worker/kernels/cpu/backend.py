@@ -73,7 +73,7 @@ class NativeKernels:
     ) -> None:
         self.runtime = pelton_cpu.Runtime(isa, num_threads, list(cpus), activation_dtype)
         self.name = f"native ({self.runtime.isa})"
-        self.packed_weights = PackedWeights(self.runtime)
+        self.packed_weights = self._loaded_weights = PackedWeights(self.runtime)
 
     def make_linear_loader(self) -> NativeLoader:
         return NativeLoader(self.packed_weights)
@@ -82,6 +82,7 @@ class NativeKernels:
     def weight_cache(self, files: ModelFiles, path: Path | None) -> Iterator[None]:
         with open_weight_cache(self.runtime, files, path) as self.packed_weights:
             yield
+        self._loaded_weights = self.packed_weights
         self.packed_weights = PackedWeights(self.runtime)
 
     def num_weight_bytes(self, tensor: WeightTensor) -> int:
@@ -134,6 +135,9 @@ class NativeKernels:
 
     def num_free_bytes(self) -> None:
         return None
+
+    def num_promised_bytes(self) -> int:
+        return self._loaded_weights.num_mapped_bytes
 
     def round_weights(self, quantization: str) -> None:
         raise ConfigError(f"quantization {quantization} needs a GPU; native kernels round to w8a8 and w4a8")

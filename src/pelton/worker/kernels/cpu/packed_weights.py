@@ -50,6 +50,8 @@ def is_kept_dense(tensor: WeightTensor) -> bool:
 class PackedWeights:
     """Gives each matrix memory of its own."""
 
+    num_mapped_bytes = 0  # that memory of the process's own will take the place of
+
     def __init__(self, runtime: pelton_cpu.Runtime) -> None:
         self._runtime = runtime
 
@@ -74,7 +76,7 @@ class PackedWeights:
         weight.add(self._runtime, kept, tensor.shape[0], data.ctypes.data, data.nbytes, memory, offset)
 
 
-class KeptWeights(PackedWeights):
+class MappedWeights(PackedWeights):
     """Finds matrices in memory that holds them already."""
 
     def __init__(
@@ -84,6 +86,10 @@ class KeptWeights(PackedWeights):
         self._memory = memory
         self._matrices = matrices
         self.is_complete = True
+
+    @property
+    def num_mapped_bytes(self) -> int:  # type: ignore[override]
+        return self._memory.num_mapped_bytes
 
     def add_to(self, weight: pelton_cpu.LinearWeight, tensor: WeightTensor) -> None:
         found = self._matrices.get(tensor.name)

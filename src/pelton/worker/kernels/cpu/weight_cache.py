@@ -1,4 +1,4 @@
-"""Packed weights kept on disk: the next start reads them instead of repacking.
+"""Packed weights kept on disk: the next start maps them instead of repacking.
 
     header   at 0: magic, layout version, length of the file, place and SHA-256 of the index
     matrices from 4096 on, each at a multiple of 64, as native/packed_matrix.h describes them
@@ -30,7 +30,7 @@ from pelton.worker.kernels.cpu import pelton_cpu
 from pelton.worker.kernels.cpu.packed_weights import (
     ALIGNMENT,
     CollectedWeights,
-    KeptWeights,
+    MappedWeights,
     PackedWeights,
     PlacedMatrix,
 )
@@ -45,6 +45,7 @@ _DATA_START = 4096
 _MAX_INDEX_BYTES = 64 * 2**20
 # Pieces of this size come to lie in huge pages of the page cache, where the file system has them.
 _PIECE_BYTES = 4 * 2**20
+_IDLE = 19  # the lowest priority
 _SPARE_BYTES = 256 * 2**20  # left free on the disk
 
 
@@ -61,16 +62,16 @@ class CacheKey:
 def open_weight_cache(
     runtime: pelton_cpu.Runtime, files: ModelFiles, path: Path | None, min_bytes: int = MIN_BYTES
 ) -> Iterator[PackedWeights]:
-    """Weights read from `path` where they are those of `files`, else a collection that is written there.
+    """Weights mapped from `path` where they are those of `files`, else a collection that is written there.
 
     Writing goes on in the background when the block is left.
     With no path, or for a model of less than `min_bytes`, nothing is read or written.
     """
     key = _try_key(path, files.path)
-    kept = try_read(runtime, key) if key is not None else None
-    if kept is not None:
-        yield kept
-        if not kept.is_complete and path is not None:
+    mapped = try_map(runtime, key) if key is not None else None
+    if mapped is not None:
+        yield mapped
+        if not mapped.is_complete and path is not None:
             path.unlink(missing_ok=True)
         return
     num_bytes = _max_packed_bytes(files)
@@ -95,19 +96,27 @@ def _max_packed_bytes(files: ModelFiles) -> int:
     return sum(PlacedMatrix.of(tensor).num_bytes + ALIGNMENT for tensor in tensors)
 
 
-def try_read(runtime: pelton_cpu.Runtime, key: CacheKey) -> KeptWeights | None:
-    """The weights kept at `key.path`, or None where they are not those of the model."""
+def try_map(runtime: pelton_cpu.Runtime, key: CacheKey) -> MappedWeights | None:
+    """The weights kept at `key.path`, copied from there in the background, or None where they are not those of the model."""
     try:
         with key.path.open("rb", buffering=0) as file:
             num_bytes, index = _read_index(file)
             matrices = {name: PlacedMatrix(*place) for name, place in index["matrices"].items()}
             if index["identity"] != key.identity or not all(_lies_within(m, num_bytes) for m in matrices.values()):
                 return None
-            memory = pelton_cpu.WeightMemory(num_bytes)
-            memory.read(runtime, file.fileno(), num_bytes)
+            memory = pelton_cpu.WeightMemory.map(file.fileno(), num_bytes)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None
-    return KeptWeights(runtime, memory, matrices)
+    threading.Thread(target=_copy, args=(memory,), name="pelton-weight-copy", daemon=True).start()
+    return MappedWeights(runtime, memory, matrices)
+
+
+def _copy(memory: pelton_cpu.WeightMemory) -> None:
+    # Behind all else that a start has to do: until it is done, steps read the file.
+    with contextlib.suppress(OSError, AttributeError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _IDLE)
+    with contextlib.suppress(RuntimeError):  # no memory: the file serves as well, more slowly
+        memory.copy_file()
 
 
 def _lies_within(matrix: PlacedMatrix, num_bytes: int) -> bool:

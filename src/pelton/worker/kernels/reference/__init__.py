@@ -75,6 +75,9 @@ class ReferenceKernels:
     def num_free_bytes(self) -> None:
         return None
 
+    def num_promised_bytes(self) -> int:
+        return 0
+
     def round_weights(self, quantization: str) -> None:
         raise ConfigError(f"quantization {quantization} needs a GPU; the reference rounds to w8a8 and w4a8")
 

@@ -90,6 +90,9 @@ class TritonKernels:
     def num_free_bytes(self) -> int | None:
         return num_free_bytes(self.device)
 
+    def num_promised_bytes(self) -> int:
+        return 0
+
     def num_weight_bytes(self, tensor: WeightTensor) -> int:
         return num_weight_bytes(tensor, self._dtype)
 

@@ -275,14 +275,13 @@ NB_MODULE(pelton_cpu, m) {
 
     nb::class_<WeightMemory>(m, "WeightMemory")
         .def(nb::init<size_t>(), "num_bytes"_a)
+        .def_static(
+            "map", [](int file, size_t num_bytes) { return std::make_shared<WeightMemory>(file, num_bytes); }, "file"_a,
+            "num_bytes"_a)
         .def_prop_ro("address", [](const WeightMemory& self) { return reinterpret_cast<Address>(self.data()); })
         .def_prop_ro("num_bytes", &WeightMemory::num_bytes)
-        .def(
-            "read",
-            [](WeightMemory& self, Runtime& runtime, int file, size_t num_bytes) {
-                self.read(file, num_bytes, runtime.pool());
-            },
-            "runtime"_a, "file"_a, "num_bytes"_a, no_gil);
+        .def_prop_ro("num_mapped_bytes", &WeightMemory::num_mapped_bytes)
+        .def("copy_file", &WeightMemory::copy_file, no_gil);
 
     nb::class_<LinearWeight>(m, "LinearWeight")
         .def("__init__",
