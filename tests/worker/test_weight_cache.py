@@ -301,7 +301,7 @@ def test_copies_take_the_files_place_under_readers(tmp_path: Path) -> None:
 def test_what_is_not_copied_yet_is_promised(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "model.weights"
     start(model, path)
-    monkeypatch.setattr(weight_cache, "_copy", lambda memory: None)
+    monkeypatch.setattr(weight_cache, "_copy", lambda _: None)
     kernels = NativeKernels(1)
     monkeypatch.setattr(weight_cache, "MIN_BYTES", 0)
     with kernels.weight_cache(open_model(model), path):
