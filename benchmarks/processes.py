@@ -63,6 +63,10 @@ class ServerProcess:
         self._process.wait()
         self._output.close()
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def _is_alive(self) -> bool:
         self._process.poll()
         try:
@@ -77,7 +81,12 @@ class ServerProcess:
             if self._process.poll() is not None:
                 raise StartError(f"the server ended with {self._process.returncode}: {self.last_words()}")
             try:
-                body = {"model": _model_name(base_url), "prompt": "Once upon a time", "max_tokens": 1, "temperature": 0}
+                body = {
+                    "model": served_model(base_url),
+                    "prompt": "Once upon a time",
+                    "max_tokens": 1,
+                    "temperature": 0,
+                }
                 _ask(f"{base_url}/v1/completions", body, timeout_s)
                 return time.perf_counter() - self.started_s
             except urllib.error.HTTPError as error:
@@ -112,7 +121,7 @@ class ServerProcess:
         return sum(_cpu_s(pid) for pid in process_tree(self._process.pid))
 
 
-def _model_name(base_url: str) -> str:
+def served_model(base_url: str) -> str:
     """A server of one model may do without a list."""
     try:
         return str(json.loads(_ask(f"{base_url}/v1/models", None, 60.0))["data"][0]["id"])

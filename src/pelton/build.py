@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import sys
 from collections.abc import Callable, Mapping
@@ -73,10 +74,12 @@ class PeltonConfig:
         return cls(**{room: config_class(**values[room]) for room, config_class in rooms.items()})
 
 
-def build_engine(config: PeltonConfig, decoder: TokenDecoder | None = None) -> Engine:
+def build_engine(
+    config: PeltonConfig, decoder: TokenDecoder | None = None, on_progress: Callable[[float], None] | None = None
+) -> Engine:
     """Load the model and join scheduler, KV manager and executor.
 
-    `decoder` is the model's, where the caller has it already.
+    `decoder` is the model's, where the caller has it already. `on_progress` is `build_executor`'s.
     """
     from pelton.core.protocols import MonotonicClock
     from pelton.weights.catalog import resolve_model
@@ -95,6 +98,7 @@ def build_engine(config: PeltonConfig, decoder: TokenDecoder | None = None) -> E
         eos_token_ids=decoder.eos_token_ids,
         decoder=decoder,
         connect=partial(connect_peers, config.transfer) if config.transfer.is_on else None,
+        on_progress=on_progress,
     )
     executor: Executor = worker
     if config.engine.step_log is not None:
@@ -243,7 +247,15 @@ def connect_peers(config: TransferConfig, info: EngineInfo) -> KVConnector:
 
 def build_engine_from_settings(settings: bytes) -> Engine:
     """As `build_engine`, from the JSON that `build_process_client` sends to the engine's process."""
-    return build_engine(msgspec.json.decode(settings, type=PeltonConfig))
+    config = msgspec.json.decode(settings, type=PeltonConfig)
+    is_quiet = config.server.log_level in ("warning", "error")
+    return build_engine(config, on_progress=None if is_quiet else _log_progress)
+
+
+def _log_progress(share: float) -> None:
+    from pelton.serving.logs import Logger
+
+    Logger().info("loading weights", percent=round(100 * share))
 
 
 def build_process_client(config: PeltonConfig) -> EngineClient:
@@ -281,21 +293,26 @@ def serve(config: PeltonConfig) -> int:
 
 def build_app(config: PeltonConfig, path: Path, client: EngineClient) -> Starlette:
     """The HTTP application over `client`, for the model at `path`."""
-    from pelton.serving.app import create_app
-    from pelton.serving.context import ModelCard
-    from pelton.store.opener import Store
     from pelton.weights.model_files import open_model
-    from pelton.weights.pooling import declared_pooling
     from pelton.weights.tokenizer import load_tokenizer
 
     files = open_model(path)
+    # Before the application is imported: it takes twice its memory for a moment.
+    tokenizer = load_tokenizer(path, config.model.tokenizer, files)
+    _give_back_freed_memory()
+
+    from pelton.serving.app import create_app
+    from pelton.serving.context import ModelCard
+    from pelton.store.opener import Store
+    from pelton.weights.pooling import declared_pooling
+
     names = config.server.served_model_name or (model_name(config.model.model),)
     for module in parse_lora_modules(config.model.lora_modules):
         if module.name in names:
             raise ConfigError(f"lora_modules: {module.name!r} is the name of the model itself")
     return create_app(
         client,
-        load_tokenizer(path, config.model.tokenizer, files),
+        tokenizer,
         ModelCard(
             names=names,
             root=config.model.model,
@@ -308,6 +325,13 @@ def build_app(config: PeltonConfig, path: Path, client: EngineClient) -> Starlet
         generation_defaults=files.generation_defaults,
         store=Store(config.store),
     )
+
+
+def _give_back_freed_memory() -> None:
+    """The C library keeps what a thread other than the first has freed, unless it is told; others than glibc do not."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def read_chat_template(path: str | None) -> str | None:

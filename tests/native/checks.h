@@ -112,6 +112,9 @@ inline void check_greatest(Runtime& runtime, const LinearWeight& weight, std::pa
 // products.cpp: of weights by channel, of gated layers, of adapters.
 void check_products(const KernelTable& kernels);
 
+// rounding.cpp.
+void check_rounding(const std::vector<Runtime*>& runtimes);
+
 #if defined(__x86_64__)
 // bf16_attention.cpp: the products of bfloat16 pairs, which only some processors choose.
 bool check_bf16_attention();

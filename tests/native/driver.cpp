@@ -310,6 +310,7 @@ void check(const char* isa) {
     }
     check_rows(runtimes);
     check_embedding(three.pool());
+    check_rounding(runtimes);
     check_program(runtimes);
     check_products(*kernels);
 #if defined(__x86_64__)

@@ -83,9 +83,9 @@ class QuantizedFiles(ChangedFiles):
 class _MadeTensor(WeightTensor):
     """A matrix in another format, whose blocks [O, G, block bytes] are made each time that `data` is read."""
 
-    __slots__ = ("_make", "_source")
+    __slots__ = ("_make", "source")
 
-    _source: WeightTensor
+    source: WeightTensor
     _make: Callable[[WeightTensor], U8]
 
     def __init__(
@@ -95,7 +95,7 @@ class _MadeTensor(WeightTensor):
             "name": name or source.name,
             "shape": source.shape,
             "format": format_name,
-            "_source": source,
+            "source": source,
             "_make": make,
         }
         for name, value in fields.items():
@@ -103,8 +103,14 @@ class _MadeTensor(WeightTensor):
 
     @property
     def data(self) -> U8:
-        source = self._source  # whose data may be made, too: once, however many parts of it are asked for
+        source = self.source  # whose data may be made, too: once, however many parts of it are asked for
         return self._make(WeightTensor(source.name, source.shape, source.format, source.data)).reshape(-1)
+
+
+class RoundedTensor(_MadeTensor):
+    """`source` rounded by channel. Kernels may do that themselves, to the same bits, and leave `data` unread."""
+
+    __slots__ = ()
 
 
 def _round_layer(tensor: WeightTensor, quantization: str) -> WeightTensor:
@@ -116,8 +122,8 @@ def round_channels(tensor: WeightTensor, quantization: str, name: str = "") -> W
     if tensor.shape[-1] % GROUP:
         return tensor
     if quantization == "w4a8":
-        return _MadeTensor(tensor, "INT4_CHANNEL", _round_to_int4, name)
-    return _MadeTensor(tensor, "INT8_CHANNEL", _round_to_int8, name)
+        return RoundedTensor(tensor, "INT4_CHANNEL", _round_to_int4, name)
+    return RoundedTensor(tensor, "INT8_CHANNEL", _round_to_int8, name)
 
 
 def in_groups(tensor: WeightTensor) -> WeightTensor:
@@ -128,7 +134,7 @@ def in_groups(tensor: WeightTensor) -> WeightTensor:
 
 
 def _round_to_int8(source: WeightTensor) -> U8:
-    """A scale and codes. A row of zeros has the scale 0."""
+    """A scale and codes. A row of zeros has the scale 0; one that is not finite NaN."""
     blocks = _empty_blocks(source, "INT8_CHANNEL")
 
     def fill(rows: slice) -> None:
@@ -185,11 +191,16 @@ def _for_some_rows(shape: tuple[int, ...], fill: Callable[[slice], None]) -> Non
 
 
 def _scaled_rows(source: WeightTensor, rows: slice) -> tuple[F32, F32]:
-    """Scales [n, 1] of some rows and their values over scales [n, I], from -127 to 127."""
+    """Scales [n, 1] of some rows and their values over scales [n, I], from -127 to 127, or 0 where a scale is too
+    small to divide by or not a number."""
     values = dequantize(source, rows=rows, num_threads=1)
     scales = np.abs(values).max(axis=1, keepdims=True) / np.float32(127)
-    with np.errstate(divide="ignore"):
-        inverse = np.where(scales > 0, np.float32(1) / scales, np.float32(0))
+    scales[~np.isfinite(scales)] = np.nan
+    with np.errstate(divide="ignore", over="ignore"):
+        inverse = np.float32(1) / scales
+    has_inverse = np.isfinite(inverse)
+    if not has_inverse.all():
+        values, inverse = np.where(has_inverse, values, 0), np.where(has_inverse, inverse, 0)
     return scales, values * inverse
 
 

@@ -35,6 +35,7 @@ from pelton.worker.kernels.ops import Kernels, choose_kernels
 from pelton.worker.kv_disk import DiskStore
 from pelton.worker.kv_format import KV_FORMATS
 from pelton.worker.kv_storage import KVStorage
+from pelton.worker.load_progress import LoadProgress
 from pelton.worker.model_runner import ModelRunner
 from pelton.worker.models.registry import Model, load_model, make_dummy_model
 from pelton.worker.parallel import RankPlace, Ranks, wait_for_all
@@ -59,17 +60,19 @@ def build_executor(
     eos_token_ids: Iterable[int],
     decoder: TokenDecoder | None = None,
     connect: Callable[[EngineInfo], KVConnector] | None = None,
+    on_progress: Callable[[float], None] | None = None,
 ) -> tuple[WorkerExecutor, EngineInfo]:
     """Load the model, allot the KV cache, start the executor's thread.
 
     `eos_token_ids` end a generation; the sampler bans them until a request's `min_tokens`. Without the
     model's `decoder`, requests with a grammar fail. `connect` makes what moves blocks from and to other engines.
+    `on_progress` hears what share of the weights is loaded, now and then where that takes long.
     Raises `ConfigError` where the settings do not fit the model or the machine, `ModelFileError` or
     `UnsupportedModelError` where the files do not.
     """
     parts = (files, model_config, worker_config, engine_config)
     if worker_config.tensor_parallel_size == 1:
-        return _build_here(parts, eos_token_ids, decoder, None, connect)
+        return _build_here(parts, eos_token_ids, decoder, None, connect, on_progress)
     if connect is not None:
         raise ConfigError("KV blocks go to other engines from one rank only: leave kv_listen and kv_peers out")
     shard_spec(files.spec, worker_config.tensor_parallel_size)
@@ -79,7 +82,7 @@ def build_executor(
 
     place, others = _start_others(files, model_config, worker_config, engine_config)
     try:
-        own, info = build_beside(others, lambda: _build_here(parts, eos_token_ids, decoder, place))
+        own, info = build_beside(others, lambda: _build_here(parts, eos_token_ids, decoder, place, None, on_progress))
     except BaseException:
         for other in others:
             other.kill()
@@ -95,6 +98,7 @@ def _build_here(
     decoder: TokenDecoder | None,
     place: RankPlace | None,
     connect: Callable[[EngineInfo], KVConnector] | None = None,
+    on_progress: Callable[[float], None] | None = None,
 ) -> tuple[InProcessExecutor, EngineInfo]:
     """The executor of this process, for the whole model or a rank of it."""
     start_s = time.perf_counter()
@@ -104,7 +108,7 @@ def _build_here(
     kernels = choose_kernels(worker_config, num_threads, 0 if place is None else place.rank)
     ranks = None if place is None else _join(place, kernels, worker_config)
     try:
-        executor, info = _build_on((kernels, num_threads), ranks, parts, eos_token_ids, decoder, connect)
+        executor, info = _build_on((kernels, num_threads), ranks, parts, eos_token_ids, decoder, connect, on_progress)
     except BaseException:
         if ranks is not None:
             ranks.leave()
@@ -119,12 +123,13 @@ def _build_on(
     eos_token_ids: Iterable[int],
     decoder: TokenDecoder | None,
     connect: Callable[[EngineInfo], KVConnector] | None,
+    on_progress: Callable[[float], None] | None,
 ) -> tuple[InProcessExecutor, EngineInfo]:
     (kernels, num_threads), (files, model_config, worker_config, engine_config) = kernels_and_threads, parts
     engine_config = engine_config.sized_for(kernels.step_size)
     step_size = engine_config.step_size()
     kv_dtype = _resolve_kv_dtype(worker_config.kv_cache_dtype, kernels)
-    model = load_weights(files, model_config, worker_config, kernels, ranks)
+    model = load_weights(files, model_config, worker_config, kernels, ranks, on_progress)
     spec = model.spec
     plan = plan_on(spec, engine_config, KV_FORMATS[kv_dtype], kernels, find_free_memory(kernels, ranks))
     if ranks is not None:
@@ -306,6 +311,7 @@ def load_weights(
     worker_config: WorkerConfig,
     kernels: Kernels,
     ranks: Ranks | None = None,
+    on_progress: Callable[[float], None] | None = None,
 ) -> Model:
     """Checked by size first: Linux grants memory that it does not have, and kills the process later."""
     if model_config.quantization is not None and model_config.quantization not in CHANNEL_QUANTIZATIONS:
@@ -318,6 +324,7 @@ def load_weights(
             raise ConfigError("out of memory while making dummy weights: choose a smaller model") from error
     files = _as_multiplied(files, model_config, worker_config)
     num_bytes = sum(kernels.num_weight_bytes(files.tensor(name)) for name in files.tensor_names())
+    progress = None if on_progress is None else LoadProgress(num_bytes, kernels.num_weight_bytes, on_progress)
     num_bytes //= 1 if ranks is None else ranks.size  # nearly
     num_free = find_free_memory(kernels, ranks).num_bytes
     size = f"{gib(num_bytes)} as {kernels.dtype}"
@@ -327,7 +334,7 @@ def load_weights(
         )
     try:
         with kernels.weight_cache(files, _weight_cache_path(files, model_config, worker_config)):
-            model = load_model(files, kernels, ranks)
+            model = load_model(files if progress is None else ChangedFiles(files, progress.pass_on), kernels, ranks)
     except MemoryError as error:
         raise ConfigError(f"out of memory while loading the weights ({size})") from error
     files.drop_pages()

@@ -6,11 +6,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pelton.weights.channel_quantization import RoundedTensor
 from pelton.weights.dequantize import dequantize
 from pelton.weights.tensors import WeightTensor
 from pelton.worker.kernels.cpu import pelton_cpu
 
 _FORMATS = frozenset(pelton_cpu.FORMATS)
+_BLOCK_FORMATS = frozenset(pelton_cpu.BLOCK_FORMATS)  # of those that are rounded
 _DENSE_FORMATS = frozenset({"F32", "F16", "BF16"})  # of any width
 _GROUP = 32  # inputs
 ALIGNMENT = 64
@@ -65,6 +67,11 @@ class PackedWeights:
         offset: int,
     ) -> None:
         kept = packed_format(tensor)
+        if isinstance(tensor, RoundedTensor) and tensor.source.format in _BLOCK_FORMATS:
+            source = np.ascontiguousarray(tensor.source.data)
+            place = (tensor.shape[0], source.ctypes.data, source.nbytes, memory, offset)
+            weight.add_rounded(self._runtime, (tensor.source.format, kept), *place)
+            return
         data = np.ascontiguousarray(tensor.data) if kept == tensor.format else dequantize(tensor)
         weight.add(self._runtime, kept, tensor.shape[0], data.ctypes.data, data.nbytes, memory, offset)
 

@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 FORMATS: list[str]
+BLOCK_FORMATS: list[str]  # whose rows are decoded
 
 def dram_buffer_bytes() -> int: ...
 def l2_cache_bytes() -> int: ...
@@ -33,6 +34,17 @@ class LinearWeight:
         self,
         runtime: Runtime,
         format: str,
+        num_outputs: int,
+        data: int,
+        num_bytes: int,
+        memory: WeightMemory | None = None,
+        offset: int = 0,
+    ) -> None: ...
+    # `formats`: of the data, and the one by channel that it is rounded to.
+    def add_rounded(
+        self,
+        runtime: Runtime,
+        formats: tuple[str, str],
         num_outputs: int,
         data: int,
         num_bytes: int,

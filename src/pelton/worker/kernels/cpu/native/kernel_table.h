@@ -77,6 +77,9 @@ struct KernelTable {
     void (*channel_panels)(const PackedMatrix& matrix, PanelRange panels, const ByteRows& rows, const LinearResult& result,
                            uint8_t* scratch);
 
+    // A row of weights [I] to blocks of INT8_CHANNEL or INT4_CHANNEL (rounding_rows.h).
+    void (*round_channel_row)(const float* values, int num_inputs, int bits, uint8_t* blocks);
+
     // Null: no tiles, activations in 8 bits.
     const TileKernels* tiles = nullptr;
 };

@@ -13,6 +13,7 @@
 #include "kernel_table.h"
 #include "linear_avx512.h"
 #include "lora_rows.h"
+#include "rounding_rows.h"
 #include "sampling_rows.h"
 
 namespace pelton {
@@ -137,7 +138,7 @@ const KernelTable& avx512_kernels() {
                                       silu_mul_row,      gelu_tanh_mul_row, rotate_head, store_kv,    attend_head,
                                       softcap_row,       block_maxima_512, block_weights, num_above,  mask_row,
                                       lora_shrink,       lora_expand,
-                                      quantize_channel_row, quantize_channel_rest, channel_panels};
+                                      quantize_channel_row, quantize_channel_rest, channel_panels, round_channel_row};
     return table;
 }
 

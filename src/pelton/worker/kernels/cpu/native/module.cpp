@@ -14,6 +14,7 @@
 
 #include "attention_plan.h"
 #include "ceilings.h"
+#include "channel_rounding.h"
 #include "embedding.h"
 #include "program_module.h"
 #include "runtime.h"
@@ -82,21 +83,35 @@ void add_packed(LinearWeight& weight, const std::string& format_name, int num_ou
     add_matrix(weight, std::move(matrix));
 }
 
+// In memory of its own, or at `offset` of `memory`.
+PackedMatrix unwritten_matrix(const LinearWeight& weight, Format format, int num_outputs,
+                              const std::shared_ptr<WeightMemory>& memory, size_t offset) {
+    if (memory == nullptr) return make_packed_matrix(format, num_outputs, weight.num_inputs);
+    PackedMatrix matrix{format, num_outputs, weight.num_inputs, nullptr};
+    matrix.data = part_of(memory, offset, matrix.num_bytes());
+    return matrix;
+}
+
 // Adds a matrix of `num_outputs` rows, repacked from the file's blocks at `data` to `offset` of `memory`, if given.
 void add_part(LinearWeight& weight, Runtime& runtime, const std::string& format_name, int num_outputs, Address data,
               size_t num_bytes, const std::shared_ptr<WeightMemory>& memory, size_t offset) {
     const Format format = checked_format(format_name, num_outputs, weight.num_inputs);
-    const FormatTraits traits = traits_of(format);
-    const size_t expected = static_cast<size_t>(num_outputs) * (weight.num_inputs / traits.file_block_values) *
-                            traits.file_block_bytes;
-    if (num_bytes != expected) throw std::invalid_argument("the matrix has the wrong number of bytes");
-    PackedMatrix matrix{format, num_outputs, weight.num_inputs, nullptr};
-    if (memory == nullptr) {
-        matrix = make_packed_matrix(format, num_outputs, weight.num_inputs);
-    } else {
-        matrix.data = part_of(memory, offset, matrix.num_bytes());
+    PackedMatrix matrix = unwritten_matrix(weight, format, num_outputs, memory, offset);
+    if (num_bytes != num_outputs * matrix.file_row_bytes()) {
+        throw std::invalid_argument("the matrix has the wrong number of bytes");
     }
     repack(matrix, at<const uint8_t>(data), runtime.pool());
+    add_matrix(weight, std::move(matrix));
+}
+
+// The same of blocks of another format, the first of two, which are rounded to the second, one by channel.
+void add_rounded(LinearWeight& weight, Runtime& runtime, std::pair<std::string, std::string> formats, int num_outputs,
+                 Address data, size_t num_bytes, const std::shared_ptr<WeightMemory>& memory, size_t offset) {
+    const Format format = checked_format(formats.second, num_outputs, weight.num_inputs);
+    if (!traits_of(format).by_channel) throw std::invalid_argument("nothing is rounded to " + formats.second);
+    const BlockRows source(formats.first, at<const uint8_t>(data), num_bytes, num_outputs, weight.num_inputs);
+    PackedMatrix matrix = unwritten_matrix(weight, format, num_outputs, memory, offset);
+    round_channels(matrix, source, runtime.kernels(), runtime.pool());
     add_matrix(weight, std::move(matrix));
 }
 
@@ -250,6 +265,7 @@ NB_MODULE(pelton_cpu, m) {
     const auto no_gil = nb::call_guard<nb::gil_scoped_release>();
 
     m.attr("FORMATS") = nb::cast(std::vector<std::string>(kFormatNames, kFormatNames + kNumFormats));
+    m.attr("BLOCK_FORMATS") = nb::cast(block_row_formats());
     m.def("dram_buffer_bytes", &dram_buffer_bytes);
     m.def("l2_cache_bytes", &l2_cache_bytes);
     m.def(
@@ -277,6 +293,8 @@ NB_MODULE(pelton_cpu, m) {
                  new (self) LinearWeight(num_inputs);
              })
         .def("add", &add_part, "runtime"_a, "format"_a, "num_outputs"_a, "data"_a, "num_bytes"_a,
+             "memory"_a.none() = nb::none(), "offset"_a = 0, no_gil)
+        .def("add_rounded", &add_rounded, "runtime"_a, "formats"_a, "num_outputs"_a, "data"_a, "num_bytes"_a,
              "memory"_a.none() = nb::none(), "offset"_a = 0, no_gil)
         .def("add_packed", &add_packed, "format"_a, "num_outputs"_a, "memory"_a, "offset"_a)
         .def_ro("num_inputs", &LinearWeight::num_inputs)

@@ -100,6 +100,10 @@ struct PackedMatrix {
         return reinterpret_cast<const float*>(panel(index) + codes_bytes());
     }
     size_t num_bytes() const { return num_panels() * panel_bytes(); }
+    size_t file_row_bytes() const {
+        const FormatTraits traits = traits_of(format);
+        return static_cast<size_t>(num_inputs / traits.file_block_values) * traits.file_block_bytes;
+    }
     const uint8_t* panel(int index) const { return data.get() + index * panel_bytes(); }
 };
 
@@ -151,6 +155,9 @@ class ThreadPool;
 // `source`: rows of file blocks, [num_outputs, num_inputs / file_block_values]. Writes every byte of `matrix`.
 // What it writes is kept on disk: whoever changes that raises LAYOUT_VERSION in cpu/weight_cache.py.
 void repack(PackedMatrix& matrix, const uint8_t* source, ThreadPool& pool);
+
+// One panel of it; `source`: the panel's rows.
+void repack_panel(PackedMatrix& matrix, int panel, const uint8_t* source);
 
 // With memory of its own, not yet written.
 PackedMatrix make_packed_matrix(Format format, int num_outputs, int num_inputs);

@@ -267,15 +267,15 @@ PackedMatrix make_packed_matrix(Format format, int num_outputs, int num_inputs) 
     return matrix;
 }
 
+void repack_panel(PackedMatrix& matrix, int panel, const uint8_t* source) {
+    const int num_rows = std::min(kPanel, matrix.num_outputs - panel * kPanel);
+    repack_panel_of(matrix.format)(source, matrix.file_row_bytes(), num_rows, matrix.num_groups(),
+                                   matrix.data.get() + panel * matrix.panel_bytes());
+}
+
 void repack(PackedMatrix& matrix, const uint8_t* source, ThreadPool& pool) {
-    const FormatTraits traits = traits_of(matrix.format);
-    const size_t row_bytes =
-        static_cast<size_t>(matrix.num_inputs / traits.file_block_values) * traits.file_block_bytes;
-    const RepackPanel repack_panel = repack_panel_of(matrix.format);
     pool.run(matrix.num_panels(), [&](int panel, int) {
-        const int first_row = panel * kPanel;
-        repack_panel(source + first_row * row_bytes, row_bytes, std::min(kPanel, matrix.num_outputs - first_row),
-                     matrix.num_groups(), matrix.data.get() + panel * matrix.panel_bytes());
+        repack_panel(matrix, panel, source + panel * kPanel * matrix.file_row_bytes());
     });
 }
 
