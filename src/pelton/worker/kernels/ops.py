@@ -88,28 +88,22 @@ class Ops(Protocol):
     def linear(self, x: Array, weight: Any, bias: Array | None = None) -> Array:
         """x [S, I] times weight [O, I] transposed, plus bias [O]. Returns [S, O] in x's dtype. A result far wider than
         its input (logits, gates) may be overwritten by the next call of its width."""
-        ...
 
     def adapt(self, y: Array, x: Array, site: int) -> Array:
         """y [S, O], a product of x [S, I], with what the rows' LoRA adapters add at `site`. May write over y."""
-        ...
 
     def embedding(self, token_ids: Array, table: Any, scale: float = 1.0) -> Array:
         """Rows `token_ids` [T] of `table` [V, H], which is `Kernels.load_embedding`'s, times `scale`, which is rounded
         to the dtype of the result first, as Gemma was trained. Returns [T, H]."""
-        ...
 
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
         """x / sqrt(mean(x^2) + eps) * weight over the last axis; weight is float32, and so is the sum."""
-        ...
 
     def add_rms_norm(self, x: Array, residual: Array, weight: Array, eps: float) -> tuple[Array, Array]:
         """(rms_norm(x + residual), x + residual). May reuse the memory of either input."""
-        ...
 
     def split_heads(self, x: Array, num_heads: int, num_kv_heads: int) -> tuple[Array, Array, Array]:
         """Views of x [T, (N + 2 K) D]: query [T, N, D], key and value [T, K, D]."""
-        ...
 
     def rotate_and_store(
         self,
@@ -128,7 +122,6 @@ class Ops(Protocol):
         float32 [T, r/2]; dimensions from r on stay as they are. Keys and values [T, K, D] go to slots [T]
         of caches [num_blocks, block_size, K, D]. Returns the rotated query; may reuse the inputs' memory.
         """
-        ...
 
     def paged_attention(
         self,
@@ -145,15 +138,12 @@ class Ops(Protocol):
         n // (N / K). Scores are query . key * scale, then softcap * tanh(score / softcap) where given
         (Gemma 2). Slots outside a request's positions or window are never read. Returns [T, N * D].
         """
-        ...
 
     def silu_mul(self, gate_up: Array) -> Array:
         """silu(gate) * up for gate_up [T, 2F] = (gate, up). Returns [T, F]."""
-        ...
 
     def gelu_tanh_mul(self, gate_up: Array) -> Array:
         """gelu(gate) * up with the tanh approximation. Returns [T, F]."""
-        ...
 
     def moe(self, x: Array, logits: Array, experts: Any, num_chosen: int, normalizes: bool) -> Array:
         """The results of the `num_chosen` experts whose `logits` [T, E] are greatest for a row of x [T, H], added up
@@ -161,11 +151,9 @@ class Ops(Protocol):
 
         An expert is down(silu_mul(gate_up(x))). `experts` are of `Kernels.make_experts`.
         """
-        ...
 
     def softcap(self, x: Array, cap: float) -> Array:
         """cap * tanh(x / cap) in float32. May reuse the memory of x."""
-        ...
 
 
 class LinearLoader(Protocol):
@@ -174,7 +162,6 @@ class LinearLoader(Protocol):
 
     def load(self, tensors: Sequence[WeightTensor]) -> Any:
         """The matrices `tensors` [O_i, I] one below another, as `linear` wants them."""
-        ...
 
 
 class Forward(Protocol):
@@ -182,11 +169,9 @@ class Forward(Protocol):
 
     def forward(self, ops: Ops, token_ids: Array, contexts: Sequence[AttentionContext]) -> Array:
         """token_ids [T] and one context per layer -> hidden states [T, H]; writes the KV of all tokens."""
-        ...
 
     def compute_logits(self, ops: Ops, hidden: Array) -> Array:
         """hidden [S, H] of the rows wanted -> [S, V]."""
-        ...
 
 
 class Program(Protocol):
@@ -200,7 +185,6 @@ class Program(Protocol):
         `late_rows` [T] says which tokens are rows of `late_tokens` (`LateSamples.tokens`, of this backend's sampler)
         instead of what `batch` has; -1: none.
         """
-        ...
 
     def logits(self, rows: npt.NDArray[np.int64], adapters: Adapters = ()) -> Array:
         """float32 [S, V] of `rows` [S] among the tokens of the last step, as the backend's sampler takes them; may be
@@ -212,7 +196,6 @@ class Program(Protocol):
 
     def hidden(self, first: int, num_rows: int) -> npt.NDArray[np.float32]:
         """Hidden states [num_rows, H] of tokens of the last step; may be overwritten by the next `forward`."""
-        ...
 
 
 class Kernels(Ops, Protocol):
@@ -225,66 +208,52 @@ class Kernels(Ops, Protocol):
 
     def num_free_bytes(self) -> int | None:
         """Of the device's own memory, for weights and caches; None: they live in the host's."""
-        ...
 
     def num_promised_bytes(self) -> int:
         """Of the host's memory, what loaded weights will take that they have not yet."""
-        ...
 
     def num_weight_bytes(self, tensor: WeightTensor) -> int:
         """Memory that `tensor` takes once it is loaded for products, at most."""
-        ...
 
     def make_linear_loader(self) -> LinearLoader: ...
 
     def load_embedding(self, table: WeightTensor) -> Any:
         """`table` [V, H] as `embedding` wants it."""
-        ...
 
     def make_experts(self, gate_up: Sequence[Sequence[WeightTensor]], down: Sequence[WeightTensor]) -> Any:
         """The experts of a layer for `Ops.moe`: of each its gate and up projection [F, H], and its down projection
         [H, F]. Raises `UnsupportedModelError` where the backend has no mixtures of experts."""
-        ...
 
     def round_weights(self, quantization: str) -> None:
         """Weights that are loaded from now on and are floats in the files: "fp8" or "int4". Raises `ConfigError` where
         the backend has no products with these."""
-        ...
 
     def weight_cache(self, files: ModelFiles, path: Path | None) -> AbstractContextManager[None]:
         """Within it, loaders map weights of `files` that an earlier start left at `path` in the backend's layout,
         or leave theirs there. A cache that is off (None), or cannot be read or written, costs time, never a start."""
-        ...
 
     def from_numpy(self, values: npt.NDArray[Any]) -> Array:
         """The same numbers in the same type; may share the memory."""
-        ...
 
     def to_numpy(self, x: Array) -> npt.NDArray[np.float32]:
         """Float32 whatever the dtype of x; may share the memory."""
-        ...
 
     def take_pages(self, cache: Array) -> None:
         """Take the memory of a contiguous part of a cache now, not as it is first written; what it holds stays."""
-        ...
 
     def empty_cache(self, shape: tuple[int, ...], dtype: str) -> Array:
         """Memory that is not touched (so not really taken) before it is written. Raises MemoryError."""
-        ...
 
     def make_block_copies(self) -> BlockCopies: ...
 
     def make_adapter(self, weights: LoraWeights, sites: Sequence[LoraSite]) -> Any:
         """An adapter in the backend's own layout, for a model whose products are `sites`; `Adapters` hold such."""
-        ...
 
     def add_lora(self, y: Array, x: Array, site: int, adapters: Adapters) -> Array:
         """y [S, O] with scale * B A x [S, I] added in the rows of each of `adapters`. May write over y."""
-        ...
 
     def select_rows(self, x: Array, rows: npt.NDArray[np.int64]) -> Array:
         """Rows `rows` [S] of x [T, H]."""
-        ...
 
     def plan_attention(
         self,
@@ -294,15 +263,12 @@ class Kernels(Ops, Protocol):
         block_tables: Array,
     ) -> Any:
         """Work shared by all layers of a KV group in one step. block_tables [R, B]; see `ForwardBatch`."""
-        ...
 
     def compile(self, model: Forward, shapes: Sequence[AttentionShape], caches: Sequence[LayerCache]) -> Program:
         """`model` over `caches`, one per layer; `shapes` are those of the KV groups."""
-        ...
 
     def make_sampler(self, vocab_size: int, eos_token_ids: Iterable[int]) -> Sampler:
         """Chooser of tokens; it bans `eos_token_ids` until a request's `min_tokens`."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
