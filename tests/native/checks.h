@@ -118,6 +118,9 @@ void check_rounding(const std::vector<Runtime*>& runtimes);
 #if defined(__x86_64__)
 // bf16_attention.cpp: the products of bfloat16 pairs, which only some processors choose.
 bool check_bf16_attention();
+
+// one_row_amx.cpp: of kernels with tiles.
+void check_one_row(const KernelTable& kernels);
 #endif
 
 }  // namespace pelton

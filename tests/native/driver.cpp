@@ -313,6 +313,9 @@ void check(const char* isa) {
     check_rounding(runtimes);
     check_program(runtimes);
     check_products(*kernels);
+#if defined(__x86_64__)
+    if (kernels->tiles != nullptr) check_one_row(*kernels);
+#endif
     check_sampling(runtimes);
     for (KVType kv_type : {KVType::F32, KVType::BF16}) {
         for (int dim : {1, 2, 15, 33, 40, 64, 80, 256}) {

@@ -8,6 +8,7 @@ import pytest
 
 from pelton.core.batch import KVOp, KVOpKind
 from pelton.core.model_spec import ModelSpec, RopeSpec, make_kv_groups
+from pelton.worker.kernels.cpu.backend import NativeKernels
 from pelton.worker.kernels.ops import Kernels, make_kernels
 from pelton.worker.kv_storage import KVStorage
 from tests.worker.native import CPU_BACKENDS
@@ -106,9 +107,25 @@ def test_memory_is_not_touched_before_use(kernels: Kernels) -> None:
     assert resident_bytes() - before < 10e6
 
 
-def test_warming_up_changes_no_block_that_a_request_has(kernels: Kernels) -> None:
+def test_taking_memory_changes_nothing_that_is_written(kernels: Kernels) -> None:
     storage = make_storage([None, 8], kernels)
     storage._data[:] = 7
-    storage.warm_up()
-    assert (storage._data[:, :, 0] == 0).all()
-    assert (storage._data[:, :, 1:] == 7).all()
+    thread = storage.take_ahead(0)
+    assert thread is not None
+    thread.join()
+    assert (storage._data == 7).all()
+    assert storage.take_ahead(storage.num_blocks - 1) is None, "all of it is taken"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_taken_ahead_of_the_blocks_in_use() -> None:
+    kernels = NativeKernels(1)
+    storage = make_storage([None] * 4, kernels, num_blocks=1 << 16, block_size=64)
+    before = resident_bytes()
+    for last_block in (0, 1, 5000):
+        thread = storage.take_ahead(last_block)
+        assert (thread is None) == (last_block == 1)
+        if thread is not None:
+            thread.join()
+        least = (last_block + 1) * storage.num_bytes // storage.num_blocks + 120e6
+        assert least < resident_bytes() - before < least + 60e6

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -57,6 +57,16 @@ def kernels(
     return 0
 
 
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class StepFlags:
+    """Which steps are profiled."""
+
+    decode: Annotated[str, Parameter(help="requests of decode steps")] = "1,16,32,64"
+    prefill: Annotated[str, Parameter(help="tokens of prompts")] = "512"
+    context: Annotated[int, Parameter(help="tokens before the one that is decoded")] = 256
+
+
 def step(
     model: ModelFlag = None,
     *,
@@ -64,9 +74,7 @@ def step(
     isa: IsaFlag = None,
     quantization: QuantizationFlag = None,
     activation_dtype: ActivationFlag = None,
-    decode: Annotated[str, Parameter(help="requests of decode steps")] = "1,16,32,64",
-    prefill: Annotated[str, Parameter(help="tokens of prompts")] = "512",
-    context: Annotated[int, Parameter(help="tokens before the one that is decoded")] = 256,
+    steps: StepFlags = StepFlags(),
     json_file: JsonFlag = None,
 ) -> int:
     """Show where every millisecond of a model's step goes, op by op, without server and scheduler."""
@@ -75,14 +83,16 @@ def step(
     from pelton.bench.step_profile import StepProfilePlan
     from pelton.build import profile_steps
 
-    plan = StepProfilePlan(decode=_numbers("decode", decode), prefill=_numbers("prefill", prefill), context=context)
+    plan = StepProfilePlan(
+        decode=_numbers("decode", steps.decode), prefill=_numbers("prefill", steps.prefill), context=steps.context
+    )
     config = _resolve(model, threads, quantization=quantization, activation_dtype=activation_dtype)
     status = Console(stderr=True)
     with status.status("") as line:
         name, profiles = profile_steps(config, plan, isa, line.update if status.is_terminal else _ignore)
     if json_file is not None:
         rounding = {"quantization": config.model.quantization, "activation_dtype": config.worker.activation_dtype}
-        document = {"model": Path(config.model.model).name, "kernels": name, **rounding, "context": context}
+        document = {"model": Path(config.model.model).name, "kernels": name, **rounding, "context": plan.context}
         _write_json(json_file, {**document, "steps": [asdict(profile) for profile in profiles]})
     console = Console(width=1000, highlight=False)
     console.print(f"kernels: {name}")

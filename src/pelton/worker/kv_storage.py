@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import threading
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,6 +14,9 @@ from pelton.core.model_spec import ModelSpec
 from pelton.worker.kernels.block_copies import RunningCopies
 from pelton.worker.kernels.ops import Kernels, LayerCache
 from pelton.worker.kv_format import KV_FORMATS
+
+_BYTES_AHEAD = 128 * 2**20
+_IDLE = 19  # the lowest priority
 
 
 class KVStorage:
@@ -42,6 +48,7 @@ class KVStorage:
         # [layer slots, keys and values, num_blocks, *block]: block_size, K, D, or bytes of a packed format
         kv_format = KV_FORMATS[dtype]
         block_shape = kv_format.block_shape(block_size, spec.num_kv_heads, spec.head_dim)
+        self._kernels = kernels
         self._data = kernels.empty_cache(
             (spec.num_layers_per_kv_group, 2, num_blocks, *block_shape), kv_format.array_dtype
         )
@@ -50,10 +57,27 @@ class KVStorage:
         self._host_bytes = self._copies.empty_host(num_host_blocks, self._data.nbytes // num_blocks)
         self._tiers: dict[str, Any] = {"host": self._host_bytes}
 
-    def warm_up(self) -> None:
-        """Write the null block, which brings in the pages that each layer's first blocks share with it: huge ones,
-        whose clearing (a tenth of a second in all) would else be part of the first token."""
-        self._data[:, :, 0] = 0
+        self._num_ahead = max(1, _BYTES_AHEAD * num_blocks // max(1, self._data.nbytes))
+        self._num_taken = 0
+        self._taker: threading.Thread | None = None
+
+    def take_ahead(self, last_block: int) -> threading.Thread | None:
+        """Have memory for blocks behind `last_block`, the highest in use, taken in the background while there is time:
+        where a machine must first get or clear it, 512 tokens would wait 20 ms for it. Returns the thread that does it,
+        if one is needed. Not to be called by two threads."""
+        is_enough = last_block + self._num_ahead // 2 < self._num_taken or self._num_taken == self.num_blocks
+        if is_enough or (self._taker is not None and self._taker.is_alive()):
+            return None
+        end = min(self.num_blocks, last_block + 1 + self._num_ahead)
+        self._taker = threading.Thread(
+            target=_take_pages,
+            args=(self._kernels, self._data, self._num_taken, end),
+            name="pelton-kv-pages",
+            daemon=True,
+        )
+        self._num_taken = end
+        self._taker.start()
+        return self._taker
 
     @property
     def num_bytes(self) -> int:
@@ -87,3 +111,18 @@ class KVStorage:
             else:
                 self._copies.load(self._data[:, :, op.destination], slots[op.source])
         return self._copies.take_running()
+
+
+def _take_pages(kernels: Kernels, data: Any, start: int, end: int) -> None:
+    """Of blocks [start, end) of every layer. The first is part of a first token, the others can wait."""
+    if start == 0:
+        _take_pages_of(kernels, data, 0, 1)
+    with contextlib.suppress(OSError, AttributeError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _IDLE)
+    _take_pages_of(kernels, data, start, end)
+
+
+def _take_pages_of(kernels: Kernels, data: Any, start: int, end: int) -> None:
+    for layer in data:
+        for values in layer:
+            kernels.take_pages(values[start:end])

@@ -239,6 +239,7 @@ class ModelRunner:
         # What may follow is known before the logits are: no row with a grammar is late.
         masks = self._masks.start([row.state.grammar for row in sampling_rows])
         batch = prepare_forward_batch(rows, self._rotary_tables, self._block_size)
+        self._kv.take_ahead(max(int(group.slot_mapping.max()) for group in batch.groups) // self._block_size)
         self._program.forward(batch, *self._late_inputs(rows, batch))
         for row, start in zip(rows, batch.query_start_loc.tolist(), strict=False):
             if answers.taken.get(row.index, -1) >= row.end:

@@ -189,7 +189,6 @@ def test_blocks_take_their_scales_along(name: str) -> None:
     spec = make_spec([None, 8])
     storage = KVStorage(spec, 6, 4, name, make_kernels("triton"), num_host_blocks=2)
     assert storage.num_bytes == 6 * KV_FORMATS[name].block_bytes(spec, 4)
-    storage.warm_up()
     caches = [cache.view(torch.uint8) for layer in range(2) for cache in _pair(storage, layer)]
     for cache in caches:
         cache.random_(0, 256)

@@ -7,7 +7,6 @@ weights are loaded.
 from __future__ import annotations
 
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -136,7 +135,7 @@ def _build_on(
     if ranks is not None:
         plan = KVPlan(*ranks.least((plan.num_blocks, plan.max_model_len, plan.num_host_blocks)))
     kv = _allocate_kv(spec, plan, engine_config.block_size, kv_dtype, kernels)
-    threading.Thread(target=kv.warm_up, name="pelton-kv-warm-up", daemon=True).start()
+    kv.take_ahead(0)
     matchers = GrammarMatchers(decoder, spec.vocab_size, shares=ranks is None) if decoder is not None else None
     adapters, lora_modules = load_adapters(model_config, model)
     runner = ModelRunner(

@@ -86,10 +86,8 @@ class Ops(Protocol):
     """What layers are written in."""
 
     def linear(self, x: Array, weight: Any, bias: Array | None = None) -> Array:
-        """x [S, I] times weight [O, I] transposed, plus bias [O]. Returns [S, O] in x's dtype.
-
-        A result far wider than its input (logits, gates) may be overwritten by the next call of its width.
-        """
+        """x [S, I] times weight [O, I] transposed, plus bias [O]. Returns [S, O] in x's dtype. A result far wider than
+        its input (logits, gates) may be overwritten by the next call of its width."""
         ...
 
     def adapt(self, y: Array, x: Array, site: int) -> Array:
@@ -97,10 +95,8 @@ class Ops(Protocol):
         ...
 
     def embedding(self, token_ids: Array, table: Any, scale: float = 1.0) -> Array:
-        """Rows `token_ids` [T] of `table` [V, H], which is `Kernels.load_embedding`'s, times `scale`.
-
-        `scale` is rounded to the dtype of the result first, as Gemma was trained. Returns [T, H].
-        """
+        """Rows `token_ids` [T] of `table` [V, H], which is `Kernels.load_embedding`'s, times `scale`, which is rounded
+        to the dtype of the result first, as Gemma was trained. Returns [T, H]."""
         ...
 
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
@@ -266,6 +262,10 @@ class Kernels(Ops, Protocol):
 
     def to_numpy(self, x: Array) -> npt.NDArray[np.float32]:
         """Float32 whatever the dtype of x; may share the memory."""
+        ...
+
+    def take_pages(self, cache: Array) -> None:
+        """Take the memory of a contiguous part of a cache now, not as it is first written; what it holds stays."""
         ...
 
     def empty_cache(self, shape: tuple[int, ...], dtype: str) -> Array:

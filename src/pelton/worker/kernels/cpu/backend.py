@@ -97,6 +97,9 @@ class NativeKernels:
     def empty_cache(self, shape: tuple[int, ...], dtype: str) -> Cache:
         return np.empty(shape, dtype=KV_TYPES[dtype])
 
+    def take_pages(self, cache: Cache) -> None:
+        pelton_cpu.take_pages(cache.ctypes.data, cache.nbytes)
+
     def select_rows(self, x: Floats, rows: Ints) -> Floats:
         return x[rows]
 

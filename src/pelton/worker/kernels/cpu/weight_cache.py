@@ -97,7 +97,7 @@ def _max_packed_bytes(files: ModelFiles) -> int:
 
 
 def try_map(runtime: pelton_cpu.Runtime, key: CacheKey) -> MappedWeights | None:
-    """The weights kept at `key.path`, copied from there in the background; None where they are not the model's."""
+    """The weights kept at `key.path`, in the background copied from there, or None where they are another model's."""
     try:
         with key.path.open("rb", buffering=0) as file:
             num_bytes, index = _read_index(file)

@@ -94,6 +94,9 @@ class ReferenceKernels:
     def to_numpy(self, x: torch.Tensor) -> npt.NDArray[np.float32]:
         return x.float().numpy()
 
+    def take_pages(self, cache: torch.Tensor) -> None:
+        """They come as they are written, or all at once."""
+
     def empty_cache(self, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
         try:
             return torch.empty(shape, dtype=getattr(torch, dtype))

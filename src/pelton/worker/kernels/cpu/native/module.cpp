@@ -268,6 +268,9 @@ NB_MODULE(pelton_cpu, m) {
     m.attr("BLOCK_FORMATS") = nb::cast(block_row_formats());
     m.def("dram_buffer_bytes", &dram_buffer_bytes);
     m.def("l2_cache_bytes", &l2_cache_bytes);
+    m.def(
+        "take_pages", [](Address data, size_t num_bytes) { take_pages(at<uint8_t>(data), num_bytes); }, "data"_a,
+        "num_bytes"_a, no_gil);
     m.def("l3_cache_bytes", &l3_cache_bytes);
     m.def("measure_ceilings", &ceiling_tuples, "num_threads"_a, "dram_bytes"_a, no_gil);
 

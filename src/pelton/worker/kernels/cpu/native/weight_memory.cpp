@@ -1,6 +1,7 @@
 #include "weight_memory.h"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -66,6 +67,15 @@ std::shared_ptr<uint8_t> part_of(const std::shared_ptr<WeightMemory>& memory, si
         throw std::out_of_range("the matrix lies outside its memory");
     }
     return {memory, memory->data() + offset};
+}
+
+void take_pages([[maybe_unused]] uint8_t* data, [[maybe_unused]] size_t num_bytes) {
+#ifdef MADV_POPULATE_WRITE
+    const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+    const uintptr_t start = reinterpret_cast<uintptr_t>(data) / page * page;
+    const uintptr_t end = reinterpret_cast<uintptr_t>(data) + num_bytes;
+    madvise(reinterpret_cast<void*>(start), end - start, MADV_POPULATE_WRITE);  // a refusal costs speed only
+#endif
 }
 
 }  // namespace pelton

@@ -1,4 +1,4 @@
-// Memory for the packed matrices of a model: the process's own, or at first the pages of a file.
+// Memory for the packed matrices of a model: the process's own, or at first the pages of a file. And when memory is taken.
 #pragma once
 
 #include <atomic>
@@ -37,5 +37,9 @@ private:
 
 // `num_bytes` at `offset` of `memory`, which lives as long. Throws `std::out_of_range`.
 std::shared_ptr<uint8_t> part_of(const std::shared_ptr<WeightMemory>& memory, size_t offset, size_t num_bytes);
+
+// Takes the pages of [data, data + num_bytes) now, in the calling thread, rather than as they are first written; what they
+// hold stays. Nothing where the system cannot.
+void take_pages(uint8_t* data, size_t num_bytes);
 
 }  // namespace pelton
