@@ -7,6 +7,8 @@ namespace pelton {
 
 enum class KVType { F32, BF16 };
 
+constexpr int kv_bytes(KVType type) { return type == KVType::F32 ? 4 : 2; }
+
 struct AttentionShape {
     int num_heads;
     int num_kv_heads;
@@ -18,7 +20,7 @@ struct AttentionShape {
     KVType kv_type;
 };
 
-// Caches are [num_blocks, block_size, K, D] of kv_type, but for tiles (tiles.h).
+// Caches are [num_blocks, block_size, K, D] of kv_type, but where columns are attended (ColumnKernels).
 struct AttentionRequest {
     const float* query;  // [num_tokens, N, D]; rows are ld_query apart
     int64_t ld_query;
@@ -64,8 +66,6 @@ struct ChunkPart {
 constexpr int kTilePositions = 64;
 // Tokens of one request whose rows share a tile's unpacked keys and values.
 constexpr int kTileTokens = 32;
-
-struct KernelTable;
 
 // Floats of scratch that attend_head needs.
 inline int64_t attention_scratch_floats(const AttentionShape& shape) {

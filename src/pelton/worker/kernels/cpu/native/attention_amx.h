@@ -14,18 +14,19 @@
 #include <algorithm>
 #include <cstring>
 
-#include "attention_avx512.h"
+#include "activation_avx512.h"
 #include "attention_schedule.h"
 #include "partial_sums_amx.h"
 #include "tile_registers.h"
 #include "tiles.h"
-#include "upcoming_amx.h"
+#include "transpose_avx512.h"
+#include "upcoming_lines.h"
 
 namespace pelton::amx {
 
 constexpr int kBlockPositions = 16;  // positions a tile of keys has
 constexpr int kTilePositions = 32;   // and one of values
-constexpr float kLog2E = 1.44269504f;
+using avx512::kLog2E;
 
 // Every processor with tiles has these instructions. Not a flag for the whole file: what it shares with the file of plain
 // AVX-512 could then come out with them.
@@ -523,7 +524,7 @@ private:
     int num_tiles_;
     int dim_;
     __m512 scale_;
-    UpcomingLines upcoming_;
+    avx512::UpcomingLines upcoming_;
     int first_position_;
     int last_position_;
     uint16_t* queries_;
@@ -539,13 +540,17 @@ inline bool can_attend(const AttentionShape& shape) {
     return shape.kv_type == KVType::BF16 && shape.block_size % kBlockPositions == 0 && shape.head_dim % 32 == 0;
 }
 
-// One token's head [D] into its place in a transposed block: values are `stride` apart.
-inline void store_values(const float* from, int dim, int64_t stride, uint16_t* to) {
+// Keys [block_size, D], values [D, block_size].
+inline void store_head(const AttentionShape& shape, const float* key, const float* value, int offset, void* keys, void* values) {
+    const int dim = shape.head_dim, block_size = shape.block_size;
+    auto* own_key = static_cast<uint16_t*>(keys) + static_cast<int64_t>(offset) * dim;
+    auto* own_value = static_cast<uint16_t*>(values) + offset;
+    const auto rounded = [](const float* from) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_loadu_ps(from))); };
     for (int d = 0; d < dim; d += 16) {
-        alignas(32) uint16_t values[16];
-        _mm256_store_si256(reinterpret_cast<__m256i*>(values),
-                           reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_loadu_ps(from + d))));
-        for (int i = 0; i < 16; ++i) to[(d + i) * stride] = values[i];
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(own_key + d), rounded(key + d));
+        alignas(32) uint16_t column[16];
+        _mm256_store_si256(reinterpret_cast<__m256i*>(column), rounded(value + d));
+        for (int i = 0; i < 16; ++i) own_value[static_cast<int64_t>(d + i) * block_size] = column[i];
     }
 }
 

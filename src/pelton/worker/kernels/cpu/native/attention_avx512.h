@@ -1,30 +1,39 @@
-// Attention of one key-value head over a tile of one request's tokens, with AVX-512.
+// Attention of one key-value head with AVX-512.
 //
-// Online softmax (Milakov and Gimelshein, arXiv:1805.02867) over tiles of kTilePositions positions.
-// With bfloat16 caches, products are bfloat16 pairs summed in float32; with float32 caches, float32.
+// A query head of a token, a column (attention.h), is a row here: scores are its dimensions times 16 positions at once,
+// results its probabilities times 16 dimensions. So that neither needs a transposition, a block holds a head's keys by
+// dimension, [K][D][block_size], and its values by position, [K][block_size][D]. Of bfloat16, two dimensions or two
+// positions share a word of 32 bits: [K][D / 2][block_size][2] and [K][block_size / 2][D][2].
+//
+// Law 3: positions are taken in chunks that start at multiples of kChunkPositions. What a chunk adds to a row depends on
+// that row and the chunk alone; chunks are merged in order.
 #pragma once
 
 #include <immintrin.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
-#include <limits>
+#include <span>
 
 #include "activation_avx512.h"
 #include "attention.h"
+#include "attention_schedule.h"
+#include "exp2_avx512.h"
+#include "unrolled.h"
+#include "upcoming_lines.h"
 
 namespace pelton::avx512 {
 
-// A "word" is what one 32-bit lane multiplies: a float32, or two bfloat16. Element is what the tile's
-// queries and probabilities are made of, Cached what the cache holds.
-struct F32 {
+constexpr int kBlockPositions = 16;  // positions in a register
+constexpr int kMostRows = 6;         // of a product, with four registers each
+constexpr float kHidden = -1e30f;    // maximum of a row that sees nothing: finite, so that it subtracts
+
+// What the lanes of a product hold, a "word": a float32, or two bfloat16. kCached: values to a word of the cache, which
+// becomes kSplit words of a tile.
+struct FloatWords {
+    static constexpr int kCached = 1, kSplit = 1, kPerWord = 1;
     using Element = float;
-    using Cached = float;
-    static constexpr int kPerWord = 1;
-    static __m512i load_words(const uint8_t* row, int word, __mmask16 mask) {
-        return _mm512_maskz_loadu_epi32(mask, row + 4 * word);
-    }
+    static void split(__m512i line, __m512i (&words)[1]) { words[0] = line; }
     static __m512 multiply_add(__m512 sum, __m512i a, __m512i b) {
         return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
     }
@@ -32,20 +41,18 @@ struct F32 {
 };
 
 // bfloat16 in the cache, float32 products: for processors whose bfloat16 products are the slower ones.
-struct WideBF16 : F32 {
-    using Cached = uint16_t;
-    static __m512i load_words(const uint8_t* row, int word, __mmask16 mask) {
-        return _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, row + 2 * word)), 16);
+struct WideWords : FloatWords {
+    static constexpr int kCached = 2, kSplit = 2;
+    static void split(__m512i line, __m512i (&words)[2]) {
+        words[0] = _mm512_slli_epi32(line, 16);
+        words[1] = _mm512_and_si512(line, _mm512_set1_epi32(static_cast<int>(0xffff0000)));
     }
 };
 
-struct BF16 {
+struct PairWords {
+    static constexpr int kCached = 2, kSplit = 1, kPerWord = 2;
     using Element = uint16_t;
-    using Cached = uint16_t;
-    static constexpr int kPerWord = 2;
-    static __m512i load_words(const uint8_t* row, int word, __mmask16 mask) {
-        return _mm512_maskz_loadu_epi32(mask, row + 4 * word);
-    }
+    static void split(__m512i line, __m512i (&words)[1]) { words[0] = line; }
     static __m512 multiply_add(__m512 sum, __m512i a, __m512i b) {
         return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
     }
@@ -54,351 +61,421 @@ struct BF16 {
     }
 };
 
-// 16 x 16 words in place.
-inline void transpose(__m512i (&r)[16]) {
-    __m512i t[16];
-    for (int i = 0; i < 8; ++i) {
-        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-    }
-    for (int i = 0; i < 4; ++i) {
-        r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-        r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-        r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-        r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-    }
-    for (int i = 0; i < 4; ++i) {
-        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 8; ++i) {
-        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-    }
-}
+// What some positions add to a row: the result [D], its maximum as a power of 2, and the probabilities' sum.
+struct RowSums {
+    float* result;
+    float* maximum;
+    float* sum;
 
-// Words [first, first + num_columns) of 16 rows (null: zeros) to their transpose, to[j * kTilePositions + i].
-template <class Type>
-inline void transpose_16x16(const uint8_t* const rows[16], int first, uint32_t* to, int num_columns) {
-    const auto columns = static_cast<__mmask16>((1u << num_columns) - 1);
-    __m512i r[16];
-    for (int i = 0; i < 16; ++i) {
-        r[i] = rows[i] != nullptr ? Type::load_words(rows[i], first, columns) : _mm512_setzero_si512();
+    // One of a part, [16][D] results, [16] maxima, [16] sums.
+    static RowSums of(float* part, int dim, int lane) {
+        float* maxima = part + static_cast<int64_t>(kPartColumns) * dim;
+        return {part + static_cast<int64_t>(lane) * dim, maxima + lane, maxima + kPartColumns + lane};
     }
-    transpose(r);
-    for (int j = 0; j < num_columns; ++j) _mm512_storeu_si512(to + j * kTilePositions, r[j]);
-}
+    static int64_t part_floats(int dim) { return static_cast<int64_t>(dim + 2) * kPartColumns; }
 
-// Where the parts of the scratch lie; all in 32-bit words.
-struct Scratch {
-    uint32_t* keys;    // [D / kPerWord][kTilePositions]
-    uint32_t* values;  // [kTilePositions / kPerWord][D16]
-    uint32_t* queries; // [rows][D / kPerWord], scaled
-    float* scores;     // [rows][kTilePositions]; then probabilities as elements
-    float* result;     // [rows][D16]
-    float* maxima;
-    float* sums;
+    void clear(int dim) const {
+        std::fill_n(result, dim, 0.0f);
+        *maximum = kHidden;
+        *sum = 0.0f;
+    }
+    void add(const RowSums& part, int dim) const {
+        const float largest = std::max(*maximum, *part.maximum);
+        const __m512 keep = exp2_negative(_mm512_set1_ps(*maximum - largest));
+        const __m512 take = exp2_negative(_mm512_set1_ps(*part.maximum - largest));
+        *maximum = largest;
+        *sum = *sum * _mm512_cvtss_f32(keep) + *part.sum * _mm512_cvtss_f32(take);
+        for (int d = 0; d < dim; d += 16) {
+            const __m512 added = _mm512_mul_ps(_mm512_loadu_ps(part.result + d), take);
+            _mm512_storeu_ps(result + d, _mm512_fmadd_ps(_mm512_loadu_ps(result + d), keep, added));
+        }
+    }
+    void store(int dim, float* out) const {
+        const __m512 inverse = _mm512_set1_ps(1.0f / *sum);
+        for (int d = 0; d < dim; d += 16) _mm512_storeu_ps(out + d, _mm512_mul_ps(_mm512_loadu_ps(result + d), inverse));
+    }
 };
 
-template <class Type>
-class HeadTile {
-    using Element = typename Type::Element;
-    static constexpr int kPerWord = Type::kPerWord;
+// Columns that see the same blocks.
+template <class Words>
+class HeadRows {
+    using Element = typename Words::Element;
+    static constexpr int kPerWord = Words::kPerWord;
+    static constexpr int kTileBlocks = kTilePositions / kBlockPositions;
+    static constexpr int kChunkTiles = kChunkPositions / kTilePositions;
 
 public:
-    HeadTile(const AttentionShape& shape, const AttentionRequest& request, const void* keys, const void* values,
-             int kv_head, int first_token, int num_tokens, float* scratch)
+    HeadRows(const AttentionShape& shape, const ColumnRun& run, const void* keys, const void* values, int kv_head,
+             float* scratch)
         : shape_(shape),
-          request_(request),
-          keys_(static_cast<const uint8_t*>(keys)),
-          values_(static_cast<const uint8_t*>(values)),
+          run_(run),
+          keys_(static_cast<const uint32_t*>(keys)),
+          values_(static_cast<const uint32_t*>(values)),
           kv_head_(kv_head),
-          first_token_(first_token),
-          group_(shape.num_heads / shape.num_kv_heads),
-          num_rows_(num_tokens * group_),
-          first_position_(request.seq_len - request.num_tokens + first_token),
-          last_position_(first_position_ + num_tokens - 1),
-          dim16_((shape.head_dim + 15) / 16 * 16),
-          num_words_((shape.head_dim + kPerWord - 1) / kPerWord) {
-        const auto take = [&scratch](int64_t count) {
+          dim_(shape.head_dim),
+          num_words_(shape.head_dim / kPerWord),
+          block_words_(static_cast<int64_t>(shape.block_size) * shape.head_dim / Words::kCached),
+          scale_(shape.softcap > 0.0f ? 1.0f : shape.scale * kLog2E),
+          upcoming_(shape, run.upcoming, keys, values) {
+        const auto take = [&scratch](int64_t num_floats) {
             float* part = scratch;
-            scratch += (count + 15) / 16 * 16;
+            scratch += num_floats;
             return part;
         };
-        s_.keys = reinterpret_cast<uint32_t*>(take(static_cast<int64_t>(dim16_) * kTilePositions));
-        s_.values = reinterpret_cast<uint32_t*>(take(static_cast<int64_t>(dim16_) * kTilePositions));
-        s_.queries = reinterpret_cast<uint32_t*>(take(static_cast<int64_t>(num_rows_) * dim16_));
-        s_.scores = take(static_cast<int64_t>(num_rows_) * kTilePositions);
-        s_.result = take(static_cast<int64_t>(num_rows_) * dim16_);
-        s_.maxima = take(num_rows_);
-        s_.sums = take(num_rows_);
+        tile_keys_ = reinterpret_cast<uint32_t*>(take(static_cast<int64_t>(dim_) * kTilePositions));
+        tile_values_ = reinterpret_cast<uint32_t*>(take(static_cast<int64_t>(dim_) * kTilePositions));
+        queries_ = reinterpret_cast<uint32_t*>(take(static_cast<int64_t>(run.num_columns) * dim_));
+        scores_ = take(static_cast<int64_t>(run.num_columns) * kChunkPositions);
+        totals_ = take(num_parts(run.num_columns) * RowSums::part_floats(dim_));
+        parts_ = take(num_parts(run.num_columns) * RowSums::part_floats(dim_));
+        columns_ = reinterpret_cast<int*>(take(run.num_columns));
+        load_queries();
     }
 
-    void run() {
-        load_queries();
-        std::fill_n(s_.result, static_cast<int64_t>(num_rows_) * dim16_, 0.0f);
-        std::fill_n(s_.maxima, num_rows_, -std::numeric_limits<float>::infinity());
-        std::fill_n(s_.sums, num_rows_, 0.0f);
-        const int first = shape_.sliding_window > 0 ? std::max(0, first_position_ - shape_.sliding_window + 1) : 0;
-        for (int start = first / kTilePositions * kTilePositions; start <= last_position_; start += kTilePositions) {
-            const int end = std::min(start + kTilePositions, last_position_ + 1);
-            load_tile(std::max(start, first), end, start);
-            score_rows();
-            for (int row = 0; row < num_rows_; ++row) soften(row, start);
-            add_values();
-        }
-        store();
+    static int64_t scratch_floats(int dim, int num_columns) {
+        return 2 * static_cast<int64_t>(dim) * kTilePositions + static_cast<int64_t>(num_columns) * (dim + kChunkPositions + 1) +
+               2 * num_parts(num_columns) * RowSums::part_floats(dim) + 16;
     }
+
+    // All that the columns see; writes their results.
+    void run() {
+        const int first = first_visible(first_position_) / kChunkPositions * kChunkPositions;
+        for (int start = first; start <= last_position_; start += kChunkPositions) {
+            // The first one's sums are the totals: to add them to nothing would leave their bits as they are.
+            add_chunk(start, start == first ? totals_ : parts_);
+            for (int row = 0; start != first && row < num_rows_; ++row) sums_of(totals_, row).add(sums_of(parts_, row), dim_);
+        }
+        for (int row = 0; row < num_rows_; ++row) sums_of(totals_, row).store(dim_, run_.columns[columns_[row]].out);
+    }
+
+    // What the chunk at `start` adds, to parts of 16 columns each.
+    void run_chunk(int start, float* parts) { add_chunk(start, parts); }
 
 private:
-    int64_t row_offset(int row) const {
-        return (first_token_ + row / group_) * request_.ld_query +
-               static_cast<int64_t>(kv_head_ * group_ + row % group_) * shape_.head_dim;
+    static int64_t num_parts(int num_columns) { return (num_columns + kPartColumns - 1) / kPartColumns; }
+
+    int first_visible(int position) const {
+        return shape_.sliding_window > 0 ? std::max(0, position - shape_.sliding_window + 1) : 0;
+    }
+    int position_of(int row) const { return run_.columns[columns_[row]].position; }
+    uint32_t* query_of(int row) const { return queries_ + static_cast<int64_t>(row) * num_words_; }
+    float* scores_of(int row) const { return scores_ + static_cast<int64_t>(row) * kChunkPositions; }
+    // In place of the scores.
+    const uint32_t* probabilities_of(int row) const { return reinterpret_cast<const uint32_t*>(scores_of(row)); }
+    RowSums sums_of(float* parts, int row) const {
+        const int column = columns_[row];
+        return RowSums::of(parts + column / kPartColumns * RowSums::part_floats(dim_), dim_, column % kPartColumns);
     }
 
+    // Rows are the columns that there are.
     void load_queries() {
-        const __m512 scale = _mm512_set1_ps(shape_.scale);
-        for (int row = 0; row < num_rows_; ++row) {
-            const float* from = request_.query + row_offset(row);
-            auto* to = reinterpret_cast<Element*>(s_.queries + static_cast<int64_t>(row) * dim16_);
-            for (int d = 0; d < dim16_; d += 16) {
-                const __mmask16 mask = tail_mask(d);
-                Type::store(to + d, _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, from + d), scale));
-            }
+        for (int column = 0; column < run_.num_columns; ++column) {
+            const AttentionColumn& own = run_.columns[column];
+            if (own.query == nullptr) continue;
+            auto* to = reinterpret_cast<Element*>(query_of(num_rows_));
+            for (int d = 0; d < dim_; d += 16) Words::store(to + d, _mm512_loadu_ps(own.query + d));
+            first_position_ = num_rows_ == 0 ? own.position : std::min(first_position_, own.position);
+            last_position_ = num_rows_ == 0 ? own.position : std::max(last_position_, own.position);
+            columns_[num_rows_++] = column;
         }
     }
 
-    __mmask16 tail_mask(int d) const {
-        return static_cast<__mmask16>((1u << std::clamp(shape_.head_dim - d, 0, 16)) - 1);
+    const uint32_t* head_at(const uint32_t* cache, int position) const {
+        return cache + (run_.block_table[position / shape_.block_size] * shape_.num_kv_heads + kv_head_) * block_words_;
     }
 
-    // Element rows of positions [from, to) as keys by column and values by pair; the rest of the tile is 0.
-    void load_tile(int from, int to, int start) {
-        const int64_t head_bytes = shape_.head_dim * static_cast<int64_t>(sizeof(typename Type::Cached));
-        const int64_t token_bytes = shape_.num_kv_heads * head_bytes;
-        int64_t offsets[kTilePositions];
-        for (int i = 0; i < kTilePositions; ++i) {
-            const int position = start + i;
-            if (position < from || position >= to) {
-                offsets[i] = -1;
-                continue;
-            }
-            const int64_t block = request_.block_table[position / shape_.block_size];
-            offsets[i] = (block * shape_.block_size + position % shape_.block_size) * token_bytes + kv_head_ * head_bytes;
-        }
-        for (int i = 0; i < kTilePositions; i += 16) {
-            const uint8_t* rows[16];
-            for (int j = 0; j < 16; ++j) rows[j] = offsets[i + j] < 0 ? nullptr : keys_ + offsets[i + j];
-            for (int word = 0; word < num_words_; word += 16) {
-                const int count = std::min(16, num_words_ - word);
-                if (kPerWord == 2 && 2 * (word + count) > shape_.head_dim) {
-                    load_odd_keys(rows, word, i);
-                    continue;
+    // Positions of the tile at `start` that some row sees.
+    struct Extent {
+        int first;
+        int end;
+    };
+    Extent extent_of(int start, int length) const {
+        return {std::clamp(first_visible(first_position_) - start, 0, length), std::clamp(last_position_ + 1 - start, 0, length)};
+    }
+    static bool is_empty(const Extent& extent) { return extent.first >= extent.end; }
+
+    // Blocks of 16 positions that hold some of them.
+    static int first_block(const Extent& extent) { return extent.first / kBlockPositions; }
+    static int end_block(const Extent& extent) { return (extent.end + kBlockPositions - 1) / kBlockPositions; }
+
+    // [D / kPerWord][kTilePositions] words.
+    void load_keys(int start, const Extent& extent) const {
+        for (int block = first_block(extent); block < end_block(extent); ++block) {
+            const int position = start + block * kBlockPositions;
+            const uint32_t* from = head_at(keys_, position) + position % shape_.block_size;
+            uint32_t* to = tile_keys_ + block * kBlockPositions;
+            for (int i = 0; i < dim_ / Words::kCached; ++i, from += shape_.block_size) {
+                __m512i words[Words::kSplit];
+                Words::split(_mm512_loadu_si512(from), words);
+                for (const __m512i& word : words) {
+                    _mm512_storeu_si512(to, word);
+                    to += kTilePositions;
                 }
-                transpose_16x16<Type>(rows, word, s_.keys + word * kTilePositions + i, count);
-            }
-        }
-        for (int i = 0; i < kTilePositions; i += kPerWord) load_values(offsets, i);
-    }
-
-    // An odd head size ends in half a word.
-    void load_odd_keys(const uint8_t* const rows[16], int first_word, int column) {
-        for (int word = first_word; word < num_words_; ++word) {
-            for (int j = 0; j < 16; ++j) {
-                uint32_t value = 0;
-                const int bytes = std::min(4, 2 * shape_.head_dim - 4 * word);
-                if (rows[j] != nullptr) std::memcpy(&value, rows[j] + 4 * word, bytes);
-                s_.keys[word * kTilePositions + column + j] = value;
             }
         }
     }
 
-    void load_values(const int64_t* offsets, int position) {
-        uint32_t* to = s_.values + static_cast<int64_t>(position / kPerWord) * dim16_;
-        for (int d = 0; d < dim16_; d += 16) {
-            const __mmask16 mask = tail_mask(d);
-            if constexpr (kPerWord == 1) {
-                const __m512i row = offsets[position] < 0
-                                        ? _mm512_setzero_si512()
-                                        : Type::load_words(values_ + offsets[position], d, mask);
-                _mm512_storeu_si512(to + d, row);
-            } else {
-                const __m512i even = load_halves(offsets[position], d, mask);
-                const __m512i odd = load_halves(offsets[position + 1], d, mask);
-                _mm512_storeu_si512(to + d, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+    // [kTilePositions / kPerWord][D] words. Slots out of the rows' windows or not written yet become zeros: they may hold
+    // anything, NaN too, and 0 times NaN would reach the result.
+    void load_values(int start, const Extent& extent) const {
+        constexpr int kLines = kBlockPositions / Words::kCached;
+        for (int block = first_block(extent); block < end_block(extent); ++block) {
+            const int position = start + block * kBlockPositions;
+            const uint32_t* from = head_at(values_, position) + static_cast<int64_t>(position % shape_.block_size) * dim_ / Words::kCached;
+            uint32_t* to = tile_values_ + static_cast<int64_t>(block) * kBlockPositions / kPerWord * dim_;
+            for (int line = 0; line < kLines; ++line, from += dim_, to += Words::kSplit * dim_) {
+                __m512i seen[Words::kSplit];
+                for (int i = 0; i < Words::kSplit; ++i) seen[i] = seen_mask(extent, block * kBlockPositions + line * Words::kCached + i);
+                for (int d = 0; d < dim_; d += 16) {
+                    __m512i words[Words::kSplit];
+                    Words::split(_mm512_loadu_si512(from + d), words);
+                    for (int i = 0; i < Words::kSplit; ++i) {
+                        _mm512_storeu_si512(to + i * dim_ + d, _mm512_and_si512(words[i], seen[i]));
+                    }
+                }
             }
         }
     }
 
-    __m512i load_halves(int64_t offset, int d, __mmask16 mask) const {
-        if (offset < 0) return _mm512_setzero_si512();
-        return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, values_ + offset + 2 * d));
+    // Ones for what is seen of the word that begins with `position` of a tile.
+    static __m512i seen_mask(const Extent& extent, int position) {
+        const auto is_seen = [&extent](int at) { return at >= extent.first && at < extent.end; };
+        if constexpr (kPerWord == 1) return _mm512_set1_epi32(is_seen(position) ? -1 : 0);
+        const uint32_t mask = (is_seen(position) ? 0xffffu : 0) | (is_seen(position + 1) ? 0xffff0000u : 0);
+        return _mm512_set1_epi32(static_cast<int>(mask));
     }
 
-    template <int kRows>
-    void score_tile(int row) {
-        __m512 sum[kRows][4];
-        for (int r = 0; r < kRows; ++r) {
-            for (int j = 0; j < 4; ++j) sum[r][j] = _mm512_setzero_ps();
-        }
-        const uint32_t* query = s_.queries + static_cast<int64_t>(row) * query_stride();
-        for (int word = 0; word < num_words_; ++word) {
-            __m512i key[4];
-            for (int j = 0; j < 4; ++j) key[j] = _mm512_loadu_si512(s_.keys + word * kTilePositions + 16 * j);
-            for (int r = 0; r < kRows; ++r) {
-                const __m512i q = _mm512_set1_epi32(static_cast<int>(query[r * query_stride() + word]));
-                for (int j = 0; j < 4; ++j) sum[r][j] = Type::multiply_add(sum[r][j], q, key[j]);
-            }
-        }
-        for (int r = 0; r < kRows; ++r) {
-            for (int j = 0; j < 4; ++j) {
-                _mm512_storeu_ps(s_.scores + static_cast<int64_t>(row + r) * kTilePositions + 16 * j, sum[r][j]);
-            }
-        }
-    }
-
-    int64_t query_stride() const { return dim16_; }
-
-    void score_rows() {
-        for_each_tile([this]<int kRows>(int row) { score_tile<kRows>(row); });
-    }
-
-    // Tiles of nearly equal height, 6 rows at most: 7 rows are 4 + 3, not 6 + 1.
+    // Rows in groups of nearly equal size, 6 at most: 7 are 4 and 3. What comes next is fetched all along.
     template <class Tile>
-    void for_each_tile(const Tile& tile) {
-        const int num_tiles = (num_rows_ + 5) / 6;
-        for (int i = 0; i < num_tiles; ++i) {
-            const int row = num_rows_ * i / num_tiles;
-            switch (num_rows_ * (i + 1) / num_tiles - row) {
+    void for_each_group(const Tile& tile) {
+        const int num_groups = (num_rows_ + kMostRows - 1) / kMostRows;
+        for (int i = 0; i < num_groups; ++i) {
+            const int row = static_cast<int>(static_cast<int64_t>(num_rows_) * i / num_groups);
+            switch (static_cast<int>(static_cast<int64_t>(num_rows_) * (i + 1) / num_groups) - row) {
                 case 6: tile.template operator()<6>(row); break;
                 case 5: tile.template operator()<5>(row); break;
                 case 4: tile.template operator()<4>(row); break;
                 case 3: tile.template operator()<3>(row); break;
                 case 2: tile.template operator()<2>(row); break;
-                case 1: tile.template operator()<1>(row); break;
+                default: tile.template operator()<1>(row); break;
             }
+            upcoming_.fetch(2 * dim_ / num_groups);
         }
     }
 
-    // Scores to probabilities relative to the running maximum; rescales the row's sums where that grows.
-    void soften(int row, int start) {
-        const int position = first_position_ + row / group_;
-        const int first = shape_.sliding_window > 0 ? position - shape_.sliding_window + 1 : 0;
-        float* scores = s_.scores + static_cast<int64_t>(row) * kTilePositions;
-        const __m512 hidden = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-        __m512 score[4];
-        __m512 largest = hidden;
-        for (int j = 0; j < 4; ++j) {
-            score[j] = _mm512_loadu_ps(scores + 16 * j);
-            if (shape_.softcap > 0.0f) {
-                const __m512 cap = _mm512_set1_ps(shape_.softcap);
-                score[j] = _mm512_mul_ps(tanh_of(_mm512_div_ps(score[j], cap)), cap);
-            }
-            const int base = start + 16 * j;
-            const uint32_t below = (1u << std::clamp(position - base + 1, 0, 16)) - 1;
-            const uint32_t before = (1u << std::clamp(first - base, 0, 16)) - 1;
-            score[j] = _mm512_mask_mov_ps(hidden, static_cast<__mmask16>(below & ~before), score[j]);
-            largest = _mm512_max_ps(largest, score[j]);
-        }
-        const float old_maximum = s_.maxima[row];
-        const float maximum = std::max(old_maximum, _mm512_reduce_max_ps(largest));
-        const float shift = maximum == -std::numeric_limits<float>::infinity() ? 0.0f : maximum;
-        __m512 sum = _mm512_setzero_ps();
-        auto* probabilities = reinterpret_cast<Element*>(scores);
-        for (int j = 0; j < 4; ++j) {
-            const __m512 p = exp_negative(_mm512_sub_ps(score[j], _mm512_set1_ps(shift)));
-            sum = _mm512_add_ps(sum, p);
-            Type::store(probabilities + 16 * j, p);
-        }
-        const float tile_sum = _mm512_reduce_add_ps(sum);
-        if (maximum > old_maximum) {
-            s_.maxima[row] = maximum;
-            const __m512 factor = exp_negative(_mm512_set1_ps(old_maximum - maximum));
-            s_.sums[row] = s_.sums[row] * _mm512_cvtss_f32(factor) + tile_sum;
-            float* result = s_.result + static_cast<int64_t>(row) * dim16_;
-            for (int d = 0; d < dim16_; d += 16) {
-                _mm512_storeu_ps(result + d, _mm512_mul_ps(_mm512_loadu_ps(result + d), factor));
-            }
-        } else {
-            s_.sums[row] += tile_sum;
-        }
-    }
-
-    template <int kRows>
-    void add_tile(int row, int d) {
-        float* result = s_.result + static_cast<int64_t>(row) * dim16_ + d;
-        const int num_vectors = std::min(4, (dim16_ - d) / 16);
-        if (num_vectors == 4) {
-            __m512 sum[kRows][4];
-            for (int r = 0; r < kRows; ++r) {
-                for (int j = 0; j < 4; ++j) sum[r][j] = _mm512_loadu_ps(result + r * dim16_ + 16 * j);
-            }
-            for (int i = 0; i < kTilePositions / kPerWord; ++i) {
-                __m512i value[4];
-                for (int j = 0; j < 4; ++j) {
-                    value[j] = _mm512_loadu_si512(s_.values + static_cast<int64_t>(i) * dim16_ + d + 16 * j);
-                }
-                for (int r = 0; r < kRows; ++r) {
-                    const __m512i p = probability(row + r, i);
-                    for (int j = 0; j < 4; ++j) sum[r][j] = Type::multiply_add(sum[r][j], p, value[j]);
-                }
-            }
-            for (int r = 0; r < kRows; ++r) {
-                for (int j = 0; j < 4; ++j) _mm512_storeu_ps(result + r * dim16_ + 16 * j, sum[r][j]);
-            }
+    void add_chunk(int start, float* parts) {
+        const Extent chunk = extent_of(start, kChunkPositions);
+        if (is_empty(chunk)) {
+            for (int row = 0; row < num_rows_; ++row) sums_of(parts, row).clear(dim_);
             return;
         }
-        for (int j = 0; j < num_vectors; ++j) {
-            for (int r = 0; r < kRows; ++r) {
-                __m512 sum = _mm512_loadu_ps(result + r * dim16_ + 16 * j);
-                for (int i = 0; i < kTilePositions / kPerWord; ++i) {
-                    const __m512i value = _mm512_loadu_si512(s_.values + static_cast<int64_t>(i) * dim16_ + d + 16 * j);
-                    sum = Type::multiply_add(sum, probability(row + r, i), value);
-                }
-                _mm512_storeu_ps(result + r * dim16_ + 16 * j, sum);
+        const int first_tile = chunk.first / kTilePositions, end_tile = (chunk.end + kTilePositions - 1) / kTilePositions;
+        for (int tile = first_tile; tile < end_tile; ++tile) {
+            const int at = tile * kTilePositions;
+            load_keys(start + at, extent_of(start + at, kTilePositions));
+            for_each_group([this, at]<int kRows>(int row) { score<kRows>(row, at); });
+        }
+        for (int row = 0; row < num_rows_; ++row) soften(row, start, first_tile, end_tile, sums_of(parts, row));
+        for (int tile = first_tile; tile < end_tile; ++tile) {
+            const int at = tile * kTilePositions;
+            const Extent extent = extent_of(start + at, kTilePositions);
+            load_values(start + at, extent);
+            for_each_group([&]<int kRows>(int row) { add_values<kRows>(row, at, extent, tile == first_tile, parts); });
+        }
+    }
+
+    // Scores of the tile from `at` of the chunk on.
+    template <int kRows>
+    void score(int row, int at) const {
+        __m512 sum[kRows][kTileBlocks];
+        unrolled<kRows * kTileBlocks>([&](auto i) __attribute__((always_inline)) {
+            sum[i / kTileBlocks][i % kTileBlocks] = _mm512_setzero_ps();
+        });
+        const uint32_t *query = query_of(row), *keys = tile_keys_;
+        const int64_t stride = num_words_;
+        for (int word = 0; word < num_words_; ++word, keys += kTilePositions) {
+            __m512i key[kTileBlocks];
+            unrolled<kTileBlocks>([&](auto j) __attribute__((always_inline)) { key[j] = _mm512_loadu_si512(keys + 16 * j); });
+            unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
+                const __m512i own = _mm512_set1_epi32(static_cast<int>(query[r * stride + word]));
+                unrolled<kTileBlocks>([&](auto j) __attribute__((always_inline)) {
+                    sum[r][j] = Words::multiply_add(sum[r][j], own, key[j]);
+                });
+            });
+        }
+        unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
+            float* to = scores_of(row + r) + at;
+            unrolled<kTileBlocks>([&](auto j) __attribute__((always_inline)) { _mm512_storeu_ps(to + 16 * j, sum[r][j]); });
+        });
+    }
+
+    // A row's scores of some tiles to probabilities relative to its largest; what it does not see has none.
+    void soften(int row, int start, int first_tile, int end_tile, const RowSums& sums) const {
+        float* scores = scores_of(row);
+        auto* probabilities = reinterpret_cast<Element*>(scores);
+        const int begin = first_tile * kTilePositions, end = end_tile * kTilePositions;
+        const int position = position_of(row);
+        const int first = std::clamp(first_visible(position) - start, begin, end), last = std::clamp(position + 1 - start, first, end);
+        // Registers of positions that it sees, whole ones and others.
+        const auto for_each_seen = [first, last](const auto& use) __attribute__((always_inline)) {
+            const int whole = std::min((first + 15) / 16 * 16, last / 16 * 16);
+            const auto mask_of = [first, last](int i) {
+                const uint32_t below = (1u << std::clamp(last - i, 0, 16)) - 1, before = (1u << std::clamp(first - i, 0, 16)) - 1;
+                return static_cast<__mmask16>(below & ~before);
+            };
+            int i = first / 16 * 16;
+            for (; i < whole; i += 16) use(i, mask_of(i));
+            for (; i + 16 <= last; i += 16) use(i, static_cast<__mmask16>(0xffff));
+            for (; i < last; i += 16) use(i, mask_of(i));
+        };
+        __m512 largest = _mm512_set1_ps(kHidden);
+        for_each_seen([&](int i, __mmask16 seen) __attribute__((always_inline)) {
+            __m512 score = _mm512_loadu_ps(scores + i);
+            if (shape_.softcap > 0.0f) {
+                const __m512 in = _mm512_set1_ps(shape_.scale / shape_.softcap), out = _mm512_set1_ps(shape_.softcap * kLog2E);
+                score = _mm512_mul_ps(tanh_of(_mm512_mul_ps(score, in)), out);
+                _mm512_storeu_ps(scores + i, score);
             }
+            largest = _mm512_mask_max_ps(largest, seen, largest, score);
+        });
+        const float maximum = first < last ? _mm512_reduce_max_ps(largest) * scale_ : kHidden;
+        const __m512 scale = _mm512_set1_ps(scale_), shift = _mm512_set1_ps(maximum);
+        __m512 sum = _mm512_setzero_ps();
+        const int seen_begin = first / 16 * 16, seen_end = (last + 15) / 16 * 16;
+        for (int i = begin; i < seen_begin; i += 16) Words::store(probabilities + i, _mm512_setzero_ps());
+        for_each_seen([&](int i, __mmask16 seen) __attribute__((always_inline)) {
+            const __m512 power = exp2_negative(_mm512_fmsub_ps(_mm512_loadu_ps(scores + i), scale, shift));
+            const __m512 p = _mm512_maskz_mov_ps(seen, power);
+            sum = _mm512_add_ps(sum, p);
+            Words::store(probabilities + i, p);
+        });
+        for (int i = seen_end; i < end; i += 16) Words::store(probabilities + i, _mm512_setzero_ps());
+        *sums.maximum = maximum;
+        *sums.sum = _mm512_reduce_add_ps(sum);
+    }
+
+    // The tile of values from `at` of the chunk on, added to what the rows have or, where it is the first, put there.
+    template <int kRows>
+    void add_values(int row, int at, const Extent& extent, bool is_first, float* parts) const {
+        const int first = first_block(extent) * kBlockPositions, end = end_block(extent) * kBlockPositions;
+        const uint32_t* values = tile_values_ + static_cast<int64_t>(first) / kPerWord * dim_;
+        const uint32_t* probabilities[kRows];
+        float* results[kRows];
+        unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
+            probabilities[r] = probabilities_of(row + r) + at / kPerWord;
+            results[r] = sums_of(parts, row + r).result;
+        });
+        for (int d = 0; d < dim_;) {
+            const bool is_wide = d + 64 <= dim_;
+            const auto add = is_wide ? add_columns<kRows, 4> : add_columns<kRows, 1>;
+            add(probabilities, first / kPerWord, end / kPerWord, values + d, dim_, is_first, results, d);
+            d += is_wide ? 64 : 16;
         }
     }
 
-    __m512i probability(int row, int word) const {
-        const auto* words = reinterpret_cast<const int*>(s_.scores + static_cast<int64_t>(row) * kTilePositions);
-        return _mm512_set1_epi32(words[word]);
-    }
-
-    void add_values() {
-        for (int d = 0; d < dim16_; d += 64) {
-            for_each_tile([this, d]<int kRows>(int row) { add_tile<kRows>(row, d); });
+    template <int kRows, int kVectors>
+    static void add_columns(const uint32_t* const (&probabilities)[kRows], int first, int end, const uint32_t* values, int64_t stride,
+                            bool is_first, float* const (&results)[kRows], int d) {
+        __m512 sum[kRows][kVectors];
+        unrolled<kRows * kVectors>([&](auto i) __attribute__((always_inline)) {
+            constexpr int r = i / kVectors, j = i % kVectors;
+            sum[r][j] = is_first ? _mm512_setzero_ps() : _mm512_loadu_ps(results[r] + d + 16 * j);
+        });
+        for (int word = first; word < end; ++word, values += stride) {
+            __m512i value[kVectors];
+            unrolled<kVectors>([&](auto j) __attribute__((always_inline)) { value[j] = _mm512_loadu_si512(values + 16 * j); });
+            unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
+                const __m512i own = _mm512_set1_epi32(static_cast<int>(probabilities[r][word]));
+                unrolled<kVectors>([&](auto j) __attribute__((always_inline)) {
+                    sum[r][j] = Words::multiply_add(sum[r][j], own, value[j]);
+                });
+            });
         }
-    }
-
-    void store() {
-        const int64_t out_stride = static_cast<int64_t>(shape_.num_heads) * shape_.head_dim;
-        for (int row = 0; row < num_rows_; ++row) {
-            const __m512 inverse = _mm512_set1_ps(1.0f / s_.sums[row]);
-            float* to = request_.out + (first_token_ + row / group_) * out_stride +
-                        static_cast<int64_t>(kv_head_ * group_ + row % group_) * shape_.head_dim;
-            for (int d = 0; d < dim16_; d += 16) {
-                const __m512 value = _mm512_loadu_ps(s_.result + static_cast<int64_t>(row) * dim16_ + d);
-                _mm512_mask_storeu_ps(to + d, tail_mask(d), _mm512_mul_ps(value, inverse));
-            }
-        }
+        unrolled<kRows * kVectors>([&](auto i) __attribute__((always_inline)) {
+            constexpr int r = i / kVectors, j = i % kVectors;
+            _mm512_storeu_ps(results[r] + d + 16 * j, sum[r][j]);
+        });
     }
 
     const AttentionShape& shape_;
-    const AttentionRequest& request_;
-    const uint8_t* keys_;
-    const uint8_t* values_;
+    const ColumnRun& run_;
+    const uint32_t* keys_;
+    const uint32_t* values_;
     int kv_head_;
-    int first_token_;
-    int group_;
-    int num_rows_;
-    int first_position_;
-    int last_position_;
-    int dim16_;
-    int num_words_;
-    Scratch s_;
+    int dim_;
+    int num_words_;        // of a query
+    int64_t block_words_;  // of a head in a block
+    float scale_;          // of scores, as powers of 2
+    UpcomingLines upcoming_;
+    int num_rows_ = 0;
+    int first_position_ = 0;
+    int last_position_ = 0;
+    int* columns_;  // of each row
+    uint32_t* tile_keys_;
+    uint32_t* tile_values_;
+    uint32_t* queries_;
+    float* scores_;  // [rows][kChunkPositions]; then probabilities as elements
+    float* totals_;
+    float* parts_;
 };
+
+inline bool can_attend(const AttentionShape& shape) {
+    return shape.block_size % kBlockPositions == 0 && shape.head_dim % 16 == 0;
+}
+
+inline void store_head(const AttentionShape& shape, const float* key, const float* value, int offset, void* keys, void* values) {
+    const int dim = shape.head_dim, block_size = shape.block_size;
+    if (shape.kv_type == KVType::F32) {
+        for (int d = 0; d < dim; ++d) static_cast<float*>(keys)[static_cast<int64_t>(d) * block_size + offset] = key[d];
+        std::copy_n(value, dim, static_cast<float*>(values) + static_cast<int64_t>(offset) * dim);
+        return;
+    }
+    auto* key_words = static_cast<uint32_t*>(keys) + offset;
+    auto* value_words = static_cast<uint32_t*>(values) + static_cast<int64_t>(offset / 2) * dim;
+    const bool is_odd = offset % 2 != 0;
+    for (int d = 0; d < dim; d += 16) {
+        alignas(32) uint32_t pairs[8];
+        _mm256_store_si256(reinterpret_cast<__m256i*>(pairs), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_loadu_ps(key + d))));
+        for (int i = 0; i < 8; ++i) key_words[static_cast<int64_t>(d / 2 + i) * block_size] = pairs[i];
+        const auto halves = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_loadu_ps(value + d)));
+        const __m512i words = _mm512_cvtepu16_epi32(halves);
+        _mm512_mask_storeu_epi16(value_words + d, is_odd ? 0xaaaaaaaa : 0x55555555, is_odd ? _mm512_slli_epi32(words, 16) : words);
+    }
+}
+
+// Calls `use` with the rows of a run, whose products are of the fastest kind.
+template <class Use>
+void with_rows(const AttentionShape& shape, const ColumnRun& run, const void* keys, const void* values, int kv_head,
+               float* scratch, const Use& use) {
+    // On Intel's cores so far, two bfloat16 products take twice as long as a float32 one.
+    static const bool has_fast_bf16 = __builtin_cpu_is("amd");
+    if (shape.kv_type == KVType::F32) {
+        use(HeadRows<FloatWords>(shape, run, keys, values, kv_head, scratch));
+    } else if (has_fast_bf16) {
+        use(HeadRows<PairWords>(shape, run, keys, values, kv_head, scratch));
+    } else {
+        use(HeadRows<WideWords>(shape, run, keys, values, kv_head, scratch));
+    }
+}
+
+inline void attend(const AttentionShape& shape, const ColumnRun& run, const void* keys, const void* values, int kv_head,
+                   float* scratch) {
+    with_rows(shape, run, keys, values, kv_head, scratch, [](auto&& rows) { rows.run(); });
+}
+
+inline void attend_chunk(const AttentionShape& shape, const ColumnRun& run, const void* keys, const void* values, int kv_head,
+                         int start, float* parts, float* scratch) {
+    with_rows(shape, run, keys, values, kv_head, scratch, [=](auto&& rows) { rows.run_chunk(start, parts); });
+}
+
+inline void merge_chunks(const AttentionShape& shape, std::span<const ChunkPart> parts, const AttentionColumn* columns,
+                         int num_columns, float* scratch) {
+    for (int i = 0; i < num_columns; ++i) {
+        const RowSums total = RowSums::of(scratch, shape.head_dim, 0);
+        total.clear(shape.head_dim);
+        for (const ChunkPart& part : parts) total.add(RowSums::of(part.data, shape.head_dim, part.lane + i), shape.head_dim);
+        total.store(shape.head_dim, columns[i].out);
+    }
+}
 
 }  // namespace pelton::avx512

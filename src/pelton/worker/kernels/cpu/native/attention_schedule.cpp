@@ -7,12 +7,11 @@ namespace pelton {
 
 namespace {
 
-constexpr int kTileColumns = 16;
 // Enough to make a chunk's reading cheap, few enough to share out among threads.
 constexpr int kMaxMembers = 32;
 
 int tiles_of(int num_members, int num_columns) {
-    const int per_tile = kTileColumns / num_columns;
+    const int per_tile = kPartColumns / num_columns;
     return (num_members + per_tile - 1) / per_tile;
 }
 
@@ -33,7 +32,7 @@ AttentionSchedule::AttentionSchedule(const AttentionShape& shape, std::span<cons
     std::vector<std::pair<int, int>> places;  // chunk and member, of the merges' parts
     for (int index = 0; index < static_cast<int>(requests.size()); ++index) {
         const Request& request = requests[index];
-        if (!in_chunks || request.num_tokens * group > kTileColumns || request.seq_len <= kChunkPositions) {
+        if (!in_chunks || request.num_tokens * group > kPartColumns || request.seq_len <= kChunkPositions) {
             add_runs(index, request);
             continue;
         }
@@ -58,11 +57,11 @@ AttentionSchedule::AttentionSchedule(const AttentionShape& shape, std::span<cons
         const int tiles = tiles_of(static_cast<int>(chunk.members.size()), columns);
         chunk.first_tile = num_tiles;
         num_tiles += tiles;
-        num_columns = std::max(num_columns, tiles * kTileColumns);
+        num_columns = std::max(num_columns, tiles * kPartColumns);
     }
     size_t next = 0;
     for (auto& merge : merges) {
-        const int columns = requests[merge.request].num_tokens * group, per_tile = kTileColumns / columns;
+        const int columns = requests[merge.request].num_tokens * group, per_tile = kPartColumns / columns;
         for (auto& part : merge.parts) {
             const auto [chunk, member] = places[next++];
             part = {chunks[chunk].first_tile + member / per_tile, member % per_tile * columns};
@@ -75,7 +74,7 @@ AttentionSchedule::AttentionSchedule(const AttentionShape& shape, std::span<cons
         num_columns = std::max(num_columns, runs[run].num_tokens * group);
     }
     for (int chunk = 0; chunk < static_cast<int>(chunks.size()); ++chunk) {
-        const int64_t columns = static_cast<int64_t>(chunks[chunk].members.size()) * kTileColumns;
+        const int64_t columns = static_cast<int64_t>(chunks[chunk].members.size()) * kPartColumns;
         pieces.push_back({-1, chunk, columns * kChunkPositions});
     }
     std::stable_sort(pieces.begin(), pieces.end(), [](const Piece& a, const Piece& b) { return a.cost > b.cost; });

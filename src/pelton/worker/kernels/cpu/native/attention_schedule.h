@@ -1,9 +1,9 @@
 // How a step's attention is cut into pieces that threads take one by one.
 //
-// A request is cut into runs of its new tokens, each over all positions. Where tiles do it, one with few new
-// tokens, a decode, is cut into chunks of positions instead: a long context is shared out among threads, and a chunk
+// A request is cut into runs of its new tokens, each over all positions. Where kernels take columns, one with few
+// new tokens, a decode, is cut into chunks of positions instead: a long context is shared out among threads, and a chunk
 // that requests have in common (a shared prefix) is read once for all of them. Either way a column's result
-// is the same to the bit (attention_amx.h).
+// is the same to the bit.
 #pragma once
 
 #include <span>
@@ -14,6 +14,7 @@
 namespace pelton {
 
 constexpr int kChunkPositions = 256;
+constexpr int kPartColumns = 16;
 
 class AttentionSchedule {
 public:

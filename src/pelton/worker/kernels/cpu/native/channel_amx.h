@@ -1,11 +1,16 @@
 // Products of weights by channel in tiles of 8 bits: one scale per output, one per row of activations.
 #pragma once
 
-#include "channel_strips_amx.h"
-#include "gated_amx.h"
+#include "channel_columns_avx512.h"
 #include "linear_amx.h"
 
 namespace pelton::amx {
+
+using avx512::kStripBytes;
+using avx512::kWeightTileBytes;
+using avx512::PlainColumns;
+using avx512::Strip;
+using avx512::TileColumns;
 
 constexpr int kBlockSums = 2 * kTileHeight * kPanel;  // of a pair of blocks
 constexpr int kMadeChunks = 4;                        // made of 4 bits, that wait for a few rows
@@ -31,69 +36,6 @@ inline void add_chunk(const int8_t* rows, int64_t next_block, const uint8_t* fir
         multiply_bytes<3, 5, 7>();
     }
 }
-
-// Panels of a matrix, one after another, and where their sums go.
-struct PlainColumns {
-    const PackedMatrix& matrix;
-    int first_panel;
-    const LinearResult& result;
-
-    struct Sink {
-        avx512::ChannelColumns columns;
-
-        void store(const ByteRows& rows, int row, int count, const int32_t* sums) const {
-            for (const int end = row + count; row < end; ++row, sums += kPanel) {
-                for (int half = 0; half < 2; ++half) {
-                    columns.store(rows, row, half, _mm512_load_si512(sums + 16 * half));
-                }
-            }
-        }
-    };
-
-    TileColumns tiles(int unit) const {
-        const uint8_t* panel = matrix.panel(first_panel + unit);
-        return {{panel, panel}, {0, 1}};
-    }
-    Sink sink(int unit) const { return {{matrix, first_panel + unit, result}}; }
-};
-
-// 16 outputs of gate beside the same of up, so that both sums of a row are there at once.
-struct GatedColumns {
-    const PackedMatrix* const (&sides)[2];
-    const float* const (&bias)[2];  // may be null
-    bool gelu;
-    int first_panel;
-    const PairedRows& hidden;
-
-    struct Sink {
-        GatedSums sums_of;
-        bool gelu;
-        uint16_t* to;
-        int64_t pair_values;
-
-        // Whole pairs of rows; the last may reach past the end.
-        void store(const ByteRows& rows, int row, int count, const int32_t* sums) const {
-            for (const int end = row + count; row < end; row += 2, sums += 2 * kPanel) {
-                const __m512 first = act(rows, row, sums), second = act(rows, row + 1, sums + kPanel);
-                _mm512_store_si512(to + row / 2 * pair_values,
-                                   reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first)));
-            }
-        }
-        __m512 act(const ByteRows& rows, int row, const int32_t* sums) const {
-            const __m512 gate = sums_of.value(rows, row, 0, sums), up = sums_of.value(rows, row, 1, sums + 16);
-            return gelu ? rough_gelu_mul(gate, up) : rough_silu_mul(gate, up);
-        }
-    };
-
-    TileColumns tiles(int unit) const {
-        const int panel = first_panel + unit / 2;
-        return {{sides[0]->panel(panel), sides[1]->panel(panel)}, {unit % 2, unit % 2}};
-    }
-    Sink sink(int unit) const {
-        const int panel = first_panel + unit / 2, half = unit % 2;
-        return {GatedSums(sides, bias, panel, half), gelu, hidden.at(0, panel * kPanel + 16 * half), hidden.pair_values()};
-    }
-};
 
 // Finished sums on their way out, some rows between products: vector units work while tiles do.
 template <typename Sink>
@@ -231,33 +173,15 @@ void multiply_columns(Format format, const Columns& columns, int num_units, cons
 
 inline void channel_panels(const PackedMatrix& matrix, PanelRange panels, const ByteRows& rows, const LinearResult& result,
                            uint8_t* scratch) {
-    if (rows.num_rows == 1) return avx512::channel_panels(matrix, panels, rows, result, scratch);
+    if (rows.num_rows == 1) return avx512::multiply_few(matrix, panels, rows, result);
     multiply_columns(matrix.format, PlainColumns{matrix, panels.first, result}, panels.last - panels.first, rows, scratch);
 }
 
 inline void gated_channel_panels(const GatedPanels& gated, PanelRange panels, const ByteRows& rows,
                                  const PairedRows& hidden, uint8_t* scratch) {
-    if (rows.num_rows == 1) return gated_channel_row(gated, panels, rows, hidden);
-    const GatedColumns columns{gated.sides, gated.bias, gated.gelu, panels.first, hidden};
-    multiply_columns(gated.sides[0]->format, columns, 2 * (panels.last - panels.first), rows, scratch);
-}
-
-// A row of bfloat16 of which `row` is the first value of a pair's.
-struct PairedRow {
-    const uint16_t* row;
-
-    __m512 operator()(int start) const {
-        const __m512i words = _mm512_cvtepu16_epi32(_mm256_load_si256(reinterpret_cast<const __m256i*>(row + 2 * start)));
-        return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
-    }
-};
-
-inline bool quantize_paired_row(const uint16_t* row, int num_inputs, int8_t* to, float* scale, int32_t* sum) {
-    return avx512::quantize_channel(PairedRow{row}, num_inputs, to, scale, sum);
-}
-
-inline void quantize_paired_rest(const uint16_t* row, int num_inputs, int8_t* to, float* scale, int32_t* sum) {
-    avx512::quantize_rest(PairedRow{row}, num_inputs, to, scale, sum);
+    if (rows.num_rows == 1) return avx512::gated_few(gated, panels, rows, hidden);
+    multiply_columns(gated.sides[0]->format, avx512::GatedColumns(gated, panels.first, hidden), 2 * (panels.last - panels.first),
+                     rows, scratch);
 }
 
 }  // namespace pelton::amx

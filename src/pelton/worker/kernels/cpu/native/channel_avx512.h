@@ -8,12 +8,15 @@
 #include <algorithm>
 #include <cstring>
 
+#include "dot_avx512.h"
 #include "kernel_table.h"
 #include "quantized_group.h"
+#include "unrolled.h"
 
 namespace pelton::avx512 {
 
-constexpr int kChannelRows = 6;
+constexpr int kChannelRows = 6;  // whose sums leave registers for much else
+constexpr int kFewRows = 12;
 // Into the second level: the first has too few places for lines under way.
 constexpr int kChannelBytesAhead = 9216;
 constexpr int kStreamBytesAhead = 16384;  // without tiles
@@ -104,60 +107,57 @@ private:
 };
 
 template <Format kFormat, int kRows>
-void channel_tile(const PackedMatrix& matrix, int panel, const ByteRows& rows, int first_row, const ChannelColumns& columns) {
+void channel_tile(const PackedMatrix& matrix, int panel, const ByteRows& rows, const ChannelColumns& columns) {
+    // Sums of more rows leave registers for the codes of one half only.
+    constexpr bool kBothHalves = kRows <= kChannelRows;
     ChannelGroups<kFormat> groups(matrix.panel(panel));
     const int8_t* x[kRows];
-    for (int r = 0; r < kRows; ++r) x[r] = rows.row(first_row + r);
     __m512i sum[kRows][2];
-    for (int r = 0; r < kRows; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_si512();
+    unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
+        x[r] = rows.row(r);
+        sum[r][0] = sum[r][1] = _mm512_setzero_si512();
+    });
     for (int group = 0; group < 2 * rows.num_chunks(); ++group, groups.next()) {
         groups.start();
         const int at = group / 2 * ByteRows::kTileBytes + group % 2 * kGroup;
         for (int pair = 0; pair < 4; ++pair) {
-            __m512i codes[2][2];
-            for (int half = 0; half < 2; ++half) groups.load_pair(pair, half, codes[0][half], codes[1][half]);
-            for (int r = 0; r < kRows; ++r) {
-                for (int second = 0; second < 2; ++second) {
-                    int32_t four;
-                    std::memcpy(&four, x[r] + at + 8 * pair + 4 * second, 4);
-                    const __m512i own = _mm512_set1_epi32(four);
-                    for (int half = 0; half < 2; ++half) {
-                        sum[r][half] = _mm512_dpbusd_epi32(sum[r][half], codes[second][half], own);
-                    }
-                }
+            if constexpr (kBothHalves) {
+                __m512i codes[2][2];
+                for (int half = 0; half < 2; ++half) groups.load_pair(pair, half, codes[0][half], codes[1][half]);
+                unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
+                    add_dots(sum[r], codes[0], x[r] + at + 8 * pair);
+                    add_dots(sum[r], codes[1], x[r] + at + 8 * pair + 4);
+                });
+            } else {
+                unrolled<2>([&](auto half) __attribute__((always_inline)) {
+                    __m512i first, second;
+                    groups.load_pair(pair, half, first, second);
+                    unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
+                        add_dot(sum[r][half], first, x[r] + at + 8 * pair);
+                        add_dot(sum[r][half], second, x[r] + at + 8 * pair + 4);
+                    });
+                });
             }
         }
     }
     for (int r = 0; r < kRows; ++r) {
-        for (int half = 0; half < 2; ++half) columns.store(rows, first_row + r, half, sum[r][half]);
+        for (int half = 0; half < 2; ++half) columns.store(rows, r, half, sum[r][half]);
     }
 }
 
-template <Format kFormat>
-void multiply_channels(const PackedMatrix& matrix, PanelRange panels, const ByteRows& rows, const LinearResult& result) {
-    const int num_tiles = (rows.num_rows + kChannelRows - 1) / kChannelRows;
-    for (int panel = panels.first; panel < panels.last; ++panel) {
-        const ChannelColumns columns(matrix, panel, result);
-        for (int tile = 0; tile < num_tiles; ++tile) {
-            const int first = static_cast<int>(static_cast<int64_t>(rows.num_rows) * tile / num_tiles);
-            const int last = static_cast<int>(static_cast<int64_t>(rows.num_rows) * (tile + 1) / num_tiles);
-            switch (last - first) {
-                case 1: channel_tile<kFormat, 1>(matrix, panel, rows, first, columns); break;
-                case 2: channel_tile<kFormat, 2>(matrix, panel, rows, first, columns); break;
-                case 3: channel_tile<kFormat, 3>(matrix, panel, rows, first, columns); break;
-                case 4: channel_tile<kFormat, 4>(matrix, panel, rows, first, columns); break;
-                case 5: channel_tile<kFormat, 5>(matrix, panel, rows, first, columns); break;
-                default: channel_tile<kFormat, 6>(matrix, panel, rows, first, columns); break;
-            }
-        }
+template <Format kFormat, int kRows = kFewRows>
+void multiply_few(const PackedMatrix& matrix, int panel, const ByteRows& rows, const ChannelColumns& columns) {
+    if constexpr (kRows > 1) {
+        if (rows.num_rows < kRows) return multiply_few<kFormat, kRows - 1>(matrix, panel, rows, columns);
     }
+    channel_tile<kFormat, kRows>(matrix, panel, rows, columns);
 }
 
-inline void channel_panels(const PackedMatrix& matrix, PanelRange panels, const ByteRows& rows, const LinearResult& result,
-                           uint8_t*) {
+// Up to kFewRows rows: codes go from memory straight into products.
+inline void multiply_few(const PackedMatrix& matrix, PanelRange panels, const ByteRows& rows, const LinearResult& result) {
     const bool is_int8 = matrix.format == Format::INT8_CHANNEL;
-    const auto multiply = is_int8 ? multiply_channels<Format::INT8_CHANNEL> : multiply_channels<Format::INT4_CHANNEL>;
-    multiply(matrix, panels, rows, result);
+    const auto multiply = is_int8 ? multiply_few<Format::INT8_CHANNEL> : multiply_few<Format::INT4_CHANNEL>;
+    for (int panel = panels.first; panel < panels.last; ++panel) multiply(matrix, panel, rows, {matrix, panel, result});
 }
 
 // A row's codes, 16 at a time, from floats that `load(start)` gives: those past the end are not asked for.

@@ -64,7 +64,7 @@ void ChannelProducts::greatest_columns(const LinearWeight& weight, const float* 
 
 bool ChannelProducts::can_fuse(const GatedWeights& weights) const {
     const auto& sides = weights.gate_up->parts;
-    return kernels_.tiles != nullptr && sides.size() == 2 && sides[0].format == sides[1].format &&
+    return kernels_.gated_channel_panels != nullptr && sides.size() == 2 && sides[0].format == sides[1].format &&
            weights.gate_up->is_by_channel() && weights.down->is_by_channel();
 }
 
@@ -114,7 +114,7 @@ PairedRows ChannelProducts::multiply_gated(Workers& workers, Workspace& space, c
         run_panels(workers, std::span(sides).first(1), [&](const PackedMatrix&, PanelRange panels, int, int thread) {
             const FlushDenormals flush;
             const int own = workers.num_threads() == 1 ? 0 : thread;
-            kernels_.tiles->gated_channel_panels(gated, panels, rows, to, scratch + own * scratch_bytes);
+            kernels_.gated_channel_panels(gated, panels, rows, to, scratch + own * scratch_bytes);
         });
     }
     return hidden;
@@ -152,14 +152,13 @@ ByteRows ChannelProducts::quantize(Workers& workers, Workspace& space, const flo
 
 template <typename Workers>
 ByteRows ChannelProducts::quantize(Workers& workers, Workspace& space, const PairedRows& x) {
-    const TileKernels& tiles = *kernels_.tiles;
     return quantize_rows(
         workers, space, x.num_rows, x.num_inputs, true,
         [&](int row, const ByteRows& to) {
-            return tiles.quantize_paired_row(x.at(row, 0), x.num_inputs, to.row(row), to.scales + row, to.sums + row);
+            return kernels_.quantize_paired_row(x.at(row, 0), x.num_inputs, to.row(row), to.scales + row, to.sums + row);
         },
         [&](int row, const ByteRows& to, int rest) {
-            tiles.quantize_paired_rest(x.at(row, 0), x.num_inputs, to.row(rest), to.scales + rest, to.sums + rest);
+            kernels_.quantize_paired_rest(x.at(row, 0), x.num_inputs, to.row(rest), to.scales + rest, to.sums + rest);
         });
 }
 

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "attention.h"
+#include "column_kernels.h"
 #include "lora_matrix.h"
 #include "packed_matrix.h"
 #include "tiles.h"
@@ -79,6 +80,18 @@ struct KernelTable {
 
     // A row of weights [I] to blocks of INT8_CHANNEL or INT4_CHANNEL (rounding_rows.h).
     void (*round_channel_row)(const float* values, int num_inputs, int bits, uint8_t* blocks);
+
+    // hidden = act(gate) * up of the `panels` of both sides, within 3e-4 before it is rounded. `scratch`:
+    // channel_scratch_bytes, aligned to 64. Null, with the two below: gated layers are not fused.
+    void (*gated_channel_panels)(const GatedPanels& gated, PanelRange panels, const ByteRows& rows,
+                                 const PairedRows& hidden, uint8_t* scratch) = nullptr;
+
+    // A row of pairs, from PairedRows::at on, to codes of 8 bits: as quantize_channel_row and _rest.
+    bool (*quantize_paired_row)(const uint16_t* row, int num_inputs, int8_t* to, float* scale, int32_t* sum) = nullptr;
+    void (*quantize_paired_rest)(const uint16_t* row, int num_inputs, int8_t* to, float* scale, int32_t* sum) = nullptr;
+
+    // Null: attend_head only.
+    const ColumnKernels* columns = nullptr;
 
     // Null: no tiles, activations in 8 bits.
     const TileKernels* tiles = nullptr;

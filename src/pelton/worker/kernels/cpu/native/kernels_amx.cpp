@@ -8,17 +8,18 @@
 namespace pelton {
 
 const KernelTable& amx_kernels() {
-    static const TileKernels tiles = {amx::pack_rows,    amx::linear_panels,
-                                      amx::gated_channel_panels, amx::quantize_paired_row,
-                                      amx::quantize_paired_rest, amx::gated_rows,
-                                      amx::can_attend,   amx::store_values, amx::attend,
-                                      amx::attend_chunk, amx::merge_chunks,
-                                      amx::PartialSums::num_floats, amx::HeadColumns::scratch_floats};
+    static const ColumnKernels columns = {amx::can_attend,   amx::store_head,
+                                          amx::attend,       amx::attend_chunk,
+                                          amx::merge_chunks, amx::PartialSums::num_floats,
+                                          amx::HeadColumns::scratch_floats};
+    static const TileKernels tiles = {amx::pack_rows, amx::linear_panels, amx::gated_rows};
     static const KernelTable table = [] {
         KernelTable made = avx512_kernels();
         made.name = "amx";
+        made.columns = &columns;
         made.tiles = &tiles;
         made.channel_panels = amx::channel_panels;
+        made.gated_channel_panels = amx::gated_channel_panels;
         return made;
     }();
     return table;

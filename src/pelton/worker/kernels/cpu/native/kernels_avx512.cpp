@@ -8,7 +8,7 @@
 
 #include "activation_avx512.h"
 #include "attention_avx512.h"
-#include "channel_avx512.h"
+#include "channel_panels_avx512.h"
 #include "dense_tiles.h"
 #include "kernel_table.h"
 #include "linear_avx512.h"
@@ -85,19 +85,6 @@ void store_kv(const float* from, int size, KVType kv_type, void* to) {
     }
 }
 
-void attend_head(const AttentionShape& shape, const AttentionRequest& request, const void* keys, const void* values,
-                 int kv_head, int first_token, int num_tokens, float* scratch) {
-    // On Intel's cores so far, two bfloat16 products take twice as long as a float32 one.
-    static const bool has_fast_bf16 = __builtin_cpu_is("amd");
-    if (shape.kv_type == KVType::F32) {
-        HeadTile<F32>(shape, request, keys, values, kv_head, first_token, num_tokens, scratch).run();
-    } else if (!has_fast_bf16) {
-        HeadTile<WideBF16>(shape, request, keys, values, kv_head, first_token, num_tokens, scratch).run();
-    } else {
-        HeadTile<BF16>(shape, request, keys, values, kv_head, first_token, num_tokens, scratch).run();
-    }
-}
-
 // Half the instructions of the plain one.
 float block_maxima_512(const float* x, int64_t size, float* maxima) {
     __mmask16 has_nan = 0;
@@ -134,11 +121,15 @@ void softcap_row(float* x, int64_t size, float cap) {
 
 const KernelTable& avx512_kernels() {
     using namespace avx512;
+    static const ColumnKernels columns = {avx512::can_attend, store_head,   attend,
+                                          attend_chunk,       merge_chunks, RowSums::part_floats,
+                                          HeadRows<FloatWords>::scratch_floats};
     static const KernelTable table = {"avx512",          quantize_row, linear_panel, dense_panel,      rms_norm_row,
-                                      silu_mul_row,      gelu_tanh_mul_row, rotate_head, store_kv,    attend_head,
+                                      silu_mul_row,      gelu_tanh_mul_row, rotate_head, store_kv,    avx2_kernels().attend_head,
                                       softcap_row,       block_maxima_512, block_weights, num_above,  mask_row,
                                       lora_shrink,       lora_expand,
-                                      quantize_channel_row, quantize_channel_rest, channel_panels, round_channel_row};
+                                      quantize_channel_row, quantize_channel_rest, channel_panels, round_channel_row,
+                                      gated_channel_panels, quantize_paired_row, quantize_paired_rest, &columns};
     return table;
 }
 

@@ -9,9 +9,11 @@
 
 #include <algorithm>
 
+#include "dot_avx512.h"
 #include "kernel_table.h"
 #include "prefetch_avx512.h"
 #include "quantized_group.h"
+#include "unrolled.h"
 
 namespace pelton::avx512 {
 
@@ -155,32 +157,28 @@ inline void multiply_tile(Source source, const QuantizedRows& rows, int first_ro
     const float* scales = rows.scales + static_cast<size_t>(first_row) * num_groups;
     const int32_t* sums = rows.sums + static_cast<size_t>(first_row) * num_groups * 2;
     __m512 total[kRows][2];
-    for (int r = 0; r < kRows; ++r) total[r][0] = total[r][1] = _mm512_setzero_ps();
+    unrolled<kRows>([&](auto r) __attribute__((always_inline)) { total[r][0] = total[r][1] = _mm512_setzero_ps(); });
 
     for (int group = 0; group < num_groups; ++group, source.next()) {
         const GroupScales weight = source.scales();
         for (int sub = 0; sub < traits.subgroups; ++sub) {
             __m512i dot[kRows][2];
-            for (int r = 0; r < kRows; ++r) {
+            unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
                 const int32_t* sum = sums + (static_cast<size_t>(r) * num_groups + group) * 2;
                 const int own = traits.subgroups == 2 ? sum[sub] : sum[0] + sum[1];
                 dot[r][0] = dot[r][1] = _mm512_set1_epi32(-traits.zero_point * own);
-            }
+            });
             for (int pair = sub * pairs_per_sub; pair < (sub + 1) * pairs_per_sub; ++pair) {
                 __m512i first[2], second[2];
                 source.load_pair(pair, 0, first[0], second[0]);
                 source.load_pair(pair, 1, first[1], second[1]);
-                for (int r = 0; r < kRows; ++r) {
-                    const auto* x = reinterpret_cast<const int32_t*>(
-                        values + static_cast<size_t>(r) * rows.num_inputs + group * kGroup + 8 * pair);
-                    const __m512i x0 = _mm512_set1_epi32(x[0]), x1 = _mm512_set1_epi32(x[1]);
-                    dot[r][0] = _mm512_dpbusd_epi32(dot[r][0], first[0], x0);
-                    dot[r][1] = _mm512_dpbusd_epi32(dot[r][1], first[1], x0);
-                    dot[r][0] = _mm512_dpbusd_epi32(dot[r][0], second[0], x1);
-                    dot[r][1] = _mm512_dpbusd_epi32(dot[r][1], second[1], x1);
-                }
+                unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
+                    const int8_t* x = values + static_cast<size_t>(r) * rows.num_inputs + group * kGroup + 8 * pair;
+                    add_dots(dot[r], first, x);
+                    add_dots(dot[r], second, x + 4);
+                });
             }
-            for (int r = 0; r < kRows; ++r) {
+            unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
                 const __m512 scale = _mm512_set1_ps(scales[static_cast<size_t>(r) * num_groups + group]);
                 for (int half = 0; half < 2; ++half) {
                     total[r][half] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[r][half]),
@@ -191,7 +189,7 @@ inline void multiply_tile(Source source, const QuantizedRows& rows, int first_ro
                         total[r][half] = _mm512_fnmadd_ps(weight.min[sub][half], part, total[r][half]);
                     }
                 }
-            }
+            });
         }
     }
     for (int half = 0; half < 2; ++half) {

@@ -7,23 +7,14 @@
 #include <cstdint>
 
 #include "attention.h"
-#include "attention_avx512.h"
+#include "attention_schedule.h"
+#include "exp2_avx512.h"
+#include "transpose_avx512.h"
 
 namespace pelton::amx {
 
-constexpr int kColumns = 16;
+constexpr int kColumns = kPartColumns;
 constexpr float kHidden = -1e30f;  // the score of what a column does not see: finite, so that it subtracts
-
-// 2^x for x <= 0 within 3e-6. Exactly 1 at 0.
-inline __m512 exp2_negative(__m512 x) {
-    const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512 r = _mm512_sub_ps(x, n);
-    __m512 p = _mm512_fmadd_ps(r, _mm512_set1_ps(9.582853193e-3f), _mm512_set1_ps(5.590642771e-2f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.402409863e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.931241931e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(p, n);
-}
 
 // Sums of 16 columns over one chunk or more: results [D][16], then maxima (powers of 2) and sums [16].
 struct PartialSums {
@@ -44,8 +35,8 @@ struct PartialSums {
         const __m512 before = _mm512_load_ps(maxima());
         const __m512 largest = _mm512_mask_loadu_ps(_mm512_set1_ps(kHidden), mask, part.maxima() + lane);
         const __m512 maximum = _mm512_max_ps(before, largest);
-        const __m512 keep = exp2_negative(_mm512_sub_ps(before, maximum));
-        const __m512 take = exp2_negative(_mm512_sub_ps(largest, maximum));
+        const __m512 keep = avx512::exp2_negative(_mm512_sub_ps(before, maximum));
+        const __m512 take = avx512::exp2_negative(_mm512_sub_ps(largest, maximum));
         _mm512_store_ps(maxima(), maximum);
         const auto merge = [&](float* to, const float* from) {
             const __m512 added = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, from + lane), take);

@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "denormals.h"
-#include "tile_attention.h"
+#include "column_attention.h"
 
 namespace pelton {
 
@@ -312,7 +312,9 @@ void Runtime::gated(bool gelu, const float* gate_up, int num_rows, int size, flo
 void Runtime::rotate_and_store(const AttentionShape& shape, const Tokens& tokens, const HeadRows& rows,
                                void* key_cache, void* value_cache) {
     const int dim = shape.head_dim;
-    const int64_t element_bytes = shape.kv_type == KVType::F32 ? 4 : 2;
+    const int64_t element_bytes = kv_bytes(shape.kv_type);
+    const bool in_chunks = attends_in_chunks(shape);
+    auto *keys = static_cast<uint8_t*>(key_cache), *values = static_cast<uint8_t*>(value_cache);
     const int num_values = (shape.num_heads + 2 * shape.num_kv_heads) * dim;
     pool_.run_rows(tokens.num_tokens, num_values, [&](int token, int) {
         const float* cos = tokens.cos + static_cast<int64_t>(token) * tokens.half;
@@ -326,17 +328,15 @@ void Runtime::rotate_and_store(const AttentionShape& shape, const Tokens& tokens
             const float* value = rows.values + token * rows.ld_values + static_cast<int64_t>(head) * dim;
             kernels_.rotate_head(key, cos, sin, tokens.half);
             const int64_t slot = tokens.slots[token];
-            if (!attends_in_chunks(shape)) {
+            if (in_chunks) {
+                const int64_t block = slot / shape.block_size;
+                const int64_t at = (block * shape.num_kv_heads + head) * dim * shape.block_size * element_bytes;
+                kernels_.columns->store_head(shape, key, value, static_cast<int>(slot % shape.block_size), keys + at, values + at);
+            } else {
                 const int64_t at = (slot * shape.num_kv_heads + head) * dim * element_bytes;
-                kernels_.store_kv(key, dim, shape.kv_type, static_cast<uint8_t*>(key_cache) + at);
-                kernels_.store_kv(value, dim, shape.kv_type, static_cast<uint8_t*>(value_cache) + at);
-                continue;
+                kernels_.store_kv(key, dim, shape.kv_type, keys + at);
+                kernels_.store_kv(value, dim, shape.kv_type, values + at);
             }
-            const int64_t block = slot / shape.block_size, offset = slot % shape.block_size;
-            const int64_t first = (block * shape.num_kv_heads + head) * dim * shape.block_size;
-            kernels_.store_kv(key, dim, shape.kv_type, static_cast<uint16_t*>(key_cache) + first + offset * dim);
-            kernels_.tiles->store_values(value, dim, shape.block_size,
-                                         static_cast<uint16_t*>(value_cache) + first + offset);
         }
     });
 }
@@ -344,7 +344,7 @@ void Runtime::rotate_and_store(const AttentionShape& shape, const Tokens& tokens
 void Runtime::attend(const AttentionShape& shape, std::span<const AttentionRequest> requests,
                      const AttentionSchedule& schedule, const void* key_cache, const void* value_cache) {
     if (attends_in_chunks(shape)) {
-        TileAttention(*kernels_.tiles, shape, requests, schedule, {key_cache, value_cache}, attention_, pool_).run();
+        ColumnAttention(*kernels_.columns, shape, requests, schedule, {key_cache, value_cache}, attention_, pool_).run();
         return;
     }
     const size_t scratch_bytes = aligned(attention_scratch_floats(shape) * sizeof(float));

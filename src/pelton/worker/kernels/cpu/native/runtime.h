@@ -13,7 +13,7 @@
 #include "kernel_table.h"
 #include "linear_weight.h"
 #include "thread_pool.h"
-#include "tile_attention.h"
+#include "column_attention.h"
 #include "workers.h"
 
 namespace pelton {
@@ -79,9 +79,9 @@ public:
     void rotate_and_store(const AttentionShape& shape, const Tokens& tokens, const HeadRows& rows, void* key_cache,
                           void* value_cache);
 
-    // Whether attention of this shape is in tiles, which a schedule must know.
+    // Whether attention of this shape is by columns, which a schedule must know.
     bool attends_in_chunks(const AttentionShape& shape) const {
-        return kernels_.tiles != nullptr && kernels_.tiles->can_attend(shape);
+        return kernels_.columns != nullptr && kernels_.columns->can_attend(shape);
     }
 
     // `schedule` is made of the same requests.

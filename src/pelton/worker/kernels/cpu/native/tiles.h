@@ -7,9 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <span>
 
-#include "attention.h"
 #include "packed_matrix.h"
 
 namespace pelton {
@@ -102,39 +100,8 @@ struct TileKernels {
     void (*linear_panels)(const PackedMatrix& matrix, PanelRange panels, GroupRange groups, const TiledRows& rows,
                           const LinearResult& result, uint8_t* scratch);
 
-    // hidden = act(gate) * up of the `panels` of both sides, within 3e-4 before it is rounded. `scratch`:
-    // channel_scratch_bytes, aligned to 64.
-    void (*gated_channel_panels)(const GatedPanels& gated, PanelRange panels, const ByteRows& rows,
-                                 const PairedRows& hidden, uint8_t* scratch);
-
-    // A row of pairs, from PairedRows::at on, to codes of 8 bits: as quantize_channel_row and _rest.
-    bool (*quantize_paired_row)(const uint16_t* row, int num_inputs, int8_t* to, float* scale, int32_t* sum);
-    void (*quantize_paired_rest)(const uint16_t* row, int num_inputs, int8_t* to, float* scale, int32_t* sum);
-
     // act(gate) * up of a group of 32 columns [num_rows <= 16, 32], rows `ld` apart, as a tile.
     void (*gated_rows)(bool gelu, const float* gate, const float* up, int64_t ld, int num_rows, uint16_t* to);
-
-    // Whether tiles fit the shape. Caches are then [num_blocks, K, block_size, D] of keys and
-    // [num_blocks, K, D, block_size] of values.
-    bool (*can_attend)(const AttentionShape& shape);
-
-    // One head's values [D] of a token into its slot; dimensions are `stride` apart there.
-    void (*store_values)(const float* from, int dim, int64_t stride, uint16_t* to);
-
-    // The results of a run's columns. Scratch of all three: attention_scratch_floats, aligned to 64.
-    void (*attend)(const AttentionShape& shape, const ColumnRun& run, const void* keys, const void* values, int kv_head,
-                   float* scratch);
-
-    // What the chunk of positions from `start` adds to a run's columns: a part of part_floats for every 16.
-    void (*attend_chunk)(const AttentionShape& shape, const ColumnRun& run, const void* keys, const void* values,
-                         int kv_head, int start, float* parts, float* scratch);
-
-    // The results of up to 16 columns from all chunks that they see, in order.
-    void (*merge_chunks)(const AttentionShape& shape, std::span<const ChunkPart> parts, const AttentionColumn* columns,
-                         int num_columns, float* scratch);
-
-    int64_t (*part_floats)(int head_dim);
-    int64_t (*attention_scratch_floats)(int head_dim, int num_columns);
 };
 
 }  // namespace pelton

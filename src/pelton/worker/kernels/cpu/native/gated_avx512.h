@@ -4,7 +4,7 @@
 #include "channel_avx512.h"
 #include "tiles.h"
 
-namespace pelton::amx {
+namespace pelton::avx512 {
 
 // 16 outputs of gate (side 0) and of up (side 1).
 struct GatedSums {
@@ -21,7 +21,7 @@ struct GatedSums {
 
     // As ChannelColumns::store.
     __m512 value(const ByteRows& rows, int row, int side, const int32_t* sums) const {
-        const __m512i exact = _mm512_sub_epi32(_mm512_load_si512(sums), avx512::excess(rows, row));
+        const __m512i exact = _mm512_sub_epi32(_mm512_load_si512(sums), excess(rows, row));
         const __m512 factor = _mm512_mul_ps(scale[side], _mm512_set1_ps(rows.scales[row]));
         return _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact), factor, bias[side]);
     }
@@ -53,24 +53,47 @@ inline __m512 rough_gelu_mul(__m512 gate, __m512 up) {
     return _mm512_mul_ps(_mm512_mul_ps(gate, rough_inverse(_mm512_mul_ps(inner, gate))), up);
 }
 
-// A single row, without tiles: the same operations on the same sums.
-inline void gated_channel_row(const GatedPanels& gated, PanelRange panels, const ByteRows& rows, const PairedRows& hidden) {
+// Up to kFewRows rows: the same operations on the same sums.
+inline void gated_few(const GatedPanels& gated, PanelRange panels, const ByteRows& rows, const PairedRows& hidden) {
     constexpr int kPanelsAtOnce = 8;  // streams of memory should be long
-    alignas(64) float values[2][kPanelsAtOnce * kPanel];
+    constexpr int kWidth = kPanelsAtOnce * kPanel;
+    alignas(64) float values[2][kFewRows][kWidth];
+    const auto act = [&](int row, int i) {
+        const __m512 gate = _mm512_load_ps(values[0][row] + i), up = _mm512_load_ps(values[1][row] + i);
+        return gated.gelu ? rough_gelu_mul(gate, up) : rough_silu_mul(gate, up);
+    };
     for (int first = panels.first; first < panels.last; first += kPanelsAtOnce) {
         const PanelRange some = {first, std::min(first + kPanelsAtOnce, panels.last)};
         for (int side = 0; side < 2; ++side) {
             // Targets are rows of the whole result.
-            const LinearResult result = {gated.bias[side], values[side] - first * kPanel - rows.targets[0] * kPanel, kPanel};
-            avx512::channel_panels(*gated.sides[side], some, rows, result, nullptr);
+            float* to = values[side][0] - first * kPanel - static_cast<int64_t>(rows.targets[0]) * kWidth;
+            multiply_few(*gated.sides[side], some, rows, {gated.bias[side], to, kWidth});
         }
         for (int i = 0; i < (some.last - some.first) * kPanel; i += 16) {
-            const __m512 gate = _mm512_load_ps(values[0] + i), up = _mm512_load_ps(values[1] + i);
-            const __m512 value = gated.gelu ? rough_gelu_mul(gate, up) : rough_silu_mul(gate, up);
-            _mm512_store_si512(hidden.at(0, first * kPanel + i),
-                               reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(value, value)));
+            for (int row = 0; row < rows.num_rows; row += 2) {
+                const __m512 even = act(row, i), odd = row + 1 < rows.num_rows ? act(row + 1, i) : even;
+                _mm512_store_si512(hidden.at(row, first * kPanel + i), reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even)));
+            }
         }
     }
 }
 
-}  // namespace pelton::amx
+// A row of bfloat16 of which `row` is the first value of a pair's.
+struct PairedRow {
+    const uint16_t* row;
+
+    __m512 operator()(int start) const {
+        const __m512i words = _mm512_cvtepu16_epi32(_mm256_load_si256(reinterpret_cast<const __m256i*>(row + 2 * start)));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+    }
+};
+
+inline bool quantize_paired_row(const uint16_t* row, int num_inputs, int8_t* to, float* scale, int32_t* sum) {
+    return quantize_channel(PairedRow{row}, num_inputs, to, scale, sum);
+}
+
+inline void quantize_paired_rest(const uint16_t* row, int num_inputs, int8_t* to, float* scale, int32_t* sum) {
+    quantize_rest(PairedRow{row}, num_inputs, to, scale, sum);
+}
+
+}  // namespace pelton::avx512

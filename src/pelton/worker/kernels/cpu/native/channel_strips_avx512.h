@@ -1,11 +1,10 @@
-// Weights by channel on their way into tiles of 8 bits.
+// Weights by channel, half a panel of 64 inputs at a time: as tiles of 8 bits take them.
 #pragma once
 
 #include "channel_avx512.h"
-#include "tile_registers.h"
 #include "tiles.h"
 
-namespace pelton::amx {
+namespace pelton::avx512 {
 
 constexpr int kWeightTileBytes = kChunk * kPanel / 2;  // 64 inputs of 16 outputs
 constexpr int kStripBytes = 2 * kStripChunks * kWeightTileBytes;
@@ -19,7 +18,7 @@ struct TileColumns {
 // 64 inputs of half a panel, made of fewer than 8 bits, as tiles take them: [16 fours of inputs][16 outputs][4].
 // Whoever makes first halves also fetches what lies further on.
 template <Format kFormat, int kHalf>
-inline void make_tile(avx512::ChannelGroups<kFormat> groups, uint8_t* to) {
+inline void make_tile(ChannelGroups<kFormat> groups, uint8_t* to) {
     for (int group = 0; group < kChunk / kGroup; ++group) {
         groups.start();
         for (int pair = 0; pair < 4; ++pair, to += 2 * 64) {
@@ -29,14 +28,14 @@ inline void make_tile(avx512::ChannelGroups<kFormat> groups, uint8_t* to) {
             _mm512_store_si512(to + 64, codes[1]);
         }
         if constexpr (kHalf == 0) groups.prefetch();
-        groups.group += avx512::ChannelGroups<kFormat>::kGroupBytes;
+        groups.group += ChannelGroups<kFormat>::kGroupBytes;
     }
 }
 
 // Chunks [first, last) of two columns of tiles, which are made, or fetched from memory, one tile after another.
 template <Format kFormat>
 struct Strip {
-    using Groups = avx512::ChannelGroups<kFormat>;
+    using Groups = ChannelGroups<kFormat>;
     static constexpr int kChunkBytes = kChunk / kGroup * Groups::kGroupBytes;
     static constexpr int64_t kStride = Groups::kHasSteps ? 64 : 128;  // of a tile's rows
 
@@ -78,4 +77,4 @@ struct Strip {
     }
 };
 
-}  // namespace pelton::amx
+}  // namespace pelton::avx512

@@ -1,4 +1,4 @@
-// One layer's attention in tiles: pieces of a schedule shared out among threads.
+// One layer's attention by columns: pieces of a schedule shared out among threads.
 #pragma once
 
 #include <span>
@@ -21,10 +21,10 @@ struct AttentionMemory {
     Buffer scratch, parts;
 };
 
-class TileAttention {
+class ColumnAttention {
 public:
     // `schedule` is made of the same requests. All of these must outlive it.
-    TileAttention(const TileKernels& kernels, const AttentionShape& shape, std::span<const AttentionRequest> requests,
+    ColumnAttention(const ColumnKernels& kernels, const AttentionShape& shape, std::span<const AttentionRequest> requests,
                   const AttentionSchedule& schedule, AttentionCaches caches, AttentionMemory& memory, ThreadPool& pool);
 
     void run();
@@ -50,7 +50,7 @@ private:
     float* work_of(int thread) const;
     float* part_at(int kv_head, int tile) const;
 
-    const TileKernels& kernels_;
+    const ColumnKernels& kernels_;
     const AttentionShape& shape_;
     std::span<const AttentionRequest> requests_;
     const AttentionSchedule& schedule_;

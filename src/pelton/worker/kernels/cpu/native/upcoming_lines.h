@@ -8,7 +8,7 @@
 
 #include "attention.h"
 
-namespace pelton::amx {
+namespace pelton::avx512 {
 
 // A few lines at a time, between computations: all at once, they would hold up whatever is loaded meanwhile.
 class UpcomingLines {
@@ -17,7 +17,7 @@ public:
         : blocks_(blocks),
           caches_{static_cast<const char*>(keys), static_cast<const char*>(values)},
           num_kv_heads_(shape.num_kv_heads),
-          piece_bytes_(static_cast<int64_t>(shape.block_size) * shape.head_dim * 2),
+          piece_bytes_(static_cast<int64_t>(shape.block_size) * shape.head_dim * kv_bytes(shape.kv_type)),
           piece_(2 * blocks.first) {}
 
     void fetch(int num_lines) {
@@ -41,4 +41,4 @@ private:
     int64_t offset_ = 0;
 };
 
-}  // namespace pelton::amx
+}  // namespace pelton::avx512

@@ -1,4 +1,4 @@
-#include "tile_attention.h"
+#include "column_attention.h"
 
 #include <algorithm>
 #include <atomic>
@@ -14,7 +14,7 @@ constexpr int kTasksPerThread = 8;
 
 }  // namespace
 
-TileAttention::TileAttention(const TileKernels& kernels, const AttentionShape& shape,
+ColumnAttention::ColumnAttention(const ColumnKernels& kernels, const AttentionShape& shape,
                              std::span<const AttentionRequest> requests, const AttentionSchedule& schedule,
                              AttentionCaches caches, AttentionMemory& memory, ThreadPool& pool)
     : kernels_(kernels),
@@ -24,9 +24,9 @@ TileAttention::TileAttention(const TileKernels& kernels, const AttentionShape& s
       caches_(caches),
       pool_(pool),
       group_(shape.num_heads / shape.num_kv_heads),
-      column_bytes_(aligned(std::max(schedule.num_columns, kTileHeight) * sizeof(AttentionColumn))),
+      column_bytes_(aligned(std::max(schedule.num_columns, kPartColumns) * sizeof(AttentionColumn))),
       work_bytes_(column_bytes_ +
-                  aligned(kernels.attention_scratch_floats(shape.head_dim, schedule.num_columns) * sizeof(float))),
+                  aligned(kernels.scratch_floats(shape.head_dim, schedule.num_columns) * sizeof(float))),
       part_floats_(kernels.part_floats(shape.head_dim)),
       scratch_(static_cast<uint8_t*>(memory.scratch.reserve(work_bytes_ * pool.num_threads()))),
       parts_(static_cast<float*>(
@@ -34,7 +34,7 @@ TileAttention::TileAttention(const TileKernels& kernels, const AttentionShape& s
     make_tasks();
 }
 
-void TileAttention::run() {
+void ColumnAttention::run() {
     run_tasks(tasks_);
     const int num_kv_heads = shape_.num_kv_heads;
     pool_.run(static_cast<int>(schedule_.merges.size()) * num_kv_heads, [&](int index, int thread) {
@@ -44,12 +44,12 @@ void TileAttention::run() {
 }
 
 // Bound by memory: one tile of columns or few for each block that is read.
-bool TileAttention::is_light(const AttentionSchedule::Piece& piece) const {
-    return piece.chunk >= 0 || schedule_.runs[piece.run].num_tokens * group_ <= kTileHeight;
+bool ColumnAttention::is_light(const AttentionSchedule::Piece& piece) const {
+    return piece.chunk >= 0 || schedule_.runs[piece.run].num_tokens * group_ <= kPartColumns;
 }
 
 // Heads of the same blocks lie together, so of a light piece one thread takes several.
-void TileAttention::make_tasks() {
+void ColumnAttention::make_tasks() {
     const int num_pieces = static_cast<int>(schedule_.pieces.size());
     int at_once = std::clamp(num_pieces * shape_.num_kv_heads / (pool_.num_threads() * kTasksPerThread), 1,
                              shape_.num_kv_heads);
@@ -61,7 +61,7 @@ void TileAttention::make_tasks() {
 }
 
 // Where there are tasks enough, a thread takes the next one before it begins a light one, whose blocks it fetches meanwhile.
-void TileAttention::run_tasks(std::span<const Task> tasks) {
+void ColumnAttention::run_tasks(std::span<const Task> tasks) {
     const int num_tasks = static_cast<int>(tasks.size());
     const bool are_many = num_tasks >= pool_.num_threads() * kTasksPerThread;
     std::atomic<int> num_taken{0};
@@ -87,7 +87,7 @@ void TileAttention::run_tasks(std::span<const Task> tasks) {
     });
 }
 
-UpcomingBlocks TileAttention::blocks_of(const Task& task, int head) const {
+UpcomingBlocks ColumnAttention::blocks_of(const Task& task, int head) const {
     const auto& piece = schedule_.pieces[task.piece];
     const bool is_run = piece.chunk < 0;
     const int start = is_run ? 0 : schedule_.chunks[piece.chunk].start;
@@ -97,7 +97,7 @@ UpcomingBlocks TileAttention::blocks_of(const Task& task, int head) const {
     return {request.block_table, start / shape_.block_size, (end + shape_.block_size - 1) / shape_.block_size, head};
 }
 
-void TileAttention::attend(const AttentionSchedule::Piece& piece, int kv_head, const UpcomingBlocks& upcoming,
+void ColumnAttention::attend(const AttentionSchedule::Piece& piece, int kv_head, const UpcomingBlocks& upcoming,
                            int thread) const {
     AttentionColumn* columns = columns_of(thread);
     if (piece.chunk < 0) {
@@ -110,19 +110,19 @@ void TileAttention::attend(const AttentionSchedule::Piece& piece, int kv_head, c
     }
     const auto& chunk = schedule_.chunks[piece.chunk];
     const AttentionRequest& first = requests_[chunk.members.front()];
-    const int own = first.num_tokens * group_, per_tile = kTileHeight / own;
+    const int own = first.num_tokens * group_, per_tile = kPartColumns / own;
     const int num_members = static_cast<int>(chunk.members.size());
-    const int num_columns = (num_members + per_tile - 1) / per_tile * kTileHeight;
+    const int num_columns = (num_members + per_tile - 1) / per_tile * kPartColumns;
     std::fill_n(columns, num_columns, AttentionColumn{});
     for (int i = 0; i < num_members; ++i) {
-        set_columns(columns + i / per_tile * kTileHeight + i % per_tile * own, requests_[chunk.members[i]], kv_head, 0,
+        set_columns(columns + i / per_tile * kPartColumns + i % per_tile * own, requests_[chunk.members[i]], kv_head, 0,
                     first.num_tokens);
     }
     kernels_.attend_chunk(shape_, {columns, num_columns, first.seq_len, first.block_table, upcoming}, caches_.keys,
                           caches_.values, kv_head, chunk.start, part_at(kv_head, chunk.first_tile), work_of(thread));
 }
 
-void TileAttention::merge(const AttentionSchedule::Merge& merge, int kv_head, int thread) const {
+void ColumnAttention::merge(const AttentionSchedule::Merge& merge, int kv_head, int thread) const {
     const AttentionRequest& request = requests_[merge.request];
     AttentionColumn* columns = columns_of(thread);
     set_columns(columns, request, kv_head, 0, request.num_tokens);
@@ -132,7 +132,7 @@ void TileAttention::merge(const AttentionSchedule::Merge& merge, int kv_head, in
     kernels_.merge_chunks(shape_, own, columns, request.num_tokens * group_, work_of(thread));
 }
 
-void TileAttention::set_columns(AttentionColumn* to, const AttentionRequest& request, int kv_head, int first,
+void ColumnAttention::set_columns(AttentionColumn* to, const AttentionRequest& request, int kv_head, int first,
                                 int count) const {
     const int64_t ld_out = static_cast<int64_t>(shape_.num_heads) * shape_.head_dim;
     for (int token = first; token < first + count; ++token) {
@@ -144,15 +144,15 @@ void TileAttention::set_columns(AttentionColumn* to, const AttentionRequest& req
     }
 }
 
-AttentionColumn* TileAttention::columns_of(int thread) const {
+AttentionColumn* ColumnAttention::columns_of(int thread) const {
     return reinterpret_cast<AttentionColumn*>(scratch_ + thread * work_bytes_);
 }
 
-float* TileAttention::work_of(int thread) const {
+float* ColumnAttention::work_of(int thread) const {
     return reinterpret_cast<float*>(scratch_ + thread * work_bytes_ + column_bytes_);
 }
 
-float* TileAttention::part_at(int kv_head, int tile) const {
+float* ColumnAttention::part_at(int kv_head, int tile) const {
     return parts_ + (static_cast<int64_t>(kv_head) * schedule_.num_tiles + tile) * part_floats_;
 }
 
