@@ -11,6 +11,7 @@
 #include "kernel_table.h"
 #include "packed_groups.h"
 #include "quantized_group.h"
+#include "unrolled.h"
 
 namespace pelton::PELTON_ISA {
 
@@ -48,11 +49,28 @@ private:
     Bytes code(Bytes q, int vector) const { return bits_as<Bytes>(bits_as<Pairs>(q) * steps[vector]) + bases[vector]; }
 };
 
-template <Format kFormat, int kRows>
-void channel_tile(const PackedMatrix& matrix, int panel, const ByteRows& rows, int first_row, const LinearResult& result) {
-    constexpr int kVectors = kPanel / kLanes;
+// A panel's columns of the result from the sums of a row [kPanel].
+inline void store_row(const PackedMatrix& matrix, int panel, const ByteRows& rows, int row, const int32_t* sums,
+                      const LinearResult& result) {
     const int num_columns = std::min(kPanel, matrix.num_outputs - panel * kPanel);
+    const Ints zero = splat(kSignedWeights ? 0 : 128 * rows.sums[row]);
+    alignas(64) float total[kPanel];
+    for (int i = 0; i < kPanel; i += kLanes) {
+        const Floats scale = load<Floats>(matrix.channel_scales(panel) + i) * splat(rows.scales[row]);
+        store(total + i, to_floats(load<Ints>(sums + i) - zero) * scale);
+    }
+    float* to = result.out + rows.targets[row] * result.ld_out + panel * kPanel;
+    const float* base = rows.is_rest(row) ? to : result.bias == nullptr ? nullptr : result.bias + panel * kPanel;
+    for (int c = 0; c < num_columns; ++c) to[c] = total[c] + (base != nullptr ? base[c] : 0.0f);
+}
+
+// One or two rows: codes go from memory straight into products.
+template <Format kFormat, int kRows>
+void channel_tile(const PackedMatrix& matrix, int panel, const ByteRows& rows, const LinearResult& result) {
+    constexpr int kVectors = kPanel / kLanes;
     Dot<8> dots[kRows][kVectors];
+    const int8_t* x[kRows];
+    for (int r = 0; r < kRows; ++r) x[r] = rows.row(r);
     ChannelGroups<kFormat> groups(matrix.panel(panel));
     for (int group = 0; group < 2 * rows.num_chunks(); ++group, groups.next()) {
         groups.start();
@@ -61,38 +79,114 @@ void channel_tile(const PackedMatrix& matrix, int panel, const ByteRows& rows, i
             for (int vector = 0; vector < kVectors; ++vector) {
                 Bytes first, second;
                 groups.load_pair(pair, vector, first, second);
-                for (int r = 0; r < kRows; ++r) dots[r][vector].add(first, rows.row(first_row + r) + at + 8 * pair, second);
+                for (int r = 0; r < kRows; ++r) dots[r][vector].add(first, x[r] + at + 8 * pair, second);
             }
         }
     }
-    alignas(64) float total[kPanel];
+    alignas(64) int32_t sums[kPanel];
     for (int r = 0; r < kRows; ++r) {
-        const int row = first_row + r;
-        const Ints zero = splat(kSignedWeights ? 0 : 128 * rows.sums[row]);
-        for (int vector = 0; vector < kVectors; ++vector) {
-            const Floats scale = load<Floats>(matrix.channel_scales(panel) + vector * kLanes) * splat(rows.scales[row]);
-            store(total + vector * kLanes, to_floats(dots[r][vector].sum() - zero) * scale);
+        for (int vector = 0; vector < kVectors; ++vector) store(sums + vector * kLanes, dots[r][vector].sum());
+        store_row(matrix, panel, rows, r, sums, result);
+    }
+}
+
+// Chunks [first, last) of a panel as codes of 8 bits, [8 k4][2 halves][64 lanes] to a group: made in `scratch`, or as they lie.
+template <Format kFormat>
+const uint8_t* made_codes(const PackedMatrix& matrix, int panel, int first, int last, uint8_t* scratch) {
+    const int64_t chunk_bytes = 2 * traits_of(kFormat).group_bytes();
+    ChannelGroups<kFormat> groups(matrix.panel(panel) + first * chunk_bytes);
+    if constexpr (!ChannelGroups<kFormat>::kHasSteps) return groups.group;
+    uint8_t* to = scratch;
+    for (int group = 2 * first; group < 2 * last; ++group, groups.next(), to += kGroup * kPanel) {
+        groups.start();
+        for (int pair = 0; pair < 4; ++pair) {
+            for (int vector = 0; vector < kPanel / kLanes; ++vector) {
+                Bytes codes[2];
+                groups.load_pair(pair, vector, codes[0], codes[1]);
+                for (int i = 0; i < 2; ++i) store(to + (2 * pair + i) * 4 * kPanel + vector * kVectorBytes, codes[i]);
+            }
         }
-        float* to = result.out + rows.targets[row] * result.ld_out + panel * kPanel;
-        const float* base = rows.is_rest(row) ? to : result.bias == nullptr ? nullptr : result.bias + panel * kPanel;
-        for (int c = 0; c < num_columns; ++c) to[c] = total[c] + (base != nullptr ? base[c] : 0.0f);
+    }
+    return scratch;
+}
+
+// Half a panel's codes of `num_chunks` times kRows rows, added to sums [kRows, kPanel] or, where they are the first, put there.
+template <int kRows>
+void add_codes(const uint8_t* codes, int num_chunks, const int8_t* const* rows, bool is_first, int32_t* sums) {
+    Dot<8> dots[kRows][kHalfVectors];
+    for (int64_t at = 0; at < static_cast<int64_t>(num_chunks) * ByteRows::kTileBytes; at += ByteRows::kTileBytes) {
+        for (int k4 = 0; k4 < kChunk / 4; k4 += 2, codes += 8 * kPanel) {
+            Bytes first[kHalfVectors], second[kHalfVectors];
+            unrolled<kHalfVectors>([&](auto v) __attribute__((always_inline)) {
+                first[v] = load<Bytes>(codes + v * kVectorBytes);
+                second[v] = load<Bytes>(codes + 4 * kPanel + v * kVectorBytes);
+            });
+            unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
+                unrolled<kHalfVectors>([&](auto v) __attribute__((always_inline)) {
+                    dots[r][v].add(first[v], rows[r] + at + 4 * k4, second[v]);
+                });
+            });
+        }
+    }
+    unrolled<kRows * kHalfVectors>([&](auto i) __attribute__((always_inline)) {
+        constexpr int r = i / kHalfVectors, v = i % kHalfVectors;
+        int32_t* to = sums + r * kPanel + v * kLanes;
+        store(to, is_first ? dots[r][v].sum() : load<Ints>(to) + dots[r][v].sum());
+    });
+}
+
+template <int kRows>
+void add_codes(const uint8_t* codes, int num_chunks, const int8_t* const* rows, int num_rows, bool is_first, int32_t* sums) {
+    if constexpr (kRows > 1) {
+        if (num_rows < kRows) return add_codes<kRows - 1>(codes, num_chunks, rows, num_rows, is_first, sums);
+    }
+    add_codes<kRows>(codes, num_chunks, rows, is_first, sums);
+}
+
+// More rows: a strip of codes is made once and stays in the first-level cache while they all pass by.
+template <Format kFormat>
+void multiply_strips(const PackedMatrix& matrix, int panel, const ByteRows& rows, const LinearResult& result, uint8_t* scratch) {
+    constexpr int kTileRows = Dot<8>::kTileRows, kMostChunks = kStripChunks / 2;
+    auto* sums = reinterpret_cast<int32_t*>(scratch + kMostChunks * kChunk * kPanel);
+    const int num_chunks = rows.num_chunks(), num_strips = (num_chunks + kMostChunks - 1) / kMostChunks;
+    // Tiles of nearly equal height: 8 rows are 4 + 4, not 6 + 2.
+    const int num_tiles = (rows.num_rows + kTileRows - 1) / kTileRows;
+    const auto row_of = [&](int tile) { return static_cast<int>(static_cast<int64_t>(rows.num_rows) * tile / num_tiles); };
+    for (int strip = 0; strip < num_strips; ++strip) {
+        const int first = num_chunks * strip / num_strips, last = num_chunks * (strip + 1) / num_strips;
+        const uint8_t* codes = made_codes<kFormat>(matrix, panel, first, last, scratch);
+        for (int tile = 0; tile < num_tiles; ++tile) {
+            const int row = row_of(tile), count = row_of(tile + 1) - row;
+            const int8_t* x[kTileRows];
+            for (int r = 0; r < count; ++r) x[r] = rows.row(row + r) + static_cast<int64_t>(first) * ByteRows::kTileBytes;
+            int32_t* own = sums + static_cast<int64_t>(row) * kPanel;
+            for (int half = 0; half < 2; ++half) {
+                add_codes<kTileRows>(codes + 64 * half, last - first, x, count, strip == 0, own + kHalf * half);
+            }
+            if (strip + 1 < num_strips) continue;
+            for (int r = 0; r < count; ++r) store_row(matrix, panel, rows, row + r, own + r * kPanel, result);
+        }
     }
 }
 
 template <Format kFormat>
-void multiply_channels(const PackedMatrix& matrix, PanelRange panels, const ByteRows& rows, const LinearResult& result) {
+void multiply_channels(const PackedMatrix& matrix, PanelRange panels, const ByteRows& rows, const LinearResult& result,
+                       uint8_t* scratch) {
     for (int panel = panels.first; panel < panels.last; ++panel) {
-        int row = 0;
-        for (; row + 2 <= rows.num_rows; row += 2) channel_tile<kFormat, 2>(matrix, panel, rows, row, result);
-        if (row < rows.num_rows) channel_tile<kFormat, 1>(matrix, panel, rows, row, result);
+        switch (rows.num_rows) {
+            case 0: break;
+            case 1: channel_tile<kFormat, 1>(matrix, panel, rows, result); break;
+            case 2: channel_tile<kFormat, 2>(matrix, panel, rows, result); break;
+            default: multiply_strips<kFormat>(matrix, panel, rows, result, scratch);
+        }
     }
 }
 
 inline void channel_panels(const PackedMatrix& matrix, PanelRange panels, const ByteRows& rows, const LinearResult& result,
-                           uint8_t*) {
+                           uint8_t* scratch) {
     const bool is_int8 = matrix.format == Format::INT8_CHANNEL;
     const auto multiply = is_int8 ? multiply_channels<Format::INT8_CHANNEL> : multiply_channels<Format::INT4_CHANNEL>;
-    multiply(matrix, panels, rows, result);
+    multiply(matrix, panels, rows, result, scratch);
 }
 
 inline GroupScale scale_of_row(const float* x, int num_inputs) {

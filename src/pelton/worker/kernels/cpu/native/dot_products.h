@@ -18,7 +18,7 @@ constexpr bool kSignedWeights = false;
 
 template <int kBits>
 struct Dot {
-    static constexpr int kTileRows = 6;
+    static constexpr int kTileRows = 4;  // sums and codes of more do not fit 16 registers
     __m256i total = _mm256_setzero_si256();
 
     void add(Bytes first, const int8_t* x, Bytes second) {
