@@ -2,8 +2,8 @@
 
     python benchmarks/without_amx.py COMMAND ...
 
-For figures of machines without tiles (Zen 4 and 5, Ice Lake) taken on one that has them. The kernel's permission to use tiles
-is refused by a seccomp filter, which oneDNN, OpenVINO, llama.cpp and Pelton ask for; PyTorch looks at the processor
+For figures of machines without tiles (Zen 4 and 5, Ice Lake) taken on one that has them. A seccomp filter refuses the
+system's permission to use tiles, for which oneDNN, OpenVINO, llama.cpp and Pelton ask; PyTorch looks at the processor
 itself, so that vLLM is also told by a `sitecustomize` module. Linux on x86-64.
 """
 

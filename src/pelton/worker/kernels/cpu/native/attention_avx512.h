@@ -5,8 +5,8 @@
 // dimension, [K][D][block_size], and its values by position, [K][block_size][D]. Of bfloat16, two dimensions or two
 // positions share a word of 32 bits: [K][D / 2][block_size][2] and [K][block_size / 2][D][2].
 //
-// Law 3: positions are taken in chunks that start at multiples of kChunkPositions. What a chunk adds to a row depends on
-// that row and the chunk alone; chunks are merged in order.
+// Law 3: positions are taken in chunks that start at multiples of kChunkPositions. What a chunk adds to a row depends
+// on that row and the chunk alone; chunks are merged in order.
 #pragma once
 
 #include <immintrin.h>
@@ -92,7 +92,9 @@ struct RowSums {
     }
     void store(int dim, float* out) const {
         const __m512 inverse = _mm512_set1_ps(1.0f / *sum);
-        for (int d = 0; d < dim; d += 16) _mm512_storeu_ps(out + d, _mm512_mul_ps(_mm512_loadu_ps(result + d), inverse));
+        for (int d = 0; d < dim; d += 16) {
+            _mm512_storeu_ps(out + d, _mm512_mul_ps(_mm512_loadu_ps(result + d), inverse));
+        }
     }
 };
 
@@ -133,7 +135,8 @@ public:
     }
 
     static int64_t scratch_floats(int dim, int num_columns) {
-        return 2 * static_cast<int64_t>(dim) * kTilePositions + static_cast<int64_t>(num_columns) * (dim + kChunkPositions + 1) +
+        return 2 * static_cast<int64_t>(dim) * kTilePositions +
+               static_cast<int64_t>(num_columns) * (dim + kChunkPositions + 1) +
                2 * num_parts(num_columns) * RowSums::part_floats(dim) + 16;
     }
 
@@ -143,7 +146,9 @@ public:
         for (int start = first; start <= last_position_; start += kChunkPositions) {
             // The first one's sums are the totals: to add them to nothing would leave their bits as they are.
             add_chunk(start, start == first ? totals_ : parts_);
-            for (int row = 0; start != first && row < num_rows_; ++row) sums_of(totals_, row).add(sums_of(parts_, row), dim_);
+            for (int row = 0; start != first && row < num_rows_; ++row) {
+                sums_of(totals_, row).add(sums_of(parts_, row), dim_);
+            }
         }
         for (int row = 0; row < num_rows_; ++row) sums_of(totals_, row).store(dim_, run_.columns[columns_[row]].out);
     }
@@ -190,7 +195,8 @@ private:
         int end;
     };
     Extent extent_of(int start, int length) const {
-        return {std::clamp(first_visible(first_position_) - start, 0, length), std::clamp(last_position_ + 1 - start, 0, length)};
+        return {std::clamp(first_visible(first_position_) - start, 0, length),
+                std::clamp(last_position_ + 1 - start, 0, length)};
     }
     static bool is_empty(const Extent& extent) { return extent.first >= extent.end; }
 
@@ -215,17 +221,20 @@ private:
         }
     }
 
-    // [kTilePositions / kPerWord][D] words. Slots out of the rows' windows or not written yet become zeros: they may hold
-    // anything, NaN too, and 0 times NaN would reach the result.
+    // [kTilePositions / kPerWord][D] words. Slots out of the rows' windows or not written yet become zeros: they may
+    // hold anything, NaN too, and 0 times NaN would reach the result.
     void load_values(int start, const Extent& extent) const {
         constexpr int kLines = kBlockPositions / Words::kCached;
         for (int block = first_block(extent); block < end_block(extent); ++block) {
             const int position = start + block * kBlockPositions;
-            const uint32_t* from = head_at(values_, position) + static_cast<int64_t>(position % shape_.block_size) * dim_ / Words::kCached;
+            const uint32_t* from =
+                head_at(values_, position) + static_cast<int64_t>(position % shape_.block_size) * dim_ / Words::kCached;
             uint32_t* to = tile_values_ + static_cast<int64_t>(block) * kBlockPositions / kPerWord * dim_;
             for (int line = 0; line < kLines; ++line, from += dim_, to += Words::kSplit * dim_) {
                 __m512i seen[Words::kSplit];
-                for (int i = 0; i < Words::kSplit; ++i) seen[i] = seen_mask(extent, block * kBlockPositions + line * Words::kCached + i);
+                for (int i = 0; i < Words::kSplit; ++i) {
+                    seen[i] = seen_mask(extent, block * kBlockPositions + line * Words::kCached + i);
+                }
                 for (int d = 0; d < dim_; d += 16) {
                     __m512i words[Words::kSplit];
                     Words::split(_mm512_loadu_si512(from + d), words);
@@ -269,7 +278,8 @@ private:
             for (int row = 0; row < num_rows_; ++row) sums_of(parts, row).clear(dim_);
             return;
         }
-        const int first_tile = chunk.first / kTilePositions, end_tile = (chunk.end + kTilePositions - 1) / kTilePositions;
+        const int first_tile = chunk.first / kTilePositions,
+                  end_tile = (chunk.end + kTilePositions - 1) / kTilePositions;
         for (int tile = first_tile; tile < end_tile; ++tile) {
             const int at = tile * kTilePositions;
             load_keys(start + at, extent_of(start + at, kTilePositions));
@@ -295,7 +305,9 @@ private:
         const int64_t stride = num_words_;
         for (int word = 0; word < num_words_; ++word, keys += kTilePositions) {
             __m512i key[kTileBlocks];
-            unrolled<kTileBlocks>([&](auto j) __attribute__((always_inline)) { key[j] = _mm512_loadu_si512(keys + 16 * j); });
+            unrolled<kTileBlocks>([&](auto j) __attribute__((always_inline)) {
+                key[j] = _mm512_loadu_si512(keys + 16 * j);
+            });
             unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
                 const __m512i own = _mm512_set1_epi32(static_cast<int>(query[r * stride + word]));
                 unrolled<kTileBlocks>([&](auto j) __attribute__((always_inline)) {
@@ -305,7 +317,9 @@ private:
         }
         unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
             float* to = scores_of(row + r) + at;
-            unrolled<kTileBlocks>([&](auto j) __attribute__((always_inline)) { _mm512_storeu_ps(to + 16 * j, sum[r][j]); });
+            unrolled<kTileBlocks>([&](auto j) __attribute__((always_inline)) {
+                _mm512_storeu_ps(to + 16 * j, sum[r][j]);
+            });
         });
     }
 
@@ -315,12 +329,14 @@ private:
         auto* probabilities = reinterpret_cast<Element*>(scores);
         const int begin = first_tile * kTilePositions, end = end_tile * kTilePositions;
         const int position = position_of(row);
-        const int first = std::clamp(first_visible(position) - start, begin, end), last = std::clamp(position + 1 - start, first, end);
+        const int first = std::clamp(first_visible(position) - start, begin, end),
+                  last = std::clamp(position + 1 - start, first, end);
         // Registers of positions that it sees, whole ones and others.
         const auto for_each_seen = [first, last](const auto& use) __attribute__((always_inline)) {
             const int whole = std::min((first + 15) / 16 * 16, last / 16 * 16);
             const auto mask_of = [first, last](int i) {
-                const uint32_t below = (1u << std::clamp(last - i, 0, 16)) - 1, before = (1u << std::clamp(first - i, 0, 16)) - 1;
+                const uint32_t below = (1u << std::clamp(last - i, 0, 16)) - 1,
+                               before = (1u << std::clamp(first - i, 0, 16)) - 1;
                 return static_cast<__mmask16>(below & ~before);
             };
             int i = first / 16 * 16;
@@ -332,7 +348,8 @@ private:
         for_each_seen([&](int i, __mmask16 seen) __attribute__((always_inline)) {
             __m512 score = _mm512_loadu_ps(scores + i);
             if (shape_.softcap > 0.0f) {
-                const __m512 in = _mm512_set1_ps(shape_.scale / shape_.softcap), out = _mm512_set1_ps(shape_.softcap * kLog2E);
+                const __m512 in = _mm512_set1_ps(shape_.scale / shape_.softcap),
+                             out = _mm512_set1_ps(shape_.softcap * kLog2E);
                 score = _mm512_mul_ps(tanh_of(_mm512_mul_ps(score, in)), out);
                 _mm512_storeu_ps(scores + i, score);
             }
@@ -374,8 +391,8 @@ private:
     }
 
     template <int kRows, int kVectors>
-    static void add_columns(const uint32_t* const (&probabilities)[kRows], int first, int end, const uint32_t* values, int64_t stride,
-                            bool is_first, float* const (&results)[kRows], int d) {
+    static void add_columns(const uint32_t* const (&probabilities)[kRows], int first, int end, const uint32_t* values,
+                            int64_t stride, bool is_first, float* const (&results)[kRows], int d) {
         __m512 sum[kRows][kVectors];
         unrolled<kRows * kVectors>([&](auto i) __attribute__((always_inline)) {
             constexpr int r = i / kVectors, j = i % kVectors;
@@ -383,7 +400,9 @@ private:
         });
         for (int word = first; word < end; ++word, values += stride) {
             __m512i value[kVectors];
-            unrolled<kVectors>([&](auto j) __attribute__((always_inline)) { value[j] = _mm512_loadu_si512(values + 16 * j); });
+            unrolled<kVectors>([&](auto j) __attribute__((always_inline)) {
+                value[j] = _mm512_loadu_si512(values + 16 * j);
+            });
             unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
                 const __m512i own = _mm512_set1_epi32(static_cast<int>(probabilities[r][word]));
                 unrolled<kVectors>([&](auto j) __attribute__((always_inline)) {
@@ -423,7 +442,8 @@ inline bool can_attend(const AttentionShape& shape) {
     return shape.block_size % kBlockPositions == 0 && shape.head_dim % 16 == 0;
 }
 
-inline void store_head(const AttentionShape& shape, const float* key, const float* value, int offset, void* keys, void* values) {
+inline void store_head(const AttentionShape& shape, const float* key, const float* value, int offset, void* keys,
+                       void* values) {
     const int dim = shape.head_dim, block_size = shape.block_size;
     if (shape.kv_type == KVType::F32) {
         for (int d = 0; d < dim; ++d) static_cast<float*>(keys)[static_cast<int64_t>(d) * block_size + offset] = key[d];
@@ -435,11 +455,13 @@ inline void store_head(const AttentionShape& shape, const float* key, const floa
     const bool is_odd = offset % 2 != 0;
     for (int d = 0; d < dim; d += 16) {
         alignas(32) uint32_t pairs[8];
-        _mm256_store_si256(reinterpret_cast<__m256i*>(pairs), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_loadu_ps(key + d))));
+        _mm256_store_si256(reinterpret_cast<__m256i*>(pairs),
+                           reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_loadu_ps(key + d))));
         for (int i = 0; i < 8; ++i) key_words[static_cast<int64_t>(d / 2 + i) * block_size] = pairs[i];
         const auto halves = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_loadu_ps(value + d)));
         const __m512i words = _mm512_cvtepu16_epi32(halves);
-        _mm512_mask_storeu_epi16(value_words + d, is_odd ? 0xaaaaaaaa : 0x55555555, is_odd ? _mm512_slli_epi32(words, 16) : words);
+        _mm512_mask_storeu_epi16(value_words + d, is_odd ? 0xaaaaaaaa : 0x55555555,
+                                 is_odd ? _mm512_slli_epi32(words, 16) : words);
     }
 }
 
@@ -463,8 +485,8 @@ inline void attend(const AttentionShape& shape, const ColumnRun& run, const void
     with_rows(shape, run, keys, values, kv_head, scratch, [](auto&& rows) { rows.run(); });
 }
 
-inline void attend_chunk(const AttentionShape& shape, const ColumnRun& run, const void* keys, const void* values, int kv_head,
-                         int start, float* parts, float* scratch) {
+inline void attend_chunk(const AttentionShape& shape, const ColumnRun& run, const void* keys, const void* values,
+                         int kv_head, int start, float* parts, float* scratch) {
     with_rows(shape, run, keys, values, kv_head, scratch, [=](auto&& rows) { rows.run_chunk(start, parts); });
 }
 
@@ -473,7 +495,9 @@ inline void merge_chunks(const AttentionShape& shape, std::span<const ChunkPart>
     for (int i = 0; i < num_columns; ++i) {
         const RowSums total = RowSums::of(scratch, shape.head_dim, 0);
         total.clear(shape.head_dim);
-        for (const ChunkPart& part : parts) total.add(RowSums::of(part.data, shape.head_dim, part.lane + i), shape.head_dim);
+        for (const ChunkPart& part : parts) {
+            total.add(RowSums::of(part.data, shape.head_dim, part.lane + i), shape.head_dim);
+        }
         total.store(shape.head_dim, columns[i].out);
     }
 }

@@ -66,7 +66,8 @@ struct GatedColumns {
     }
     Sink sink(int unit) const {
         const int panel = first_panel + unit / 2, half = unit % 2;
-        return {GatedSums(gated.sides, gated.bias, panel, half), gated.gelu, hidden.at(0, panel * kPanel + 16 * half), hidden.pair_values()};
+        return {GatedSums(gated.sides, gated.bias, panel, half), gated.gelu, hidden.at(0, panel * kPanel + 16 * half),
+                hidden.pair_values()};
     }
 };
 

@@ -1,5 +1,5 @@
-// Products by channel with AVX-512 VNNI of more than a few rows: a strip of weights is made once, stays in the first-level
-// cache, and rows pass by it, some at a time, with their sums in registers.
+// Products by channel with AVX-512 VNNI of more than a few rows: a strip of weights is made once, stays in the
+// first-level cache, and rows pass by it, some at a time, with their sums in registers.
 #pragma once
 
 #include "channel_columns_avx512.h"
@@ -10,7 +10,8 @@ namespace pelton::avx512 {
 // `strip` times kRows rows from `row` on, added to `sums` [kRows, 32] or, where it is the first, put there. Between
 // chunks, `between` is called.
 template <Format kFormat, int kRows, typename Between>
-void add_strip(const Strip<kFormat>& strip, const ByteRows& rows, int row, bool is_first, int32_t* sums, const Between& between) {
+void add_strip(const Strip<kFormat>& strip, const ByteRows& rows, int row, bool is_first, int32_t* sums,
+               const Between& between) {
     __m512i sum[kRows][2];
     const int8_t* x[kRows];
     unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
@@ -26,9 +27,7 @@ void add_strip(const Strip<kFormat>& strip, const ByteRows& rows, int row, bool 
                 const int four = at + k;
                 const __m512i codes[2] = {_mm512_loadu_si512(first + four * Strip<kFormat>::kStride),
                                           _mm512_loadu_si512(second + four * Strip<kFormat>::kStride)};
-                unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
-                    add_dots(sum[r], codes, x[r] + 4 * four);
-                });
+                unrolled<kRows>([&](auto r) __attribute__((always_inline)) { add_dots(sum[r], codes, x[r] + 4 * four); });
             });
         }
         unrolled<kRows>([&](auto r) __attribute__((always_inline)) { x[r] += ByteRows::kTileBytes; });
@@ -101,17 +100,18 @@ void multiply_strips(Format format, const Columns& columns, int num_units, const
     multiply(columns, num_units, rows, scratch);
 }
 
-inline void channel_panels(const PackedMatrix& matrix, PanelRange panels, const ByteRows& rows, const LinearResult& result,
-                           uint8_t* scratch) {
+inline void channel_panels(const PackedMatrix& matrix, PanelRange panels, const ByteRows& rows,
+                           const LinearResult& result, uint8_t* scratch) {
     if (rows.num_rows <= kFewRows) return multiply_few(matrix, panels, rows, result);
-    multiply_strips(matrix.format, PlainColumns{matrix, panels.first, result}, panels.last - panels.first, rows, scratch);
+    multiply_strips(matrix.format, PlainColumns{matrix, panels.first, result}, panels.last - panels.first, rows,
+                    scratch);
 }
 
 inline void gated_channel_panels(const GatedPanels& gated, PanelRange panels, const ByteRows& rows,
                                  const PairedRows& hidden, uint8_t* scratch) {
     if (rows.num_rows <= kFewRows) return gated_few(gated, panels, rows, hidden);
-    multiply_strips(gated.sides[0]->format, GatedColumns(gated, panels.first, hidden), 2 * (panels.last - panels.first), rows,
-                    scratch);
+    multiply_strips(gated.sides[0]->format, GatedColumns(gated, panels.first, hidden), 2 * (panels.last - panels.first),
+                    rows, scratch);
 }
 
 }  // namespace pelton::avx512

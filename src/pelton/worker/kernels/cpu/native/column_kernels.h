@@ -9,12 +9,13 @@
 namespace pelton {
 
 struct ColumnKernels {
-    // Whether the others take the shape. Caches are then [num_blocks, K, ...], and what a head has in a block lies together,
-    // block_size * D values in an order of the kernels' own.
+    // Whether the others take the shape. Caches are then [num_blocks, K, ...], and what a head has in a block lies
+    // together, block_size * D values in an order of the kernels' own.
     bool (*can_attend)(const AttentionShape& shape);
 
     // One head's key [D] and value [D] of a token into slot `offset` of the head's block of either cache.
-    void (*store_head)(const AttentionShape& shape, const float* key, const float* value, int offset, void* keys, void* values);
+    void (*store_head)(const AttentionShape& shape, const float* key, const float* value, int offset, void* keys,
+                       void* values);
 
     // The results of a run's columns. Scratch of all three: scratch_floats, aligned to 64.
     void (*attend)(const AttentionShape& shape, const ColumnRun& run, const void* keys, const void* values, int kv_head,

@@ -18,7 +18,8 @@ inline __m512 exp2_negative(__m512 x) {
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.40222421e-1f));
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.93146978e-1f));
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(_mm512_castps_si512(shifted), 23)));
+    return _mm512_castsi512_ps(
+        _mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(_mm512_castps_si512(shifted), 23)));
 }
 
 }  // namespace pelton::avx512

@@ -1,4 +1,5 @@
-// act(gate) * up of sums of integers, as what quantizes it next can bear: rounded to bfloat16, powers of two within 1e-4.
+// act(gate) * up of sums of integers, as what quantizes it next can bear: rounded to bfloat16, powers of two within
+// 1e-4.
 #pragma once
 
 #include "channel_avx512.h"
@@ -14,8 +15,8 @@ struct GatedSums {
     GatedSums(const PackedMatrix* const (&sides)[2], const float* const (&from)[2], int panel, int half) {
         for (int side = 0; side < 2; ++side) {
             scale[side] = _mm512_loadu_ps(sides[side]->channel_scales(panel) + 16 * half);
-            bias[side] = from[side] == nullptr ? _mm512_setzero_ps()
-                                               : _mm512_loadu_ps(from[side] + panel * kPanel + 16 * half);
+            bias[side] =
+                from[side] == nullptr ? _mm512_setzero_ps() : _mm512_loadu_ps(from[side] + panel * kPanel + 16 * half);
         }
     }
 
@@ -49,7 +50,8 @@ inline __m512 rough_silu_mul(__m512 gate, __m512 up) {
 // gelu of tanh(y) is x / (1 + exp(-2 y)).
 inline __m512 rough_gelu_mul(__m512 gate, __m512 up) {
     constexpr float kScale = -2.0f * 0.7978845608f * 1.44269504f;
-    const __m512 inner = _mm512_fmadd_ps(_mm512_mul_ps(gate, gate), _mm512_set1_ps(0.044715f * kScale), _mm512_set1_ps(kScale));
+    const __m512 inner =
+        _mm512_fmadd_ps(_mm512_mul_ps(gate, gate), _mm512_set1_ps(0.044715f * kScale), _mm512_set1_ps(kScale));
     return _mm512_mul_ps(_mm512_mul_ps(gate, rough_inverse(_mm512_mul_ps(inner, gate))), up);
 }
 
@@ -72,7 +74,8 @@ inline void gated_few(const GatedPanels& gated, PanelRange panels, const ByteRow
         for (int i = 0; i < (some.last - some.first) * kPanel; i += 16) {
             for (int row = 0; row < rows.num_rows; row += 2) {
                 const __m512 even = act(row, i), odd = row + 1 < rows.num_rows ? act(row + 1, i) : even;
-                _mm512_store_si512(hidden.at(row, first * kPanel + i), reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even)));
+                _mm512_store_si512(hidden.at(row, first * kPanel + i),
+                                   reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even)));
             }
         }
     }
@@ -83,7 +86,8 @@ struct PairedRow {
     const uint16_t* row;
 
     __m512 operator()(int start) const {
-        const __m512i words = _mm512_cvtepu16_epi32(_mm256_load_si256(reinterpret_cast<const __m256i*>(row + 2 * start)));
+        const __m512i words =
+            _mm512_cvtepu16_epi32(_mm256_load_si256(reinterpret_cast<const __m256i*>(row + 2 * start)));
         return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
     }
 };
