@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     WorkerExecutor = InProcessExecutor | ShardedExecutor
 
 # Raised whenever kernels change how a block's bytes lie, or what they are.
-_KV_LAYOUT_VERSION = 2
+_KV_LAYOUT_VERSION = 3
 
 
 def build_executor(
