@@ -467,6 +467,22 @@ def test_a_deadline_out_of_reach_is_refused_at_once_and_only_then() -> None:
     assert send(100, 201.0, 6) is None, "what is gone is not waited for"
 
 
+def test_a_few_slow_tokens_refuse_no_long_prompt() -> None:
+    engine = make_engine(clock=ManualClock(), max_model_len=256, num_blocks=512)
+    prefill = engine.tenancy.costs.prefill
+
+    def send(first: int) -> str | None:
+        engine.submit(make_submission([first] * 200, timeout_s=30.0))
+        update = engine.take_update()
+        assert update is not None
+        return next((out.error.code for out in update.outputs if out.error), None)
+
+    prefill.observe(3, 0.0, 2.0)  # the first step of a new engine
+    assert [send(1), send(2)] == [None, None]
+    prefill.observe(60, 0.0, 40.0)
+    assert send(3) == DeadlineUnreachableError.code
+
+
 def test_a_fair_queue_is_not_estimated_by_what_a_flood_has_queued() -> None:
     engine = slow_engine(num_blocks=1024)
     for index in range(8):

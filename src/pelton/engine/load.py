@@ -8,6 +8,9 @@ from pelton.core.request import Request
 from pelton.engine.kv.costs import KVCosts
 from pelton.engine.service_rate import ServiceRate
 
+# What a step of a few tokens took says little of one of many: most of it may have been the step's own.
+_MOST_EXTRAPOLATED = 8
+
 
 class Load:
     """Estimates are lower bounds: decodes that share the steps and growing contexts cost more than is counted."""
@@ -59,11 +62,11 @@ class Load:
         What waits ahead of it is all that waits, or if that is less, its tenant's own times the number of tenants:
         a fair policy serves them in turn.
         """
-        if not self._costs.prefill.is_measured:
-            return None
         num_tenants = len(self._pending_by_tenant.keys() | {tenant_id})
         total, own = self._pending_by_tenant.total(), self._pending_by_tenant[tenant_id]
         num_ahead = min(total, own * num_tenants) + num_tokens
+        if self._costs.prefill.most_tokens * _MOST_EXTRAPOLATED < min(num_ahead, self._max_num_batched_tokens):
+            return None
         prefill = self._costs.prefill.coefficients
         compute_s = prefill.token_s * num_ahead + prefill.step_s * (num_ahead / self._max_num_batched_tokens)
         if num_running < self._max_num_seqs:

@@ -49,10 +49,7 @@ class PrefillFit:
         self._products = [[0.0] * 3 for _ in range(3)]
         self._targets = [0.0] * 3
         self._coefficients: PrefillCoefficients | None = PrefillCoefficients()
-
-    @property
-    def is_measured(self) -> bool:
-        return self._products[0][0] > 0.0
+        self.most_tokens = 0  # of a step that was measured
 
     def observe(self, num_tokens: int, num_pairs: float, elapsed_s: float) -> None:
         """A step computed `num_tokens` tokens over `num_pairs` (token, earlier position) pairs."""
@@ -64,6 +61,7 @@ class PrefillFit:
             for j in range(3):
                 self._products[i][j] = self._products[i][j] * _DECAY + row[i] * row[j]
         self._coefficients = None
+        self.most_tokens = max(self.most_tokens, num_tokens)
 
     def observe_step(self, batch: ScheduledBatch, elapsed_s: float) -> None:
         """Take a step in which at least half of the tokens belong to chunks; decodes have another price."""
