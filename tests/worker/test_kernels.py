@@ -330,6 +330,7 @@ class AttentionCase:
         self.caches = torch.full((2, num_blocks, self.block_size, self.num_kv_heads, self.head_dim), math.nan)
         ids = (torch.randperm(num_blocks - 1) + 1).view(len(mixture), widest)
         self.block_tables = torch.zeros(len(mixture), widest, dtype=torch.int64)
+        self.slots: list[int] = []  # that are written
         for row, (num_tokens, seq_len) in enumerate(mixture):
             start = 0 if window is None else max(0, seq_len - num_tokens - window + 1)
             for position in range(start, seq_len):
@@ -337,6 +338,7 @@ class AttentionCase:
                 self.block_tables[row, index] = ids[row, index]
                 slot = self.caches[:, ids[row, index], position % self.block_size]
                 slot.copy_(torch.randn_like(slot))
+                self.slots.append(int(ids[row, index]) * self.block_size + position % self.block_size)
 
     def run(self, kernels: Kernels, rows: list[int] | None = None, **options: Any) -> torch.Tensor:
         """Attention of the requests `rows` (all by default) in one call."""
@@ -347,7 +349,15 @@ class AttentionCase:
         query_start_loc = [0, *np.cumsum([self.mixture[row][0] for row in rows]).tolist()]
         seq_lens = [self.mixture[row][1] for row in rows]
         plan = kernels.plan_attention(shape, query_start_loc, seq_lens, self.block_tables[rows])
-        return kernels.paged_attention(query, self.caches[0], self.caches[1], plan, **options)
+        return kernels.paged_attention(query, *self._stored_by(kernels), plan, **options)
+
+    def _stored_by(self, kernels: Kernels) -> torch.Tensor:
+        """The caches as `kernels` lays them out."""
+        caches, slots = torch.full_like(self.caches, math.nan), torch.tensor(self.slots)
+        keys, values = self.caches.flatten(1, 2)[:, slots].float()
+        nothing = torch.empty(len(slots), 0)
+        kernels.rotate_and_store(torch.empty_like(keys), keys, values, nothing, nothing, *caches, slots)
+        return caches
 
     def expected(self, scale: float, softcap: float | None = None) -> torch.Tensor:
         outputs = []
@@ -374,7 +384,8 @@ class AttentionCase:
 @pytest.mark.parametrize("mixture", list(MIXTURES))
 def test_paged_attention(kernels: Kernels, mixture: str, heads: tuple[int, int, int], window: int | None) -> None:
     case = AttentionCase(MIXTURES[mixture], heads, window)
-    assert_near(case.run(kernels, scale=0.3), case.expected(0.3), 5e-6)
+    # Scores of 256 inputs are in the tens, and float32 leaves up to 8e-6 of their powers, whatever the instruction set.
+    assert_near(case.run(kernels, scale=0.3), case.expected(0.3), 1e-5)
 
 
 @pytest.mark.parametrize("softcap", [5.0, 50.0])
