@@ -26,6 +26,7 @@ namespace pelton::avx512 {
 
 constexpr int kBlockPositions = 16;  // positions in a register
 constexpr int kMostRows = 6;         // of a product, with four registers each
+constexpr int kBlockWords = 64;      // of a row and a key that one sum takes
 constexpr float kHidden = -1e30f;    // maximum of a row that sees nothing: finite, so that it subtracts
 
 // What the lanes of a product hold, a "word": a float32, or two bfloat16. kCached: values to a word of the cache, which
@@ -294,16 +295,24 @@ private:
         }
     }
 
-    // Scores of the tile from `at` of the chunk on.
+    // Scores of the tile from `at` of the chunk on: sums of kBlockWords, put together as they come. One running sum over a
+    // head of 256 would lose twice as much.
     template <int kRows>
     void score(int row, int at) const {
+        for (int first = 0; first < num_words_; first += kBlockWords) {
+            score_words<kRows>(row, at, first, std::min(first + kBlockWords, num_words_));
+        }
+    }
+
+    template <int kRows>
+    void score_words(int row, int at, int first, int end) const {
         __m512 sum[kRows][kTileBlocks];
         unrolled<kRows * kTileBlocks>([&](auto i) __attribute__((always_inline)) {
             sum[i / kTileBlocks][i % kTileBlocks] = _mm512_setzero_ps();
         });
-        const uint32_t *query = query_of(row), *keys = tile_keys_;
+        const uint32_t *query = query_of(row), *keys = tile_keys_ + static_cast<int64_t>(first) * kTilePositions;
         const int64_t stride = num_words_;
-        for (int word = 0; word < num_words_; ++word, keys += kTilePositions) {
+        for (int word = first; word < end; ++word, keys += kTilePositions) {
             __m512i key[kTileBlocks];
             unrolled<kTileBlocks>([&](auto j) __attribute__((always_inline)) {
                 key[j] = _mm512_loadu_si512(keys + 16 * j);
@@ -318,7 +327,8 @@ private:
         unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
             float* to = scores_of(row + r) + at;
             unrolled<kTileBlocks>([&](auto j) __attribute__((always_inline)) {
-                _mm512_storeu_ps(to + 16 * j, sum[r][j]);
+                const __m512 before = first == 0 ? _mm512_setzero_ps() : _mm512_loadu_ps(to + 16 * j);
+                _mm512_storeu_ps(to + 16 * j, _mm512_add_ps(before, sum[r][j]));
             });
         });
     }

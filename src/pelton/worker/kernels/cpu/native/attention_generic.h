@@ -1,6 +1,7 @@
 // Attention of one key-value head over a tile of one request's tokens, in vectors of float32.
 //
-// Online softmax (Milakov and Gimelshein, arXiv:1805.02867) over tiles of kTilePositions positions. What the caches hold in bfloat16 is widened once per tile.
+// Online softmax (Milakov and Gimelshein, arXiv:1805.02867) over tiles of kTilePositions positions. What the caches
+// hold in bfloat16 is widened once per tile.
 #pragma once
 
 #include <algorithm>
