@@ -67,26 +67,24 @@ inline Weight weight_of(const PackedMatrix& matrix, int output, int input) {
 }
 
 // What a row of activations is taken for: as it is (group size 0), or rounded to 8 bits per group; where one group
-// is the row (`may_have_rest`), what that leaves of a row with an outlier is rounded once more.
-inline std::vector<double> activations(const float* x, int num_inputs, int group_size, bool may_have_rest) {
+// is the row (`has_outliers`), to more where it has outliers.
+inline std::vector<double> activations(const float* x, int num_inputs, int group_size, bool has_outliers) {
     std::vector<double> values(x, x + num_inputs);
     for (int first = 0; group_size > 0 && first < num_inputs; first += group_size) {
         uint32_t largest = 0;
-        float squares = 0.0f;
-        for (int i = first; i < first + group_size; ++i) {
-            largest = std::max(largest, float_to_bits(std::abs(x[i])));
-            squares += x[i] * x[i];
-        }
-        const GroupScale scale = scale_of_group(largest);
-        std::vector<float> rest(group_size);
+        for (int i = first; i < first + group_size; ++i) largest = std::max(largest, float_to_bits(std::abs(x[i])));
+        const auto squares_below = [&](float limit) {
+            double sum = 0.0;
+            for (int i = first; i < first + group_size; ++i) sum += std::abs(x[i]) <= limit ? double{x[i]} * x[i] : 0.0;
+            return static_cast<float>(sum);
+        };
+        const GroupScale scale =
+            has_outliers ? scale_of_row(largest, squares_below(bits_to_float(largest)), group_size, squares_below)
+                         : scale_of_group(largest);
         for (int i = first; i < first + group_size; ++i) {
             const float code = scale.inverse == 0.0f ? 0.0f : std::nearbyint(x[i] * scale.inverse);
             values[i] = double{code} * scale.scale;
-            rest[i - first] = x[i] - code * scale.scale;
         }
-        if (!may_have_rest || scale.inverse == 0.0f || !wants_rest(scale, squares, group_size)) continue;
-        const auto rounded = activations(rest.data(), group_size, group_size, false);
-        for (int i = 0; i < group_size; ++i) values[first + i] += rounded[i];
     }
     return values;
 }

@@ -1,4 +1,4 @@
-// Products of weights by channel with rests for rows with outliers, gated layers in one piece, adapters.
+// Products of weights by channel of rows with outliers, gated layers in one piece, adapters.
 
 #include <algorithm>
 #include <cmath>
@@ -24,7 +24,7 @@ std::vector<Runtime*> runtimes_of(std::vector<std::unique_ptr<Runtime>>& owners,
     return {owners.end()[-2].get(), owners.end()[-1].get()};
 }
 
-// Every third row has a value that leaves nothing of 8 bits to the others, and so a rest.
+// Every third row has a value that would leave nothing of 8 bits to the others.
 Exact<float> rows_with_outliers(int num_rows, int num_inputs) {
     auto x = random_floats(static_cast<size_t>(num_rows) * num_inputs);
     for (int row = 0; row < num_rows; row += 3) x[static_cast<size_t>(row) * num_inputs + row % num_inputs] = 3000.0f;

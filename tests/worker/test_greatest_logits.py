@@ -46,7 +46,7 @@ def test_it_is_the_first_greatest(isa: str, name: str) -> None:
     for num_rows in (0, 1, 2, 17, 64, 300):
         x = rng.standard_normal((num_rows, NUM_INPUTS), dtype=np.float32)
         x[1:2] = 0.0  # its greatest is the bias's
-        x[2:3, 7] = 400.0  # an outlier, which formats by channel multiply twice
+        x[2:3, 7] = 400.0  # an outlier, whose code is longer in formats by channel
         expected = native(isa).linear(x, weight, bias).argmax(axis=1).tolist()
         for num_threads in (1, 3):
             assert greatest(isa, weight, x, bias, num_threads) == expected, num_rows

@@ -6,7 +6,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
-#include <cstring>
+#include <bit>
 
 #include "dot_avx512.h"
 #include "kernel_table.h"
@@ -25,35 +25,6 @@ constexpr int kStreamBytesAhead = 16384;  // without tiles
 inline __m512i excess(const ByteRows& rows, int row) {
     return _mm512_slli_epi32(_mm512_set1_epi32(rows.sums[row]), 7);
 }
-
-// What turns the sums of a panel's columns into a result.
-struct ChannelColumns {
-    __m512 scale[2];
-    __m512 bias[2];
-    __mmask16 mask[2];
-    float* out;
-    int64_t ld_out;
-
-    ChannelColumns(const PackedMatrix& matrix, int panel, const LinearResult& result)
-        : out(result.out + panel * kPanel), ld_out(result.ld_out) {
-        for (int half = 0; half < 2; ++half) {
-            const int first = panel * kPanel + 16 * half;
-            const int left = std::clamp(matrix.num_outputs - first, 0, 16);
-            mask[half] = static_cast<__mmask16>((1u << left) - 1);
-            scale[half] = _mm512_loadu_ps(matrix.channel_scales(panel) + 16 * half);
-            bias[half] =
-                result.bias != nullptr ? _mm512_maskz_loadu_ps(mask[half], result.bias + first) : _mm512_setzero_ps();
-        }
-    }
-
-    void store(const ByteRows& rows, int row, int half, __m512i sum) const {
-        const __m512i exact = _mm512_sub_epi32(sum, excess(rows, row));
-        const __m512 factor = _mm512_mul_ps(scale[half], _mm512_set1_ps(rows.scales[row]));
-        float* to = out + rows.targets[row] * ld_out + 16 * half;
-        const __m512 base = rows.is_rest(row) ? _mm512_maskz_loadu_ps(mask[half], to) : bias[half];
-        _mm512_mask_storeu_ps(to, mask[half], _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact), factor, base));
-    }
-};
 
 // A panel's codes of 8 bits, a group at a time: as they lie, or made of 4 bits.
 template <Format kFormat>
@@ -99,10 +70,76 @@ struct ChannelGroups {
         }
     }
 
+    // Codes of one k4.
+    __m512i load_four(int k4, int half) const {
+        if constexpr (!kHasSteps) return _mm512_loadu_si512(group + (2 * k4 + half) * 64);
+        const __m512i nibbles = _mm512_loadu_si512(group + (k4 / 2 * 2 + half) * 64);
+        const __m512i own = _mm512_srl_epi16(nibbles, _mm_cvtsi32_si128(k4 % 2 * 4));
+        return code(_mm512_and_si512(own, _mm512_set1_epi8(15)), half);
+    }
+
 private:
     // step * q has 8 bits, so that of two in a product of 16 neither reaches the other.
     __m512i code(__m512i q, int half) const {
         return _mm512_add_epi8(_mm512_mullo_epi16(q, steps[half]), bases[half]);
+    }
+};
+
+// What the outliers of a row add to the sums of a panel's halves.
+template <Format kFormat>
+inline void add_outliers(const uint8_t* panel, const ByteRows& rows, int row, __m512i (&sums)[2]) {
+    static_assert(Outlier::kHighStep == 255);
+    __m512i high[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+    const Outlier* outliers = rows.outliers_of(row);
+    for (int i = 0; i < rows.num_outliers[row]; ++i) {
+        const auto input = static_cast<uint32_t>(outliers[i].input);
+        ChannelGroups<kFormat> groups(panel + input / kGroup * ChannelGroups<kFormat>::kGroupBytes);
+        groups.start();
+        const __m512i codes[2] = {groups.load_four(input % kGroup / 4, 0), groups.load_four(input % kGroup / 4, 1)};
+        add_dots(high, codes, outliers[i].codes);
+    }
+    for (int half = 0; half < 2; ++half) {
+        const __m512i times_256 = _mm512_slli_epi32(high[half], 8);
+        sums[half] = _mm512_add_epi32(sums[half], _mm512_sub_epi32(times_256, high[half]));
+    }
+}
+
+// What turns the sums of a panel's columns into a result.
+struct ChannelColumns {
+    __m512 scale[2];
+    __m512 bias[2];
+    __mmask16 mask[2];
+    float* out;
+    int64_t ld_out;
+    const uint8_t* codes;
+    bool is_int8;
+
+    ChannelColumns(const PackedMatrix& matrix, int panel, const LinearResult& result)
+        : out(result.out + panel * kPanel),
+          ld_out(result.ld_out),
+          codes(matrix.panel(panel)),
+          is_int8(matrix.format == Format::INT8_CHANNEL) {
+        for (int half = 0; half < 2; ++half) {
+            const int first = panel * kPanel + 16 * half;
+            const int left = std::clamp(matrix.num_outputs - first, 0, 16);
+            mask[half] = static_cast<__mmask16>((1u << left) - 1);
+            scale[half] = _mm512_loadu_ps(matrix.channel_scales(panel) + 16 * half);
+            bias[half] =
+                result.bias != nullptr ? _mm512_maskz_loadu_ps(mask[half], result.bias + first) : _mm512_setzero_ps();
+        }
+    }
+
+    // The sums of both halves.
+    void store(const ByteRows& rows, int row, __m512i first, __m512i second) const {
+        __m512i sums[2] = {first, second};
+        if (rows.num_outliers[row] != 0) (is_int8 ? add_outliers<Format::INT8_CHANNEL> : add_outliers<Format::INT4_CHANNEL>)(codes, rows, row, sums);
+        float* to = out + (rows.first + row) * ld_out;
+        for (int half = 0; half < 2; ++half) {
+            const __m512i exact = _mm512_sub_epi32(sums[half], excess(rows, row));
+            const __m512 factor = _mm512_mul_ps(scale[half], _mm512_set1_ps(rows.scales[row]));
+            const __m512 result = _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact), factor, bias[half]);
+            _mm512_mask_storeu_ps(to + 16 * half, mask[half], result);
+        }
     }
 };
 
@@ -140,9 +177,7 @@ void channel_tile(const PackedMatrix& matrix, int panel, const ByteRows& rows, c
             }
         }
     }
-    for (int r = 0; r < kRows; ++r) {
-        for (int half = 0; half < 2; ++half) columns.store(rows, r, half, sum[r][half]);
-    }
+    for (int r = 0; r < kRows; ++r) columns.store(rows, r, sum[r][0], sum[r][1]);
 }
 
 template <Format kFormat, int kRows = kFewRows>
@@ -160,9 +195,10 @@ inline void multiply_few(const PackedMatrix& matrix, PanelRange panels, const By
     for (int panel = panels.first; panel < panels.last; ++panel) multiply(matrix, panel, rows, {matrix, panel, result});
 }
 
-// A row's codes, 16 at a time, from floats that `load(start)` gives: those past the end are not asked for.
+// Row `row` from floats that `load(start)` gives, 16 at a time: those past the end are not asked for.
 template <typename Load>
-bool quantize_channel(const Load& load, int num_inputs, int8_t* to, float* scale, int32_t* sum) {
+void quantize_channel(const Load& load, const ByteRows& rows, int row) {
+    const int num_inputs = rows.num_inputs;
     __m512i sizes = _mm512_setzero_si512();
     __m512 squares = _mm512_setzero_ps();
     for (int i = 0; i < num_inputs; i += 16) {
@@ -170,46 +206,47 @@ bool quantize_channel(const Load& load, int num_inputs, int8_t* to, float* scale
         sizes = _mm512_max_epu32(sizes, _mm512_castps_si512(_mm512_abs_ps(value)));
         squares = _mm512_fmadd_ps(value, value, squares);
     }
-    const GroupScale row_scale = scale_of_group(_mm512_reduce_max_epu32(sizes));
-    const bool is_empty = row_scale.inverse == 0.0f;
-    const __m512 inverse = _mm512_set1_ps(row_scale.inverse);
+    const uint32_t largest = _mm512_reduce_max_epu32(sizes);
+    const bool may_have_outliers = rows.outliers != nullptr;
+    const auto squares_below = [&](float limit) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int i = 0; i < num_inputs; i += 16) {
+            const __m512 value = load(i);
+            const __mmask16 is_below = _mm512_cmp_ps_mask(_mm512_abs_ps(value), _mm512_set1_ps(limit), _CMP_LE_OQ);
+            sum = _mm512_mask3_fmadd_ps(value, value, sum, is_below);
+        }
+        return _mm512_reduce_add_ps(sum);
+    };
+    const GroupScale scale = may_have_outliers
+                                 ? scale_of_row(largest, _mm512_reduce_add_ps(squares), num_inputs, squares_below)
+                                 : scale_of_group(largest);
+    const bool is_empty = scale.inverse == 0.0f;
+    const __m512 inverse = _mm512_set1_ps(scale.inverse);
+    const __m512i most = _mm512_set1_epi32(127);
     __m512i total = _mm512_setzero_si512();
+    int8_t* to = rows.row(row);
+    rows.num_outliers[row] = 0;
     for (int start = 0; start < num_inputs; start += kChunk, to += ByteRows::kTileBytes) {
         for (int i = 0; i < kChunk; i += 16) {
             __m512i codes = _mm512_setzero_si512();
             if (!is_empty && start + i < num_inputs) codes = _mm512_cvtps_epi32(_mm512_mul_ps(load(start + i), inverse));
             total = _mm512_add_epi32(total, codes);
             _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm512_cvtsepi32_epi8(codes));
+            uint32_t longer = may_have_outliers ? _mm512_cmpgt_epi32_mask(_mm512_abs_epi32(codes), most) : 0;
+            for (; longer != 0; longer &= longer - 1) {
+                alignas(64) int32_t words[16];
+                _mm512_store_si512(words, codes);
+                const int lane = std::countr_zero(longer);
+                to[i + lane] = shorten(words[lane], start + i + lane, rows, row);
+            }
         }
     }
-    *scale = row_scale.scale;
-    *sum = _mm512_reduce_add_epi32(total);
-    return !is_empty && wants_rest(row_scale, _mm512_reduce_add_ps(squares), num_inputs);
+    rows.scales[row] = scale.scale;
+    rows.sums[row] = _mm512_reduce_add_epi32(total);
 }
 
-// The same of what that leaves of the values.
-template <typename Load>
-void quantize_rest(const Load& load, int num_inputs, int8_t* to, float* scale, int32_t* sum) {
-    __m512i sizes = _mm512_setzero_si512();
-    for (int i = 0; i < num_inputs; i += 16) {
-        sizes = _mm512_max_epu32(sizes, _mm512_castps_si512(_mm512_abs_ps(load(i))));
-    }
-    const GroupScale row_scale = scale_of_group(_mm512_reduce_max_epu32(sizes));
-    const __m512 step = _mm512_set1_ps(row_scale.scale), inverse = _mm512_set1_ps(row_scale.inverse);
-    const auto load_rest = [&](int start) {
-        const __m512 value = load(start);
-        const __m512i codes = _mm512_cvtps_epi32(_mm512_mul_ps(value, inverse));
-        return _mm512_fnmadd_ps(_mm512_cvtepi32_ps(codes), step, value);
-    };
-    quantize_channel(load_rest, num_inputs, to, scale, sum);
-}
-
-inline bool quantize_channel_row(const float* x, int num_inputs, int8_t* to, float* scale, int32_t* sum) {
-    return quantize_channel([x](int start) { return _mm512_loadu_ps(x + start); }, num_inputs, to, scale, sum);
-}
-
-inline void quantize_channel_rest(const float* x, int num_inputs, int8_t* to, float* scale, int32_t* sum) {
-    quantize_rest([x](int start) { return _mm512_loadu_ps(x + start); }, num_inputs, to, scale, sum);
+inline void quantize_channel_row(const float* x, const ByteRows& rows, int row) {
+    quantize_channel([x](int start) { return _mm512_loadu_ps(x + start); }, rows, row);
 }
 
 }  // namespace pelton::avx512

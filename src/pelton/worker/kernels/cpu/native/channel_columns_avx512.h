@@ -17,9 +17,7 @@ struct PlainColumns {
 
         void store(const ByteRows& rows, int row, int count, const int32_t* sums) const {
             for (const int end = row + count; row < end; ++row, sums += kPanel) {
-                for (int half = 0; half < 2; ++half) {
-                    columns.store(rows, row, half, _mm512_load_si512(sums + 16 * half));
-                }
+                columns.store(rows, row, _mm512_load_si512(sums), _mm512_load_si512(sums + 16));
             }
         }
     };

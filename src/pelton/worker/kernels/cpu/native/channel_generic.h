@@ -5,7 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <vector>
+#include <cstring>
 
 #include "dot_products.h"
 #include "kernel_table.h"
@@ -49,9 +49,31 @@ private:
     Bytes code(Bytes q, int vector) const { return bits_as<Bytes>(bits_as<Pairs>(q) * steps[vector]) + bases[vector]; }
 };
 
-// A panel's columns of the result from the sums of a row [kPanel].
-inline void store_row(const PackedMatrix& matrix, int panel, const ByteRows& rows, int row, const int32_t* sums,
-                      const LinearResult& result) {
+// What the outliers of a row add to the sums of a panel [kPanel].
+template <Format kFormat>
+void add_outliers(const uint8_t* panel, const ByteRows& rows, int row, int32_t* sums) {
+    const Outlier* outliers = rows.outliers_of(row);
+    for (int i = 0; i < rows.num_outliers[row]; ++i) {
+        const int input = outliers[i].input, k = input % kGroup;
+        ChannelGroups<kFormat> groups(panel + static_cast<int64_t>(input / kGroup) * traits_of(kFormat).group_bytes());
+        groups.start();
+        int8_t x[8] = {};
+        std::memcpy(x + k % 8 / 4 * 4, outliers[i].codes, 4);
+        for (int vector = 0; vector < kPanel / kLanes; ++vector) {
+            Bytes first, second;
+            groups.load_pair(k / 8, vector, first, second);
+            Dot<8> dot;
+            dot.add(first, x, second);
+            int32_t* to = sums + vector * kLanes;
+            store(to, load<Ints>(to) + dot.sum() * splat(Outlier::kHighStep));
+        }
+    }
+}
+
+// A panel's columns of the result from the sums of a row [kPanel], which it may change.
+template <Format kFormat>
+void store_row(const PackedMatrix& matrix, int panel, const ByteRows& rows, int row, int32_t* sums, const LinearResult& result) {
+    if (rows.num_outliers[row] != 0) add_outliers<kFormat>(matrix.panel(panel), rows, row, sums);
     const int num_columns = std::min(kPanel, matrix.num_outputs - panel * kPanel);
     const Ints zero = splat(kSignedWeights ? 0 : 128 * rows.sums[row]);
     alignas(64) float total[kPanel];
@@ -59,9 +81,8 @@ inline void store_row(const PackedMatrix& matrix, int panel, const ByteRows& row
         const Floats scale = load<Floats>(matrix.channel_scales(panel) + i) * splat(rows.scales[row]);
         store(total + i, to_floats(load<Ints>(sums + i) - zero) * scale);
     }
-    float* to = result.out + rows.targets[row] * result.ld_out + panel * kPanel;
-    const float* base = rows.is_rest(row) ? to : result.bias == nullptr ? nullptr : result.bias + panel * kPanel;
-    for (int c = 0; c < num_columns; ++c) to[c] = total[c] + (base != nullptr ? base[c] : 0.0f);
+    float* to = result.out + (rows.first + row) * result.ld_out + panel * kPanel;
+    for (int c = 0; c < num_columns; ++c) to[c] = total[c] + (result.bias != nullptr ? result.bias[panel * kPanel + c] : 0.0f);
 }
 
 // One or two rows: codes go from memory straight into products.
@@ -86,7 +107,7 @@ void channel_tile(const PackedMatrix& matrix, int panel, const ByteRows& rows, c
     alignas(64) int32_t sums[kPanel];
     for (int r = 0; r < kRows; ++r) {
         for (int vector = 0; vector < kVectors; ++vector) store(sums + vector * kLanes, dots[r][vector].sum());
-        store_row(matrix, panel, rows, r, sums, result);
+        store_row<kFormat>(matrix, panel, rows, r, sums, result);
     }
 }
 
@@ -164,7 +185,7 @@ void multiply_strips(const PackedMatrix& matrix, int panel, const ByteRows& rows
                 add_codes<kTileRows>(codes + 64 * half, last - first, x, count, strip == 0, own + kHalf * half);
             }
             if (strip + 1 < num_strips) continue;
-            for (int r = 0; r < count; ++r) store_row(matrix, panel, rows, row + r, own + r * kPanel, result);
+            for (int r = 0; r < count; ++r) store_row<kFormat>(matrix, panel, rows, row + r, own + r * kPanel, result);
         }
     }
 }
@@ -189,33 +210,31 @@ inline void channel_panels(const PackedMatrix& matrix, PanelRange panels, const 
     multiply(matrix, panels, rows, result, scratch);
 }
 
-inline GroupScale scale_of_row(const float* x, int num_inputs) {
+inline void quantize_channel_row(const float* x, const ByteRows& rows, int row) {
+    const int num_inputs = rows.num_inputs;
     uint32_t largest = 0;
     for (int i = 0; i < num_inputs; ++i) largest = std::max(largest, float_to_bits(std::abs(x[i])));
-    return scale_of_group(largest);
-}
-
-inline bool quantize_channel_row(const float* x, int num_inputs, int8_t* to, float* scale, int32_t* sum) {
-    const GroupScale row_scale = scale_of_row(x, num_inputs);
-    *scale = row_scale.scale;
-    *sum = 0;
-    float squares = 0.0f;
+    const auto squares_below = [&](float limit) {
+        float sum = 0.0f;
+        for (int i = 0; i < num_inputs; ++i) sum += std::abs(x[i]) <= limit ? x[i] * x[i] : 0.0f;
+        return sum;
+    };
+    const GroupScale scale = rows.outliers != nullptr
+                                 ? scale_of_row(largest, squares_below(bits_to_float(largest)), num_inputs, squares_below)
+                                 : scale_of_group(largest);
+    int8_t* to = rows.row(row);
+    int32_t sum = 0;
+    rows.num_outliers[row] = 0;
     for (int start = 0; start < num_inputs; start += kChunk, to += ByteRows::kTileBytes) {
         for (int i = 0; i < kChunk; ++i) {
-            const float value = start + i < num_inputs && row_scale.inverse != 0.0f ? x[start + i] : 0.0f;
-            to[i] = static_cast<int8_t>(std::nearbyint(value * row_scale.inverse));
-            *sum += to[i];
-            squares += value * value;
+            const float value = start + i < num_inputs && scale.inverse != 0.0f ? x[start + i] : 0.0f;
+            const int code = static_cast<int>(std::nearbyint(value * scale.inverse));
+            to[i] = shorten(code, start + i, rows, row);
+            sum += code;
         }
     }
-    return row_scale.inverse != 0.0f && wants_rest(row_scale, squares, num_inputs);
-}
-
-inline void quantize_channel_rest(const float* x, int num_inputs, int8_t* to, float* scale, int32_t* sum) {
-    const GroupScale row_scale = scale_of_row(x, num_inputs);
-    std::vector<float> rest(x, x + num_inputs);
-    for (float& value : rest) value -= static_cast<float>(std::nearbyint(value * row_scale.inverse)) * row_scale.scale;
-    quantize_channel_row(rest.data(), num_inputs, to, scale, sum);
+    rows.scales[row] = scale.scale;
+    rows.sums[row] = sum;
 }
 
 }  // namespace pelton::PELTON_ISA

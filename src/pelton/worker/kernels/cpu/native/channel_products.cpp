@@ -16,17 +16,19 @@ int chunk_rows(int num_inputs) { return std::max(1, kChunkBytes / num_inputs / k
 // Places of all buffers for rows in 8 bits.
 struct ByteLayout {
     size_t value_bytes;
-    size_t scale_bytes;
+    size_t word_bytes;
+    size_t outlier_bytes;
 
-    // Every row may have a rest. Blocks are read in pairs; what lies past the last row is never part of a result.
+    // Blocks are read in pairs; what lies past the last row is never part of a result.
     ByteLayout(int num_rows, int num_inputs) {
-        const ByteRows rows = {num_rows, num_inputs, nullptr, nullptr, nullptr, nullptr};
-        const int64_t num_blocks = (2 * num_rows + ByteRows::kHeight - 1) / ByteRows::kHeight + 1;
+        const ByteRows rows = {num_rows, num_inputs, nullptr, nullptr, nullptr, nullptr, nullptr};
+        const int64_t num_blocks = (num_rows + ByteRows::kHeight - 1) / ByteRows::kHeight + 1;
         value_bytes = num_blocks * rows.block_bytes();
         // One more for the second row of a pair.
-        scale_bytes = aligned((2 * num_rows + 1) * sizeof(float));
+        word_bytes = aligned((num_rows + 1) * sizeof(float));
+        outlier_bytes = aligned(static_cast<size_t>(num_rows) * most_outliers(num_inputs) * sizeof(Outlier));
     }
-    size_t num_bytes() const { return value_bytes + 3 * scale_bytes; }
+    size_t num_bytes() const { return value_bytes + 3 * word_bytes + outlier_bytes; }
 };
 
 size_t hidden_bytes(int num_rows, int size) { return static_cast<size_t>(num_rows + 1) * size * sizeof(uint16_t); }
@@ -85,7 +87,7 @@ void ChannelProducts::gated_mlp(const GatedWeights& weights, const float* x, int
 void ChannelProducts::reserve_own(std::initializer_list<const LinearWeight*> weights, int num_rows) {
     for (auto& space : own_) {
         for (const auto* weight : weights) space.rows.reserve(ByteLayout(num_rows, weight->num_inputs).num_bytes());
-        space.scratch.reserve(aligned(channel_scratch_bytes(2 * num_rows)));
+        space.scratch.reserve(aligned(channel_scratch_bytes(num_rows)));
     }
 }
 
@@ -138,54 +140,34 @@ void ChannelProducts::multiply(Workers& workers, Workspace& space, const LinearW
 
 template <typename Workers>
 ByteRows ChannelProducts::quantize(Workers& workers, Workspace& space, const float* x, int num_rows, int num_inputs,
-                                   bool with_rests) {
-    const auto row_of = [&](int row) { return x + static_cast<int64_t>(row) * num_inputs; };
-    return quantize_rows(
-        workers, space, num_rows, num_inputs, with_rests,
-        [&](int row, const ByteRows& to) {
-            return kernels_.quantize_channel_row(row_of(row), num_inputs, to.row(row), to.scales + row, to.sums + row);
-        },
-        [&](int row, const ByteRows& to, int rest) {
-            kernels_.quantize_channel_rest(row_of(row), num_inputs, to.row(rest), to.scales + rest, to.sums + rest);
-        });
+                                   bool with_outliers) {
+    ByteRows rows = make_rows(space, num_rows, num_inputs);
+    if (!with_outliers) rows.outliers = nullptr;
+    workers.run_rows(num_rows, num_inputs, [&](int row, int) {
+        kernels_.quantize_channel_row(x + static_cast<int64_t>(row) * num_inputs, rows, row);
+    });
+    return rows;
 }
 
 template <typename Workers>
 ByteRows ChannelProducts::quantize(Workers& workers, Workspace& space, const PairedRows& x) {
-    return quantize_rows(
-        workers, space, x.num_rows, x.num_inputs, true,
-        [&](int row, const ByteRows& to) {
-            return kernels_.quantize_paired_row(x.at(row, 0), x.num_inputs, to.row(row), to.scales + row, to.sums + row);
-        },
-        [&](int row, const ByteRows& to, int rest) {
-            kernels_.quantize_paired_rest(x.at(row, 0), x.num_inputs, to.row(rest), to.scales + rest, to.sums + rest);
-        });
+    const ByteRows rows = make_rows(space, x.num_rows, x.num_inputs);
+    workers.run_rows(x.num_rows, x.num_inputs, [&](int row, int) { kernels_.quantize_paired_row(x.at(row, 0), rows, row); });
+    return rows;
 }
 
-// quantize(row, rows) tells whether the row wants a rest, which add_rest(row, rows, index) then makes. The rows lie in
-// memory that the next call reuses.
-template <typename Workers, typename Quantize, typename AddRest>
-ByteRows ChannelProducts::quantize_rows(Workers& workers, Workspace& space, int num_rows, int num_inputs, bool with_rests,
-                                        const Quantize& quantize, const AddRest& add_rest) {
+// In memory that the next call reuses.
+ByteRows ChannelProducts::make_rows(Workspace& space, int num_rows, int num_inputs) {
     const ByteLayout layout(num_rows, num_inputs);
     auto* memory = static_cast<uint8_t*>(space.rows.reserve(layout.num_bytes()));
-    const auto words = [&](int index) { return memory + layout.value_bytes + index * layout.scale_bytes; };
-    ByteRows rows = {num_rows,
-                     num_inputs,
-                     reinterpret_cast<int8_t*>(memory),
-                     reinterpret_cast<float*>(words(0)),
-                     reinterpret_cast<int32_t*>(words(1)),
-                     reinterpret_cast<int32_t*>(words(2))};
-    workers.run_rows(num_rows, num_inputs, [&](int row, int) { rows.targets[row] = quantize(row, rows) && with_rests ? -1 : row; });
-    for (int row = 0; row < num_rows; ++row) {
-        if (rows.targets[row] == row) continue;
-        rows.targets[row] = row;
-        rows.targets[rows.num_rows++] = row;
-    }
-    workers.run_rows(rows.num_rows - num_rows, num_inputs, [&](int i, int) {
-        add_rest(rows.targets[num_rows + i], rows, num_rows + i);
-    });
-    return rows;
+    const auto words = [&](int index) { return memory + layout.value_bytes + index * layout.word_bytes; };
+    return {num_rows,
+            num_inputs,
+            reinterpret_cast<int8_t*>(memory),
+            reinterpret_cast<float*>(words(0)),
+            reinterpret_cast<int32_t*>(words(1)),
+            reinterpret_cast<int32_t*>(words(2)),
+            reinterpret_cast<Outlier*>(words(3))};
 }
 
 }  // namespace pelton

@@ -47,12 +47,10 @@ private:
     void multiply(Workers& workers, Workspace& space, const LinearWeight& weight, const ByteRows& x, const float* bias,
                   float* out);
     template <typename Workers>
-    ByteRows quantize(Workers& workers, Workspace& space, const float* x, int num_rows, int num_inputs, bool with_rests);
+    ByteRows quantize(Workers& workers, Workspace& space, const float* x, int num_rows, int num_inputs, bool with_outliers);
     template <typename Workers>
     ByteRows quantize(Workers& workers, Workspace& space, const PairedRows& x);
-    template <typename Workers, typename Quantize, typename AddRest>
-    ByteRows quantize_rows(Workers& workers, Workspace& space, int num_rows, int num_inputs, bool with_rests,
-                           const Quantize& quantize, const AddRest& add_rest);
+    static ByteRows make_rows(Workspace& space, int num_rows, int num_inputs);
     void reserve_own(std::initializer_list<const LinearWeight*> weights, int num_rows);
 
     const KernelTable& kernels_;

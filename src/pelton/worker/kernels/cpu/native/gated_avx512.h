@@ -67,8 +67,8 @@ inline void gated_few(const GatedPanels& gated, PanelRange panels, const ByteRow
     for (int first = panels.first; first < panels.last; first += kPanelsAtOnce) {
         const PanelRange some = {first, std::min(first + kPanelsAtOnce, panels.last)};
         for (int side = 0; side < 2; ++side) {
-            // Targets are rows of the whole result.
-            float* to = values[side][0] - first * kPanel - static_cast<int64_t>(rows.targets[0]) * kWidth;
+            // The rows' numbers are those of the whole result.
+            float* to = values[side][0] - first * kPanel - static_cast<int64_t>(rows.first) * kWidth;
             multiply_few(*gated.sides[side], some, rows, {gated.bias[side], to, kWidth});
         }
         for (int i = 0; i < (some.last - some.first) * kPanel; i += 16) {
@@ -92,12 +92,8 @@ struct PairedRow {
     }
 };
 
-inline bool quantize_paired_row(const uint16_t* row, int num_inputs, int8_t* to, float* scale, int32_t* sum) {
-    return quantize_channel(PairedRow{row}, num_inputs, to, scale, sum);
-}
-
-inline void quantize_paired_rest(const uint16_t* row, int num_inputs, int8_t* to, float* scale, int32_t* sum) {
-    quantize_rest(PairedRow{row}, num_inputs, to, scale, sum);
+inline void quantize_paired_row(const uint16_t* from, const ByteRows& rows, int row) {
+    quantize_channel(PairedRow{from}, rows, row);
 }
 
 }  // namespace pelton::avx512

@@ -66,15 +66,11 @@ struct KernelTable {
     void (*lora_expand)(const LoraPart& part, LoraRange panels, const float* const* shrunk, int num_rows,
                         float* const* out);
 
-    // Float activations [I] to 8 bits with one scale: chunks of 64 codes, ByteRows::kTileBytes apart. Whether they want
-    // a rest (quantized_group.h).
-    bool (*quantize_channel_row)(const float* x, int num_inputs, int8_t* to, float* scale, int32_t* sum);
+    // Float activations [I] become a row in 8 bits, all that belongs to it.
+    void (*quantize_channel_row)(const float* x, const ByteRows& rows, int row);
 
-    // The same of what that leaves.
-    void (*quantize_channel_rest)(const float* x, int num_inputs, int8_t* to, float* scale, int32_t* sum);
-
-    // result = rows times the `panels` of a matrix by channel: sums of integers are exact, so their order is free. Rows
-    // go to their targets, rests are added there. `scratch`: channel_scratch_bytes(num_rows), aligned to 64.
+    // result = rows times the `panels` of a matrix by channel: sums of integers are exact, so their order is free.
+    // `scratch`: channel_scratch_bytes(num_rows), aligned to 64.
     void (*channel_panels)(const PackedMatrix& matrix, PanelRange panels, const ByteRows& rows, const LinearResult& result,
                            uint8_t* scratch);
 
@@ -82,13 +78,12 @@ struct KernelTable {
     void (*round_channel_row)(const float* values, int num_inputs, int bits, uint8_t* blocks);
 
     // hidden = act(gate) * up of the `panels` of both sides, within 3e-4 before it is rounded. `scratch`:
-    // channel_scratch_bytes, aligned to 64. Null, with the two below: gated layers are not fused.
+    // channel_scratch_bytes, aligned to 64. The rows have no outliers. Null, with the one below: gated layers are not fused.
     void (*gated_channel_panels)(const GatedPanels& gated, PanelRange panels, const ByteRows& rows,
                                  const PairedRows& hidden, uint8_t* scratch) = nullptr;
 
-    // A row of pairs, from PairedRows::at on, to codes of 8 bits: as quantize_channel_row and _rest.
-    bool (*quantize_paired_row)(const uint16_t* row, int num_inputs, int8_t* to, float* scale, int32_t* sum) = nullptr;
-    void (*quantize_paired_rest)(const uint16_t* row, int num_inputs, int8_t* to, float* scale, int32_t* sum) = nullptr;
+    // As quantize_channel_row, of a row of pairs from PairedRows::at on.
+    void (*quantize_paired_row)(const uint16_t* from, const ByteRows& rows, int row) = nullptr;
 
     // Null: attend_head only.
     const ColumnKernels* columns = nullptr;

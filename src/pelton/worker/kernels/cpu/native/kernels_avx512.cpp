@@ -128,8 +128,8 @@ const KernelTable& avx512_kernels() {
                                       silu_mul_row,      gelu_tanh_mul_row, rotate_head, store_kv,    avx2_kernels().attend_head,
                                       softcap_row,       block_maxima_512, block_weights, num_above,  mask_row,
                                       lora_shrink,       lora_expand,
-                                      quantize_channel_row, quantize_channel_rest, channel_panels, round_channel_row,
-                                      gated_channel_panels, quantize_paired_row, quantize_paired_rest, &columns};
+                                      quantize_channel_row, channel_panels, round_channel_row,
+                                      gated_channel_panels, quantize_paired_row, &columns};
     return table;
 }
 

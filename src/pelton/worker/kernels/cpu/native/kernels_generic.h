@@ -19,7 +19,7 @@ inline KernelTable make_table(const char* name) {
             silu_mul_row, gelu_tanh_mul_row, rotate_head,   store_kv,    attend_head,
             softcap_row,  block_maxima,      block_weights, num_above,   mask_row,
             lora_shrink,  lora_expand,
-            quantize_channel_row, quantize_channel_rest, channel_panels, round_channel_row};
+            quantize_channel_row, channel_panels, round_channel_row};
 }
 
 }  // namespace pelton::PELTON_ISA

@@ -116,19 +116,33 @@ struct QuantizedRows {
     const int32_t* sums;    // [num_rows, num_groups, 2]: of q over each half of a group
 };
 
+// A value beyond so many root mean squares of its row is an outlier: fewer than one in 100 are, and once more so many
+// where these are left out.
+constexpr int kOutlierRatio = 10;
+
+constexpr int most_outliers(int num_inputs) { return 2 * (num_inputs / (kOutlierRatio * kOutlierRatio) + 1); }
+
+// A code of more than 8 bits: what lies in the row, and kHighStep times codes[input % 4]; the other three are 0.
+struct Outlier {
+    static constexpr int kHighStep = 255;  // what is left is -127 to 127
+    int32_t input;
+    int8_t codes[4];
+};
+
 // Rows of activations in 8 bits with one scale each: tiles [ceil(num_rows / 16)][num_inputs / 64][16][64], filled up
-// with zeros at the end of a row. Behind the rows that were asked for lie the rests of those whose largest value
-// leaves too little of the 8 bits to the others: what rounding took from them, with a scale of its own.
+// with zeros at the end of a row. Few values that are far larger than a row's others would leave those too little of the
+// 8 bits; they have longer codes, of the same scale, so that sums of products are still integers.
 struct ByteRows {
     static constexpr int kHeight = 16;
     static constexpr int kTileBytes = kHeight * kChunk;
-    int num_rows;  // with rests
+    int num_rows;
     int num_inputs;
     int8_t* values;
-    float* scales;     // [num_rows]
-    int32_t* sums;     // [num_rows]: of a row's codes
-    int32_t* targets;  // [num_rows]: which row of the result; less than its index for a rest
-    int first = 0;     // index of the first row, where this is a part
+    float* scales;          // [num_rows]
+    int32_t* sums;          // [num_rows]: of a row's codes
+    int32_t* num_outliers;  // [num_rows]
+    Outlier* outliers;      // [num_rows][most_outliers(num_inputs)]; null: no codes are longer, whatever the values
+    int first = 0;          // index of the first row, where this is a part
 
     int num_chunks() const { return (num_inputs + kChunk - 1) / kChunk; }
     bool is_few() const { return num_rows <= 2 * kHeight; }
@@ -139,9 +153,9 @@ struct ByteRows {
     // `count` rows or those that are left from `first` on, a multiple of 16.
     ByteRows from(int first, int count) const {
         return {count < num_rows - first ? count : num_rows - first, num_inputs, row(first), scales + first, sums + first,
-                targets + first, this->first + first};
+                num_outliers + first, outliers == nullptr ? nullptr : outliers_of(first), this->first + first};
     }
-    bool is_rest(int index) const { return targets[index] < first + index; }
+    Outlier* outliers_of(int row) const { return outliers + static_cast<int64_t>(row) * most_outliers(num_inputs); }
 };
 
 struct FloatRows {
