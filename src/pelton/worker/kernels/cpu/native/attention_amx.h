@@ -232,13 +232,12 @@ private:
             for (int half = 0; half < 2; ++half) {
                 const int at = tile * kTilePositions + half * kBlockPositions;
                 load_values(extent.start + at, value_tile(tile) + half * kBlockPositions);
-                upcoming_.fetch(dim_ * 3 / 8);
             }
         }
     }
 
     // 16 positions of a tile.
-    void load_values(int position, uint16_t* to) const {
+    void load_values(int position, uint16_t* to) {
         const uint32_t before =
             (1u << std::clamp(first_visible(first_position_) - position, 0, kBlockPositions)) - 1;
         const uint32_t written = (1u << std::clamp(last_position_ + 1 - position, 0, kBlockPositions)) - 1;
@@ -250,8 +249,11 @@ private:
             return;
         }
         const uint16_t* from = values_at(position);
-        for (int d = 0; d < dim_; ++d, from += shape_.block_size, to += kTilePositions) {
-            _mm256_store_si256(reinterpret_cast<__m256i*>(to), _mm256_maskz_loadu_epi16(mask, from));
+        for (int d = 0; d < dim_; d += 16) {
+            for (int i = 0; i < 16; ++i, from += shape_.block_size, to += kTilePositions) {
+                _mm256_store_si256(reinterpret_cast<__m256i*>(to), _mm256_maskz_loadu_epi16(mask, from));
+            }
+            upcoming_.fetch(6);
         }
     }
 
@@ -311,15 +313,16 @@ private:
         const int first = extent.first * kTilePositions, end = extent.end * kTilePositions;
         for (int i = extent.first; i < extent.end; i += 2) {
             score_single(tile, i, std::min(i + 2, extent.end));
-            upcoming_.fetch(dim_);
         }
         hide(0, tile, extent);
         Peaks peaks;
         find_peaks(1, first, end, peaks);
         Softmax softmax = begin_softmax(1, peaks);
         for (int at = first; at < end; at += kTilePositions) {
-            soften(0, at, at + kTilePositions, softmax);
-            upcoming_.fetch(dim_ * 3 / 4);
+            for (int i = 0; i < kTilePositions; i += 8) {
+                soften(0, at + i, at + i + 8, softmax);
+                upcoming_.fetch(dim_ * 3 / 16);
+            }
         }
         end_softmax(1, peaks, softmax, &part);
         for (int d = 0; d < dim_; d += 4 * kColumns) add_values(extent, d, part.data);
@@ -339,13 +342,17 @@ private:
             load_tile<5>(queries + d * kColumns, 64);
             load_tile<4>(keys[0] + d, row_bytes);
             multiply_tiles<0, 4, 5>();
+            upcoming_.fetch(8);
             load_tile<4>(keys[1] + d, row_bytes);
             multiply_tiles<1, 4, 5>();
+            upcoming_.fetch(8);
             if (!has_second) continue;
             load_tile<4>(keys[2] + d, row_bytes);
             multiply_tiles<2, 4, 5>();
+            upcoming_.fetch(8);
             load_tile<4>(keys[3] + d, row_bytes);
             multiply_tiles<3, 4, 5>();
+            upcoming_.fetch(8);
         }
         float* to = scores_[0] + first * kTilePositions * kColumns;
         store_tile<0>(to, 64);

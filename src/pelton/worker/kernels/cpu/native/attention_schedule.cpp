@@ -75,7 +75,8 @@ AttentionSchedule::AttentionSchedule(const AttentionShape& shape, std::span<cons
     }
     for (int chunk = 0; chunk < static_cast<int>(chunks.size()); ++chunk) {
         const int64_t columns = static_cast<int64_t>(chunks[chunk].members.size()) * kPartColumns;
-        pieces.push_back({-1, chunk, columns * kChunkPositions});
+        const int num_left = requests[chunks[chunk].members.front()].seq_len - chunks[chunk].start;
+        pieces.push_back({-1, chunk, columns * std::min(num_left, kChunkPositions)});
     }
     std::stable_sort(pieces.begin(), pieces.end(), [](const Piece& a, const Piece& b) { return a.cost > b.cost; });
 }

@@ -3,7 +3,6 @@
 
 #include <immintrin.h>
 
-#include <algorithm>
 #include <cstdint>
 
 #include "attention.h"
@@ -21,24 +20,30 @@ public:
           piece_(2 * blocks.first) {}
 
     void fetch(int num_lines) {
-        while (num_lines > 0 && piece_ < 2 * blocks_.last) {
-            const int64_t block = blocks_.block_table[piece_ / 2];
-            const char* piece = caches_[piece_ % 2] + (block * num_kv_heads_ + blocks_.kv_head) * piece_bytes_;
-            const int64_t end = std::min(piece_bytes_, offset_ + 64 * static_cast<int64_t>(num_lines));
-            for (; offset_ < end; offset_ += 64, --num_lines) _mm_prefetch(piece + offset_, _MM_HINT_T1);
-            if (offset_ < piece_bytes_) return;
-            offset_ = 0;
-            ++piece_;
+        for (; num_lines > 0; --num_lines, next_ += 64) {
+            if (next_ >= end_ && !begin_piece()) return;
+            _mm_prefetch(next_, _MM_HINT_T1);
         }
     }
 
 private:
+    // Keys and values of a block in turn.
+    bool begin_piece() {
+        if (piece_ >= 2 * blocks_.last) return false;
+        const int64_t block = blocks_.block_table[piece_ / 2];
+        next_ = caches_[piece_ % 2] + (block * num_kv_heads_ + blocks_.kv_head) * piece_bytes_;
+        end_ = next_ + piece_bytes_;
+        ++piece_;
+        return true;
+    }
+
     const UpcomingBlocks& blocks_;
     const char* caches_[2];
     int num_kv_heads_;
     int64_t piece_bytes_;  // a head's keys, or values, in a block
-    int piece_;            // keys and values of a block in turn
-    int64_t offset_ = 0;
+    int piece_;
+    const char* next_ = nullptr;
+    const char* end_ = nullptr;
 };
 
 }  // namespace pelton::avx512
