@@ -188,7 +188,8 @@ void check_attention(std::vector<Runtime*> runtimes, KVType kv_type, AttentionSh
         for (const auto& request : requests) {
             scheduled.push_back({request.num_tokens, request.seq_len, request.block_table});
         }
-        runtime->attend(shape, requests, AttentionSchedule(shape, scheduled, runtime->attends_in_chunks(shape)), keys.data(), values.data());
+        runtime->attend(shape, requests, AttentionSchedule(shape, scheduled, runtime->chunk_threads(shape)), keys.data(),
+                        values.data());
         if (runtime == runtimes.front()) first = out;
         if (!same_bits(first, out)) fail("attention depends on the threads");
         for (float value : out) {

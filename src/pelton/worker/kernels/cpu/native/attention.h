@@ -52,7 +52,7 @@ struct ColumnRun {
     int num_columns;
     int seq_len;
     const int64_t* block_table;
-    UpcomingBlocks upcoming = {};
+    UpcomingBlocks upcoming[2] = {};  // in turn
 };
 
 // What one chunk adds to a request's columns, which are `lane` and the next of a tile.

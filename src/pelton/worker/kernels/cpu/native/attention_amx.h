@@ -229,33 +229,32 @@ private:
     // columns' window or not written yet may hold anything, NaN too, and 0 times NaN would reach the result.
     void load_values(const Extent& extent) {
         for (int tile = extent.first; tile < extent.end; ++tile) {
-            for (int half = 0; half < 2; ++half) {
-                const int at = tile * kTilePositions + half * kBlockPositions;
-                load_values(extent.start + at, value_tile(tile) + half * kBlockPositions);
+            const int position = extent.start + tile * kTilePositions;
+            const __mmask16 first_mask = seen_mask(position), second_mask = seen_mask(position + kBlockPositions);
+            const uint16_t* first = values_near(position, first_mask);
+            const uint16_t* second = values_near(position + kBlockPositions, second_mask);
+            auto* to = reinterpret_cast<__m512i*>(value_tile(tile));
+            for (int d = 0; d < dim_; d += 8) {
+                for (int i = 0; i < 8; ++i, first += shape_.block_size, second += shape_.block_size, ++to) {
+                    const __m256i low = _mm256_maskz_loadu_epi16(first_mask, first);
+                    const __m256i high = _mm256_maskz_loadu_epi16(second_mask, second);
+                    _mm512_store_si512(to, _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+                }
+                upcoming_.fetch(6);
             }
         }
     }
 
-    // 16 positions of a tile.
-    void load_values(int position, uint16_t* to) {
+    // Which of 16 positions some column sees.
+    __mmask16 seen_mask(int position) const {
         const uint32_t before =
             (1u << std::clamp(first_visible(first_position_) - position, 0, kBlockPositions)) - 1;
         const uint32_t written = (1u << std::clamp(last_position_ + 1 - position, 0, kBlockPositions)) - 1;
-        const auto mask = static_cast<__mmask16>(written & ~before);
-        if (mask == 0) {
-            for (int d = 0; d < dim_; ++d, to += kTilePositions) {
-                _mm256_store_si256(reinterpret_cast<__m256i*>(to), _mm256_setzero_si256());
-            }
-            return;
-        }
-        const uint16_t* from = values_at(position);
-        for (int d = 0; d < dim_; d += 16) {
-            for (int i = 0; i < 16; ++i, from += shape_.block_size, to += kTilePositions) {
-                _mm256_store_si256(reinterpret_cast<__m256i*>(to), _mm256_maskz_loadu_epi16(mask, from));
-            }
-            upcoming_.fetch(6);
-        }
+        return static_cast<__mmask16>(written & ~before);
     }
+
+    // Where a block's values are; anything that may be pointed to where none of them is seen.
+    const uint16_t* values_near(int position, __mmask16 mask) const { return mask == 0 ? values_ : values_at(position); }
 
     // What the chunk adds to each tile: to `part_of` it, then `done` with it.
     template <class PartOf, class Done>

@@ -14,9 +14,9 @@ class AttentionPlan {
 public:
     // query_start_loc [R + 1], seq_lens [R], block_tables [R, num_columns]; copied. Whatever a step was made
     // of, nothing outside its arrays is touched: throws std::out_of_range for a request that does not fit.
-    // in_chunks: see Runtime::attends_in_chunks.
+    // chunk_threads: see Runtime::chunk_threads.
     AttentionPlan(const AttentionShape& shape, const int64_t* query_start_loc, const int64_t* seq_lens,
-                  int64_t num_requests, const int64_t* block_tables, int64_t num_columns, bool in_chunks)
+                  int64_t num_requests, const int64_t* block_tables, int64_t num_columns, int chunk_threads)
         : shape_(shape), num_columns_(num_columns), block_tables_(block_tables, block_tables + num_requests * num_columns),
           starts_(query_start_loc, query_start_loc + num_requests + 1), seq_lens_(seq_lens, seq_lens + num_requests) {
         for (int64_t row = 0; row < num_requests; ++row) {
@@ -37,7 +37,7 @@ public:
             requests.push_back({static_cast<int>(starts_[row + 1] - starts_[row]), static_cast<int>(seq_lens_[row]),
                                 block_tables_.data() + row * num_columns});
         }
-        schedule_ = AttentionSchedule(shape, requests, in_chunks);
+        schedule_ = AttentionSchedule(shape, requests, chunk_threads);
     }
 
     const AttentionShape& shape() const { return shape_; }

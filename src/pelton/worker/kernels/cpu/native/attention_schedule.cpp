@@ -23,28 +23,56 @@ std::vector<int64_t> sharing_key(const AttentionShape& shape, const AttentionSch
     return key;
 }
 
+// A chunk that requests may have in common.
+struct SharedChunk {
+    int num_readers = 0;
+    int chunk = -1;  // that may take one more member
+};
+
 }  // namespace
 
-AttentionSchedule::AttentionSchedule(const AttentionShape& shape, std::span<const Request> requests, bool in_chunks) {
+AttentionSchedule::AttentionSchedule(const AttentionShape& shape, std::span<const Request> requests, int chunk_threads) {
     const int group = shape.num_heads / shape.num_kv_heads;
-    // Chunks that may take one more member, by start and key.
-    std::map<std::pair<int, std::vector<int64_t>>, int> open;
+    const auto may_be_cut = [&](const Request& request) {
+        return chunk_threads > 0 && request.num_tokens * group <= kPartColumns && request.seq_len > kChunkPositions;
+    };
+    int64_t num_positions = 0;
+    std::map<std::pair<int, std::vector<int64_t>>, SharedChunk> known;  // by start and key
+    std::vector<std::vector<SharedChunk*>> common(requests.size());     // of each request, from its first chunk on
+    for (size_t index = 0; index < requests.size(); ++index) {
+        const Request& request = requests[index];
+        num_positions += request.seq_len;
+        if (!may_be_cut(request) || shape.sliding_window > 0) continue;
+        const int num_seen = request.seq_len - request.num_tokens + 1;  // by all of its columns
+        for (int start = 0; start + kChunkPositions <= num_seen; start += kChunkPositions) {
+            common[index].push_back(&known[{start, sharing_key(shape, request, start)}]);
+            ++common[index].back()->num_readers;
+        }
+    }
+    // Among many, one that shares nothing is as well taken as a whole: its queries are loaded once, its results merged as
+    // they come.
+    const auto stays_whole = [&](int index) {
+        const int64_t own = static_cast<int64_t>(requests[index].seq_len) * chunk_threads * kTasksPerThread;
+        return own <= num_positions * shape.num_kv_heads &&
+               std::ranges::none_of(common[index], [](const SharedChunk* chunk) { return chunk->num_readers > 1; });
+    };
     std::vector<std::pair<int, int>> places;  // chunk and member, of the merges' parts
     for (int index = 0; index < static_cast<int>(requests.size()); ++index) {
         const Request& request = requests[index];
-        if (!in_chunks || request.num_tokens * group > kPartColumns || request.seq_len <= kChunkPositions) {
+        if (!may_be_cut(request) || stays_whole(index)) {
             add_runs(index, request);
             continue;
         }
         const int first_position = request.seq_len - request.num_tokens;
         const int first = shape.sliding_window > 0 ? std::max(0, first_position - shape.sliding_window + 1) : 0;
         merges.push_back({index, {}});
+        size_t num_cut = 0;
         for (int start = first / kChunkPositions * kChunkPositions; start < request.seq_len; start += kChunkPositions) {
             int chunk = static_cast<int>(chunks.size());
-            if (shape.sliding_window == 0 && start + kChunkPositions <= first_position + 1) {
-                int& shared = open.try_emplace({start, sharing_key(shape, request, start)}, chunk).first->second;
-                if (shared < chunk && chunks[shared].members.size() == kMaxMembers) shared = chunk;
-                chunk = shared;
+            if (num_cut < common[index].size()) {
+                int& open = common[index][num_cut++]->chunk;
+                if (open < 0 || chunks[open].members.size() == kMaxMembers) open = chunk;
+                chunk = open;
             }
             if (chunk == static_cast<int>(chunks.size())) chunks.push_back({start, 0, {}});
             places.emplace_back(chunk, static_cast<int>(chunks[chunk].members.size()));

@@ -1,8 +1,8 @@
 // How a step's attention is cut into pieces that threads take one by one.
 //
 // A request is cut into runs of its new tokens, each over all positions. Where kernels take columns, one with few
-// new tokens, a decode, is cut into chunks of positions instead: a long context is shared out among threads, and a chunk
-// that requests have in common (a shared prefix) is read once for all of them. Either way a column's result
+// new tokens, a decode, may be cut into chunks of positions instead: a long context is shared out among threads, and a
+// chunk that requests have in common (a shared prefix) is read once for all of them. Either way a column's result
 // is the same to the bit.
 #pragma once
 
@@ -15,6 +15,8 @@ namespace pelton {
 
 constexpr int kChunkPositions = 256;
 constexpr int kPartColumns = 16;
+// That each thread should find, so that what is left over at the end is short.
+constexpr int kTasksPerThread = 8;
 
 class AttentionSchedule {
 public:
@@ -52,7 +54,8 @@ public:
     };
 
     AttentionSchedule() = default;
-    AttentionSchedule(const AttentionShape& shape, std::span<const Request> requests, bool in_chunks);
+    // chunk_threads: that share out the work, or 0 where kernels do not take columns.
+    AttentionSchedule(const AttentionShape& shape, std::span<const Request> requests, int chunk_threads);
 
     std::vector<Run> runs;
     std::vector<Chunk> chunks;

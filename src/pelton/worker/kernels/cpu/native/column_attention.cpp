@@ -7,13 +7,6 @@
 
 namespace pelton {
 
-namespace {
-
-// Tasks that each thread should find, so that what is left over at the end is short.
-constexpr int kTasksPerThread = 8;
-
-}  // namespace
-
 ColumnAttention::ColumnAttention(const ColumnKernels& kernels, const AttentionShape& shape,
                              std::span<const AttentionRequest> requests, const AttentionSchedule& schedule,
                              AttentionCaches caches, AttentionMemory& memory, ThreadPool& pool)
@@ -90,11 +83,21 @@ void ColumnAttention::run_tasks(std::span<const Task> tasks) {
 UpcomingBlocks ColumnAttention::blocks_of(const Task& task, int head) const {
     const auto& piece = schedule_.pieces[task.piece];
     const bool is_run = piece.chunk < 0;
-    const int start = is_run ? 0 : schedule_.chunks[piece.chunk].start;
+    const int start = is_run ? start_of(schedule_.runs[piece.run]) : schedule_.chunks[piece.chunk].start;
     const int index = is_run ? schedule_.runs[piece.run].request : schedule_.chunks[piece.chunk].members.front();
-    const auto& request = requests_[index];
-    const int end = std::min(request.seq_len, start + kChunkPositions);
-    return {request.block_table, start / shape_.block_size, (end + shape_.block_size - 1) / shape_.block_size, head};
+    return blocks_between(requests_[index], start, start + kChunkPositions, head);
+}
+
+UpcomingBlocks ColumnAttention::blocks_between(const AttentionRequest& request, int start, int end, int head) const {
+    const int last = (std::min(request.seq_len, end) + shape_.block_size - 1) / shape_.block_size;
+    return {request.block_table, start / shape_.block_size, last, head};
+}
+
+int ColumnAttention::start_of(const AttentionSchedule::Run& run) const {
+    if (shape_.sliding_window <= 0) return 0;
+    const AttentionRequest& request = requests_[run.request];
+    const int first = request.seq_len - request.num_tokens + run.first_token - shape_.sliding_window + 1;
+    return std::max(first, 0) / kChunkPositions * kChunkPositions;
 }
 
 void ColumnAttention::attend(const AttentionSchedule::Piece& piece, int kv_head, const UpcomingBlocks& upcoming,
@@ -104,8 +107,10 @@ void ColumnAttention::attend(const AttentionSchedule::Piece& piece, int kv_head,
         const auto& run = schedule_.runs[piece.run];
         const AttentionRequest& request = requests_[run.request];
         set_columns(columns, request, kv_head, run.first_token, run.num_tokens);
-        kernels_.attend(shape_, {columns, run.num_tokens * group_, request.seq_len, request.block_table, upcoming},
-                        caches_.keys, caches_.values, kv_head, work_of(thread));
+        ColumnRun own = {columns, run.num_tokens * group_, request.seq_len, request.block_table, {{}, upcoming}};
+        const int second_chunk = start_of(run) + kChunkPositions;
+        if (is_light(piece)) own.upcoming[0] = blocks_between(request, second_chunk, request.seq_len, kv_head);
+        kernels_.attend(shape_, own, caches_.keys, caches_.values, kv_head, work_of(thread));
         return;
     }
     const auto& chunk = schedule_.chunks[piece.chunk];
@@ -118,7 +123,7 @@ void ColumnAttention::attend(const AttentionSchedule::Piece& piece, int kv_head,
         set_columns(columns + i / per_tile * kPartColumns + i % per_tile * own, requests_[chunk.members[i]], kv_head, 0,
                     first.num_tokens);
     }
-    kernels_.attend_chunk(shape_, {columns, num_columns, first.seq_len, first.block_table, upcoming}, caches_.keys,
+    kernels_.attend_chunk(shape_, {columns, num_columns, first.seq_len, first.block_table, {upcoming}}, caches_.keys,
                           caches_.values, kv_head, chunk.start, part_at(kv_head, chunk.first_tile), work_of(thread));
 }
 

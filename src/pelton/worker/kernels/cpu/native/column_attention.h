@@ -40,7 +40,10 @@ private:
     void make_tasks();
     bool is_light(const AttentionSchedule::Piece& piece) const;
     void run_tasks(std::span<const Task> tasks);
+    // Of the first chunk of positions that a task takes.
     UpcomingBlocks blocks_of(const Task& task, int head) const;
+    UpcomingBlocks blocks_between(const AttentionRequest& request, int start, int end, int head) const;
+    int start_of(const AttentionSchedule::Run& run) const;
     void attend(const AttentionSchedule::Piece& piece, int kv_head, const UpcomingBlocks& upcoming, int thread) const;
     void merge(const AttentionSchedule::Merge& merge, int kv_head, int thread) const;
 

@@ -317,7 +317,7 @@ NB_MODULE(pelton_cpu, m) {
                                           bf16 ? KVType::BF16 : KVType::F32};
             new (self) AttentionPlan(shape, at<const int64_t>(query_start_loc), at<const int64_t>(seq_lens),
                                      num_requests, at<const int64_t>(block_tables), num_columns,
-                                     runtime.attends_in_chunks(shape));
+                                     runtime.chunk_threads(shape));
         });
 
     m.attr("NO_COLUMN") = kNoColumn;

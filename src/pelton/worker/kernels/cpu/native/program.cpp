@@ -239,7 +239,7 @@ void Program::run(const ProgramInputs& inputs, float* result) {
     for (size_t group = 0; group < inputs.groups.size(); ++group) {
         plans_.emplace_back(groups_[group], inputs.query_start_loc, inputs.seq_lens, inputs.num_requests,
                             inputs.groups[group].block_tables, inputs.groups[group].num_columns,
-                            runtime_.attends_in_chunks(groups_[group]));
+                            runtime_.chunk_threads(groups_[group]));
         plans_.back().check(inputs.num_rows, num_blocks_);
     }
     // Slots but the result lie one after another, each from a cache line on.

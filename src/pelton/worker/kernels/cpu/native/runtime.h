@@ -79,10 +79,12 @@ public:
     void rotate_and_store(const AttentionShape& shape, const Tokens& tokens, const HeadRows& rows, void* key_cache,
                           void* value_cache);
 
-    // Whether attention of this shape is by columns, which a schedule must know.
+    // Whether attention of this shape is by columns.
     bool attends_in_chunks(const AttentionShape& shape) const {
         return kernels_.columns != nullptr && kernels_.columns->can_attend(shape);
     }
+    // How many threads take chunks of positions, for a schedule; 0: none does.
+    int chunk_threads(const AttentionShape& shape) const { return attends_in_chunks(shape) ? pool_.num_threads() : 0; }
 
     // `schedule` is made of the same requests.
     void attend(const AttentionShape& shape, std::span<const AttentionRequest> requests,
