@@ -217,6 +217,34 @@ def test_a_shared_prefix_changes_nothing(kernels: OnTensors, heads: tuple[int, i
             assert torch.equal(requests.run(threaded, [(row, 0, num_tokens)])[0], results[row])
 
 
+@pytest.mark.parametrize("window", [None, 300])
+def test_many_decodes_by_themselves(kernels: OnTensors, window: int | None) -> None:
+    """So many that each is attended as a whole where it shares nothing; alone it is cut into chunks of positions."""
+    work = [(1 + row % 2, 257 + 17 * row) for row in range(48)]
+    requests = Requests(work, (14, 2, 64), torch.bfloat16, window=window)
+    results = requests.run_all(kernels)
+    requests.check(results)
+    for num_threads in (1, 3):
+        threaded = on_tensors(kernels.runtime.isa, num_threads)
+        for row, (num_tokens, _) in enumerate(work):
+            assert torch.equal(requests.run(threaded, [(row, 0, num_tokens)])[0], results[row])
+
+
+def test_a_shared_prefix_is_read_once_for_many(kernels: OnTensors) -> None:
+    shape, num_requests = AttentionShape(14, 2, 64, 16, None), 40
+
+    def num_read(num_shared_blocks: int) -> int:
+        tables = torch.arange(1, 1 + 80 * num_requests).view(num_requests, 80)
+        tables[:, :num_shared_blocks] = tables[0, :num_shared_blocks]
+        starts = list(range(num_requests + 1))
+        plan = kernels.plan_attention(shape, starts, [1100] * num_requests, tables)
+        return int(plan.native(True).num_positions_read)
+
+    by_columns = kernels.runtime.isa in ("amx", "avx512")  # 32 requests at a time; by rows each reads its own
+    assert num_read(0) == 1100 * num_requests
+    assert num_read(64) == (76 * num_requests + 2 * 1024 if by_columns else 1100 * num_requests)
+
+
 @pytest.mark.parametrize("dtype", KV_DTYPES)
 def test_queries_may_lie_apart(kernels: OnTensors, dtype: torch.dtype) -> None:
     """As in a model: views of one projection of queries, keys and values."""

@@ -80,6 +80,8 @@ class AttentionPlan:
         block_tables: int,
         num_columns: int,
     ) -> None: ...
+    @property
+    def num_positions_read(self) -> int: ...
 
 NO_COLUMN: int
 

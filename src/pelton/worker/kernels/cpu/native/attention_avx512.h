@@ -106,6 +106,7 @@ class HeadRows {
     static constexpr int kPerWord = Words::kPerWord;
     static constexpr int kTileBlocks = kTilePositions / kBlockPositions;
     static constexpr int kChunkTiles = kChunkPositions / kTilePositions;
+    static constexpr int kWordsBetween = 4;
 
 public:
     HeadRows(const AttentionShape& shape, const ColumnRun& run, const void* keys, const void* values, int kv_head,
@@ -255,21 +256,34 @@ private:
         return _mm512_set1_epi32(static_cast<int>(mask));
     }
 
-    // Rows in groups of nearly equal size, 6 at most: 7 are 4 and 3. What comes next is fetched all along.
+    // Rows in groups of nearly equal size, 6 at most: 7 are 4 and 3. What comes next, if anything, is fetched all along.
     template <class Tile>
     void for_each_group(const Tile& tile) {
+        upcoming_.is_empty() ? for_each_group<false>(tile) : for_each_group<true>(tile);
+    }
+
+    template <bool kFetches, class Tile>
+    void for_each_group(const Tile& tile) {
         const int num_groups = (num_rows_ + kMostRows - 1) / kMostRows;
+        lines_at_once_ = (2 * kPerWord * kWordsBetween + num_groups - 1) / num_groups;
         for (int i = 0; i < num_groups; ++i) {
             const int row = static_cast<int>(static_cast<int64_t>(num_rows_) * i / num_groups);
             switch (static_cast<int>(static_cast<int64_t>(num_rows_) * (i + 1) / num_groups) - row) {
-                case 6: tile.template operator()<6>(row); break;
-                case 5: tile.template operator()<5>(row); break;
-                case 4: tile.template operator()<4>(row); break;
-                case 3: tile.template operator()<3>(row); break;
-                case 2: tile.template operator()<2>(row); break;
-                default: tile.template operator()<1>(row); break;
+                case 6: tile.template operator()<6, kFetches>(row); break;
+                case 5: tile.template operator()<5, kFetches>(row); break;
+                case 4: tile.template operator()<4, kFetches>(row); break;
+                case 3: tile.template operator()<3, kFetches>(row); break;
+                case 2: tile.template operator()<2, kFetches>(row); break;
+                default: tile.template operator()<1, kFetches>(row); break;
             }
-            upcoming_.fetch(2 * dim_ / num_groups);
+        }
+    }
+
+    // After every word of a product.
+    template <bool kFetches>
+    void fetch_some(int word) {
+        if constexpr (kFetches) {
+            if (word % kWordsBetween == 0) upcoming_.fetch(lines_at_once_);
         }
     }
 
@@ -284,28 +298,30 @@ private:
         for (int tile = first_tile; tile < end_tile; ++tile) {
             const int at = tile * kTilePositions;
             load_keys(start + at, extent_of(start + at, kTilePositions));
-            for_each_group([this, at]<int kRows>(int row) { score<kRows>(row, at); });
+            for_each_group([this, at]<int kRows, bool kFetches>(int row) { score<kRows, kFetches>(row, at); });
         }
         for (int row = 0; row < num_rows_; ++row) soften(row, start, first_tile, end_tile, sums_of(parts, row));
         for (int tile = first_tile; tile < end_tile; ++tile) {
             const int at = tile * kTilePositions;
             const Extent extent = extent_of(start + at, kTilePositions);
             load_values(start + at, extent);
-            for_each_group([&]<int kRows>(int row) { add_values<kRows>(row, at, extent, tile == first_tile, parts); });
+            for_each_group([&]<int kRows, bool kFetches>(int row) {
+                add_values<kRows, kFetches>(row, at, extent, tile == first_tile, parts);
+            });
         }
     }
 
     // Scores of the tile from `at` of the chunk on: sums of kBlockWords, put together as they come. One running sum over a
     // head of 256 would lose twice as much.
-    template <int kRows>
-    void score(int row, int at) const {
+    template <int kRows, bool kFetches>
+    void score(int row, int at) {
         for (int first = 0; first < num_words_; first += kBlockWords) {
-            score_words<kRows>(row, at, first, std::min(first + kBlockWords, num_words_));
+            score_words<kRows, kFetches>(row, at, first, std::min(first + kBlockWords, num_words_));
         }
     }
 
-    template <int kRows>
-    void score_words(int row, int at, int first, int end) const {
+    template <int kRows, bool kFetches>
+    void score_words(int row, int at, int first, int end) {
         __m512 sum[kRows][kTileBlocks];
         unrolled<kRows * kTileBlocks>([&](auto i) __attribute__((always_inline)) {
             sum[i / kTileBlocks][i % kTileBlocks] = _mm512_setzero_ps();
@@ -323,6 +339,7 @@ private:
                     sum[r][j] = Words::multiply_add(sum[r][j], own, key[j]);
                 });
             });
+            fetch_some<kFetches>(word);
         }
         unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
             float* to = scores_of(row + r) + at;
@@ -382,8 +399,8 @@ private:
     }
 
     // The tile of values from `at` of the chunk on, added to what the rows have or, where it is the first, put there.
-    template <int kRows>
-    void add_values(int row, int at, const Extent& extent, bool is_first, float* parts) const {
+    template <int kRows, bool kFetches>
+    void add_values(int row, int at, const Extent& extent, bool is_first, float* parts) {
         const int first = first_block(extent) * kBlockPositions, end = end_block(extent) * kBlockPositions;
         const uint32_t* values = tile_values_ + static_cast<int64_t>(first) / kPerWord * dim_;
         const uint32_t* probabilities[kRows];
@@ -394,15 +411,16 @@ private:
         });
         for (int d = 0; d < dim_;) {
             const bool is_wide = d + 64 <= dim_;
-            const auto add = is_wide ? add_columns<kRows, 4> : add_columns<kRows, 1>;
-            add(probabilities, first / kPerWord, end / kPerWord, values + d, dim_, is_first, results, d);
+            const auto add = is_wide ? &HeadRows::add_columns<kRows, 4, kFetches> : &HeadRows::add_columns<kRows, 1, kFetches>;
+            (this->*add)(probabilities, first / kPerWord, end / kPerWord, values + d, is_first, results, d);
             d += is_wide ? 64 : 16;
         }
     }
 
-    template <int kRows, int kVectors>
-    static void add_columns(const uint32_t* const (&probabilities)[kRows], int first, int end, const uint32_t* values,
-                            int64_t stride, bool is_first, float* const (&results)[kRows], int d) {
+    template <int kRows, int kVectors, bool kFetches>
+    void add_columns(const uint32_t* const (&probabilities)[kRows], int first, int end, const uint32_t* values,
+                     bool is_first, float* const (&results)[kRows], int d) {
+        const int64_t stride = dim_;
         __m512 sum[kRows][kVectors];
         unrolled<kRows * kVectors>([&](auto i) __attribute__((always_inline)) {
             constexpr int r = i / kVectors, j = i % kVectors;
@@ -419,6 +437,7 @@ private:
                     sum[r][j] = Words::multiply_add(sum[r][j], own, value[j]);
                 });
             });
+            fetch_some<kFetches>(word);
         }
         unrolled<kRows * kVectors>([&](auto i) __attribute__((always_inline)) {
             constexpr int r = i / kVectors, j = i % kVectors;
@@ -436,6 +455,7 @@ private:
     int64_t block_words_;  // of a head in a block
     float scale_;          // of scores, as powers of 2
     UpcomingLines upcoming_;
+    int lines_at_once_ = 0;  // of what comes next, after every kWordsBetween words
     int num_rows_ = 0;
     int first_position_ = 0;
     int last_position_ = 0;

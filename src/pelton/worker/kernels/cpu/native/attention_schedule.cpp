@@ -98,13 +98,16 @@ AttentionSchedule::AttentionSchedule(const AttentionShape& shape, std::span<cons
     for (int run = 0; run < static_cast<int>(runs.size()); ++run) {
         const Request& request = requests[runs[run].request];
         const int64_t positions = request.seq_len - request.num_tokens + runs[run].first_token + runs[run].num_tokens;
+        num_positions_read += positions;
         pieces.push_back({run, -1, runs[run].num_tokens * group * positions});
         num_columns = std::max(num_columns, runs[run].num_tokens * group);
     }
     for (int chunk = 0; chunk < static_cast<int>(chunks.size()); ++chunk) {
         const int64_t columns = static_cast<int64_t>(chunks[chunk].members.size()) * kPartColumns;
-        const int num_left = requests[chunks[chunk].members.front()].seq_len - chunks[chunk].start;
-        pieces.push_back({-1, chunk, columns * std::min(num_left, kChunkPositions)});
+        const int positions =
+            std::min(requests[chunks[chunk].members.front()].seq_len - chunks[chunk].start, kChunkPositions);
+        num_positions_read += positions;
+        pieces.push_back({-1, chunk, columns * positions});
     }
     std::stable_sort(pieces.begin(), pieces.end(), [](const Piece& a, const Piece& b) { return a.cost > b.cost; });
 }

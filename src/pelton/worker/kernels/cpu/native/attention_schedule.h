@@ -63,6 +63,7 @@ public:
     std::vector<Piece> pieces;  // longest first: what is left over at the end is short
     int num_tiles = 0;          // of parts, for one key-value head
     int num_columns = 0;        // of one piece, at most
+    int64_t num_positions_read = 0;  // by all pieces, windows left out of account
 
 private:
     void add_runs(int index, const Request& request);

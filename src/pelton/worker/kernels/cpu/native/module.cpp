@@ -318,7 +318,8 @@ NB_MODULE(pelton_cpu, m) {
             new (self) AttentionPlan(shape, at<const int64_t>(query_start_loc), at<const int64_t>(seq_lens),
                                      num_requests, at<const int64_t>(block_tables), num_columns,
                                      runtime.chunk_threads(shape));
-        });
+        })
+        .def_prop_ro("num_positions_read", [](const AttentionPlan& plan) { return plan.schedule().num_positions_read; });
 
     m.attr("NO_COLUMN") = kNoColumn;
     nb::class_<Runtime>(m, "Runtime")

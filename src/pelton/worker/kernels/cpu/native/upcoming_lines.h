@@ -17,7 +17,11 @@ public:
           caches_{static_cast<const char*>(keys), static_cast<const char*>(values)},
           num_kv_heads_(shape.num_kv_heads),
           piece_bytes_(static_cast<int64_t>(shape.block_size) * shape.head_dim * kv_bytes(shape.kv_type)),
-          piece_(2 * blocks[0].first) {}
+          turn_(blocks[0].first < blocks[0].last ? 0 : 1),
+          piece_(2 * blocks[turn_].first) {}
+
+    // Of a last piece some lines may be left.
+    bool is_empty() const { return turn_ == 1 && piece_ >= 2 * blocks_[1].last && next_ >= end_; }
 
     void fetch(int num_lines) {
         for (; num_lines > 0; --num_lines, next_ += 64) {
@@ -41,10 +45,10 @@ private:
     }
 
     const UpcomingBlocks (&blocks_)[2];
-    int turn_ = 0;
     const char* caches_[2];
     int num_kv_heads_;
     int64_t piece_bytes_;  // a head's keys, or values, in a block
+    int turn_;
     int piece_;
     const char* next_ = nullptr;
     const char* end_ = nullptr;
