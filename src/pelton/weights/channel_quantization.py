@@ -1,8 +1,8 @@
 """Weights rounded as they are loaded, with one scale per output channel.
 
 w8a8: the scale is the largest absolute weight of a channel over 127 (round to nearest). Kernels round activations to 8
-bits, too, one scale per token, as LLM.int8() does (Dettmers et al., arXiv:2208.07339); where it keeps outlier columns
-apart, a token with an outlier is multiplied twice here, rounded and what rounding left.
+bits, too, one scale per token, as LLM.int8() does (Dettmers et al., arXiv:2208.07339); where it multiplies columns with
+outliers apart in 16 bits, a token's outliers have codes of up to 16 bits here, on the same scale as the others.
 
 w4a8: the codes of w8a8 in groups of 32, each on a line of 16 points, base + step * q, all of them integers as in QServe
 (Lin et al., arXiv:2405.04532): products are those of 8 bits, of half the bytes.
