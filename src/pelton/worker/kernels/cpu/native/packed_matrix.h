@@ -111,9 +111,9 @@ struct PackedMatrix {
 struct QuantizedRows {
     int num_rows;
     int num_inputs;
-    const int8_t* values;   // [num_rows, num_inputs]
-    const float* scales;    // [num_rows, num_groups]
-    const int32_t* sums;    // [num_rows, num_groups, 2]: of q over each half of a group
+    int8_t* values;   // [num_rows, num_inputs]
+    float* scales;    // [num_rows, num_groups]
+    int32_t* sums;    // [num_rows, num_groups, 2]: of q over each half of a group
 };
 
 // A value beyond so many root mean squares of its row is an outlier: fewer than one in 100 are, and once more so many

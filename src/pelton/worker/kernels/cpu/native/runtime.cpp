@@ -17,6 +17,9 @@ constexpr int kTileChunkRows = 512;
 constexpr int kTileChunkGroups = 32;
 constexpr int kFewPanels = 8;
 
+// Rows of a gated layer's panel that stay in the caches.
+constexpr int kGatedRows = 256;
+
 // Rows of so many inputs that take as much memory as such a chunk; whole pairs of blocks.
 constexpr int tile_rows_at_once(int num_inputs) {
     const int num_rows = kTileChunkRows * kTileChunkGroups * kGroup / num_inputs;
@@ -54,7 +57,7 @@ void Runtime::linear(const LinearWeight& weight, const float* x, int num_rows, c
     } else if (multiplies_tiles(weight)) {
         multiply_tiles(weight, x, num_rows, bias, out);
     } else {
-        multiply_panels(weight, x, num_rows, bias, out);
+        multiply_panels(weight, prepare_panels(weight, x, num_rows), bias, out);
     }
 }
 
@@ -66,20 +69,26 @@ bool Runtime::multiplies_tiles(const LinearWeight& weight) const {
     });
 }
 
-QuantizedRows Runtime::quantize(const float* x, int num_rows, int num_inputs) {
+QuantizedRows Runtime::reserve_quantized(Buffer& buffer, int num_rows, int num_inputs) {
     const int num_groups = num_inputs / kGroup;
     const size_t value_bytes = aligned(static_cast<size_t>(num_rows) * num_inputs);
     const size_t scale_bytes = aligned(static_cast<size_t>(num_rows) * num_groups * sizeof(float));
-    auto* memory = static_cast<uint8_t*>(activations_.reserve(value_bytes + 3 * scale_bytes + kAlign));
-    auto* values = reinterpret_cast<int8_t*>(memory);
-    auto* scales = reinterpret_cast<float*>(memory + value_bytes);
-    auto* sums = reinterpret_cast<int32_t*>(memory + value_bytes + scale_bytes);
+    auto* memory = static_cast<uint8_t*>(buffer.reserve(value_bytes + 3 * scale_bytes + kAlign));
+    return {num_rows, num_inputs, reinterpret_cast<int8_t*>(memory), reinterpret_cast<float*>(memory + value_bytes),
+            reinterpret_cast<int32_t*>(memory + value_bytes + scale_bytes)};
+}
+
+void Runtime::quantize_row(const float* x, int num_values, const QuantizedRows& to, int row, int first) const {
+    const size_t at = static_cast<size_t>(row) * to.num_inputs + first, group = at / kGroup;
+    kernels_.quantize_row(x, num_values, to.values + at, to.scales + group, to.sums + 2 * group);
+}
+
+QuantizedRows Runtime::quantize(const float* x, int num_rows, int num_inputs) {
+    const QuantizedRows rows = reserve_quantized(activations_, num_rows, num_inputs);
     pool_.run_rows(num_rows, num_inputs, [&](int row, int) {
-        const size_t group = static_cast<size_t>(row) * num_groups;
-        kernels_.quantize_row(x + static_cast<size_t>(row) * num_inputs, num_inputs,
-                              values + static_cast<size_t>(row) * num_inputs, scales + group, sums + 2 * group);
+        quantize_row(x + static_cast<size_t>(row) * num_inputs, num_inputs, rows, row, 0);
     });
-    return {num_rows, num_inputs, values, scales, sums};
+    return rows;
 }
 
 Runtime::PanelInputs Runtime::prepare_panels(const LinearWeight& weight, const float* x, int num_rows) {
@@ -113,8 +122,8 @@ void Runtime::multiply_panel(const PackedMatrix& part, int panel, const PanelInp
                           result.bias, result.out, result.ld_out, scratch);
 }
 
-void Runtime::multiply_panels(const LinearWeight& weight, const float* x, int num_rows, const float* bias, float* out) {
-    const PanelInputs inputs = prepare_panels(weight, x, num_rows);
+void Runtime::multiply_panels(const LinearWeight& weight, const PanelInputs& inputs, const float* bias, float* out) {
+    const int num_rows = inputs.floats.num_rows;
     int num_panels = 0;
     bool any_floats = false;
     for (const auto& part : weight.parts) {
@@ -230,12 +239,64 @@ void Runtime::gated_mlp(const GatedWeights& weights, const float* x, int num_row
     if (weights.gate_up->parts.size() == 2 && multiplies_tiles(*weights.gate_up) && multiplies_tiles(*weights.down)) {
         return gated_tiles(weights, x, num_rows, out);
     }
+    if (weights.gate_up->parts.size() == 2 && multiplies_groups(*weights.gate_up) && multiplies_groups(*weights.down)) {
+        return gated_groups(weights, x, num_rows, out);
+    }
     const int size = weights.down->num_inputs;
     auto* wide = static_cast<float*>(mlp_.reserve(static_cast<size_t>(num_rows) * size * 3 * sizeof(float)));
     float* narrow = wide + static_cast<size_t>(num_rows) * size * 2;
     linear(*weights.gate_up, x, num_rows, weights.gate_up_bias, wide);
     gated(weights.gelu, wide, num_rows, size, narrow);
     linear(*weights.down, narrow, num_rows, weights.down_bias, out);
+}
+
+bool Runtime::multiplies_groups(const LinearWeight& weight) const {
+    return !weight.is_by_channel() && !multiplies_tiles(weight) &&
+           std::none_of(weight.parts.begin(), weight.parts.end(),
+                        [this](const PackedMatrix& part) { return multiplies_floats(part); });
+}
+
+// What lies between the products is one panel of either side at a time, which becomes a group of the next product's
+// inputs: the same bits as one operation after another, without 12 bytes to a value that leave the caches.
+void Runtime::gated_groups(const GatedWeights& weights, const float* x, int num_rows, float* out) {
+    const auto& sides = weights.gate_up->parts;
+    const int size = weights.down->num_inputs, num_panels = sides[0].num_panels();
+    const PanelInputs inputs = prepare_panels(*weights.gate_up, x, num_rows);
+    const QuantizedRows hidden = reserve_quantized(mlp_, num_rows, size);
+    const int chunk_rows = std::min(kGatedRows, kChunkBytes / weights.gate_up->num_inputs);
+    const int num_chunks = (num_rows + chunk_rows - 1) / chunk_rows;
+    // A few rows are bound by memory, whose streams should be long.
+    const int panels_at_once = num_rows <= kGatedRows / kFewPanels ? kFewPanels : 1;
+    const int width = panels_at_once * kPanel;
+    const int rows_at_once = std::min(num_rows, chunk_rows);
+    const size_t wide_bytes = aligned(static_cast<size_t>(rows_at_once) * 2 * width * sizeof(float));
+    const size_t own_bytes = wide_bytes + aligned(width * sizeof(float));
+    auto* memory = static_cast<uint8_t*>(gated_.reserve(own_bytes * pool_.num_threads()));
+    const auto act = weights.gelu ? kernels_.gelu_tanh_mul_row : kernels_.silu_mul_row;
+    for (int chunk = 0; chunk < num_chunks; ++chunk) {
+        const int first = static_cast<int>(static_cast<int64_t>(num_rows) * chunk / num_chunks);
+        const int last = static_cast<int>(static_cast<int64_t>(num_rows) * (chunk + 1) / num_chunks);
+        run_panels(pool_, std::span(sides).first(1), [&](const PackedMatrix&, PanelRange panels, int, int thread) {
+            auto* wide = reinterpret_cast<float*>(memory + thread * own_bytes);
+            auto* narrow = reinterpret_cast<float*>(memory + thread * own_bytes + wide_bytes);
+            for (int panel = panels.first; panel < panels.last; panel += panels_at_once) {
+                const int count = std::min(panels_at_once, panels.last - panel), num_columns = count * kPanel;
+                for (int side = 0; side < 2; ++side) {
+                    const float* bias = weights.gate_up_bias == nullptr ? nullptr : weights.gate_up_bias + side * size;
+                    const LinearResult result = {bias, wide + side * num_columns - panel * kPanel, 2 * num_columns};
+                    for (int i = panel; i < panel + count; ++i) {
+                        multiply_panel(sides[side], i, inputs, {first, last}, result, thread);
+                    }
+                }
+                for (int row = first; row < last; ++row) {
+                    act(wide + static_cast<int64_t>(row - first) * 2 * num_columns, num_columns, narrow);
+                    quantize_row(narrow, num_columns, hidden, row, panel * kPanel);
+                }
+            }
+        });
+    }
+    multiply_panels(*weights.down, {{num_rows, size, nullptr}, hidden, reserve_scratch(linear_scratch_bytes(size))},
+                    weights.down_bias, out);
 }
 
 void Runtime::gated_tiles(const GatedWeights& weights, const float* x, int num_rows, float* out) {

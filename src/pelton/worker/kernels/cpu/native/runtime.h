@@ -113,9 +113,15 @@ private:
     PanelInputs prepare_panels(const LinearWeight& weight, const float* x, int num_rows);
     void multiply_panel(const PackedMatrix& part, int panel, const PanelInputs& inputs, std::pair<int, int> rows,
                         const LinearResult& result, int thread) const;
-    void multiply_panels(const LinearWeight& weight, const float* x, int num_rows, const float* bias, float* out);
+    void multiply_panels(const LinearWeight& weight, const PanelInputs& inputs, const float* bias, float* out);
     // Rows in 8 bits, in memory that the next call reuses.
     QuantizedRows quantize(const float* x, int num_rows, int num_inputs);
+    static QuantizedRows reserve_quantized(Buffer& buffer, int num_rows, int num_inputs);
+    // Some groups of a row, from input `first` on.
+    void quantize_row(const float* x, int num_values, const QuantizedRows& to, int row, int first) const;
+    // Whether its products are of integers in groups of 32.
+    bool multiplies_groups(const LinearWeight& weight) const;
+    void gated_groups(const GatedWeights& weights, const float* x, int num_rows, float* out);
     struct GatedPieces;
     TiledRows reserve_tiles(Buffer& buffer, int num_rows, int num_inputs);
     template <typename Run>
@@ -141,6 +147,7 @@ private:
     Buffer scratch_;
     AttentionMemory attention_;
     Buffer mlp_;
+    Buffer gated_;
     GreatestColumns greatest_;
 };
 
