@@ -132,7 +132,10 @@ struct ChannelColumns {
     // The sums of both halves.
     void store(const ByteRows& rows, int row, __m512i first, __m512i second) const {
         __m512i sums[2] = {first, second};
-        if (rows.num_outliers[row] != 0) (is_int8 ? add_outliers<Format::INT8_CHANNEL> : add_outliers<Format::INT4_CHANNEL>)(codes, rows, row, sums);
+        if (rows.num_outliers[row] != 0) {
+            const auto add = is_int8 ? add_outliers<Format::INT8_CHANNEL> : add_outliers<Format::INT4_CHANNEL>;
+            add(codes, rows, row, sums);
+        }
         float* to = out + (rows.first + row) * ld_out;
         for (int half = 0; half < 2; ++half) {
             const __m512i exact = _mm512_sub_epi32(sums[half], excess(rows, row));
