@@ -17,6 +17,7 @@
 #include "channel_rounding.h"
 #include "embedding.h"
 #include "program_module.h"
+#include "released_gil.h"
 #include "runtime.h"
 #include "sampling.h"
 #include "weight_memory.h"
@@ -223,7 +224,7 @@ std::pair<Ids, std::vector<std::pair<size_t, Logprobs>>> sample(Sampler& sampler
         tasks.push_back({rows[i], positions[i], masks.empty() ? nullptr : at<const uint32_t>(masks[i])});
     }
     {
-        nb::gil_scoped_release release;
+        ReleasedGil released;
         sampler.sample(at<float>(logits), tasks);
     }
     Ids token_ids;
@@ -245,7 +246,7 @@ std::optional<std::vector<Logprobs>> token_logprobs(Sampler& sampler, Address lo
     }
     std::vector<TokenLogprobs> found(token_ids.size());
     {
-        nb::gil_scoped_release release;
+        ReleasedGil released;
         if (!sampler.token_logprobs(at<const float>(logits), token_ids, num_top, found)) return std::nullopt;
     }
     std::vector<Logprobs> logprobs;
@@ -262,7 +263,7 @@ NB_MODULE(pelton_cpu, m) {
     using namespace pelton;
     // What a background thread still holds when the interpreter ends is not worth a page on standard error.
     nb::set_leak_warnings(false);
-    const auto no_gil = nb::call_guard<nb::gil_scoped_release>();
+    const auto no_gil = nb::call_guard<ReleasedGil>();
 
     m.attr("FORMATS") = nb::cast(std::vector<std::string>(kFormatNames, kFormatNames + kNumFormats));
     m.attr("BLOCK_FORMATS") = nb::cast(block_row_formats());
@@ -347,7 +348,7 @@ NB_MODULE(pelton_cpu, m) {
         .def("greatest_columns",
              [](Runtime& self, const LinearWeight& weight, Address x, int num_rows, Address bias) {
                  std::vector<int64_t> columns(num_rows);
-                 nb::gil_scoped_release release;
+                 ReleasedGil released;
                  self.greatest_columns(weight, at<const float>(x), num_rows, at<const float>(bias), columns.data());
                  return columns;
              })

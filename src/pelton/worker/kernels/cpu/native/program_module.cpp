@@ -10,6 +10,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "program.h"
+#include "released_gil.h"
 
 namespace nb = nanobind;
 using nb::literals::operator""_a;
@@ -80,7 +81,7 @@ void add_lora(Runtime& runtime, const std::vector<AdapterPair>& adapters, int si
     const float* from = x.data();
     float* to = out.data();
     const auto ld_x = static_cast<int64_t>(x.shape(1)), ld_out = static_cast<int64_t>(out.shape(1));
-    nb::gil_scoped_release no_gil;
+    ReleasedGil released;
     LoraProducts().add(runtime, groups, site, from, ld_x, to, ld_out);
 }
 
@@ -89,7 +90,7 @@ void run(Program& program, const ProgramInputs& inputs, Result& result) {
                 result.shape(1) == static_cast<size_t>(program.result_width()),
             "the result has the wrong shape");
     float* data = result.data();
-    nb::gil_scoped_release no_gil;
+    ReleasedGil released;
     program.run(inputs, data);
 }
 

@@ -260,7 +260,7 @@ bool Runtime::multiplies_groups(const LinearWeight& weight) const {
 // inputs: the same bits as one operation after another, without 12 bytes to a value that leave the caches.
 void Runtime::gated_groups(const GatedWeights& weights, const float* x, int num_rows, float* out) {
     const auto& sides = weights.gate_up->parts;
-    const int size = weights.down->num_inputs, num_panels = sides[0].num_panels();
+    const int size = weights.down->num_inputs;
     const PanelInputs inputs = prepare_panels(*weights.gate_up, x, num_rows);
     const QuantizedRows hidden = reserve_quantized(mlp_, num_rows, size);
     const int chunk_rows = std::min(kGatedRows, kChunkBytes / weights.gate_up->num_inputs);
