@@ -1,4 +1,4 @@
-"""A process that ends while a thread of its own computes: as users' scripts do, and starts that copy weights behind all else."""
+"""A process that ends while a thread of its own computes, as a start that copies weights behind all else may."""
 
 from __future__ import annotations
 
