@@ -118,6 +118,13 @@ class Requests:
             assert result.shape == expected.shape
             assert (result.double() - expected).abs().max() <= tolerance * expected.abs().max(), self.work[row]
 
+    def check_alone(self, kernels: OnTensors, results: Sequence[torch.Tensor]) -> None:
+        """Each request gives the same bits by itself, on one thread and on three."""
+        for num_threads in (1, 3):
+            threaded = on_tensors(kernels.runtime.isa, num_threads)
+            for row, (num_tokens, _) in enumerate(self.work):
+                assert torch.equal(self.run(threaded, [(row, 0, num_tokens)])[0], results[row])
+
 
 @pytest.mark.parametrize("dtype", KV_DTYPES)
 @pytest.mark.parametrize("head_dim", [1, 2, 17, 33, 40, 63, 64, 80, 128, 256])
@@ -211,10 +218,7 @@ def test_a_shared_prefix_changes_nothing(kernels: OnTensors, heads: tuple[int, i
     requests = Requests(work, heads, torch.bfloat16, block_size=block_size, num_shared=528)
     results = requests.run_all(kernels)
     requests.check(results)
-    for num_threads in (1, 3):
-        threaded = on_tensors(kernels.runtime.isa, num_threads)
-        for row, (num_tokens, _) in enumerate(work):
-            assert torch.equal(requests.run(threaded, [(row, 0, num_tokens)])[0], results[row])
+    requests.check_alone(kernels, results)
 
 
 @pytest.mark.parametrize("window", [None, 300])
@@ -224,10 +228,7 @@ def test_many_decodes_by_themselves(kernels: OnTensors, window: int | None) -> N
     requests = Requests(work, (14, 2, 64), torch.bfloat16, window=window)
     results = requests.run_all(kernels)
     requests.check(results)
-    for num_threads in (1, 3):
-        threaded = on_tensors(kernels.runtime.isa, num_threads)
-        for row, (num_tokens, _) in enumerate(work):
-            assert torch.equal(requests.run(threaded, [(row, 0, num_tokens)])[0], results[row])
+    requests.check_alone(kernels, results)
 
 
 def test_a_shared_prefix_is_read_once_for_many(kernels: OnTensors) -> None:

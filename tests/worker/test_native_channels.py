@@ -50,7 +50,9 @@ def rounded_rows(x: F32) -> npt.NDArray[np.float64]:
     limit = round_up(10 * np.sqrt(np.square(sizes).mean(axis=1, keepdims=True)))
     others = np.where(sizes <= limit, sizes, 0)
     narrow = np.maximum(round_up(10 * np.sqrt(np.square(others).mean(axis=1, keepdims=True))), largest / 256)
-    limit = np.minimum(np.where(largest > 2 * limit, narrow, limit), largest).astype(np.float32)
+    limit = np.minimum(np.where(largest > 2 * limit, narrow, limit), largest)
+    too_small = np.square(sizes).sum(axis=1, keepdims=True) < 2.0**-80  # to be summed up in float32
+    limit = np.where(too_small, largest, limit).astype(np.float32)
     with np.errstate(divide="ignore", invalid="ignore"):
         codes = np.where(limit > 0, np.rint(x * (np.float32(127) / limit)), 0)
     return codes.astype(np.float64) * (limit / np.float32(127)).astype(np.float64)
@@ -145,7 +147,8 @@ def test_outliers_of_every_size_and_number(quantization: str, isa: str, num_inpu
     x[40] = 0.0
     x[40, 3] = 7.0  # an outlier among zeros
     x[41] = 0.0
-    x[42] *= np.float32(1e-14)  # whose squares are too small to be summed up
+    x[42] = rng.standard_normal(num_inputs, dtype=np.float32) * np.float32(1e-16)
+    x[42, 3] = 1e-14  # an outlier, but for squares that are too small to be summed up
     for num_rows in (1, 2, 13, 48):
         for first in range(0, 48, num_rows):
             some = x[first : first + num_rows]

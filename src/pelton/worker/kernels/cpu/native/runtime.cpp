@@ -12,6 +12,8 @@ namespace {
 // Quantized activations that one pass over a panel reads again and again: they should stay in L2.
 constexpr int kChunkBytes = 512 * 1024;
 
+constexpr int chunk_rows(int row_bytes) { return std::max(48, kChunkBytes / row_bytes); }
+
 // The same for tiles: a chunk of rows times a range of groups.
 constexpr int kTileChunkRows = 512;
 constexpr int kTileChunkGroups = 32;
@@ -130,8 +132,8 @@ void Runtime::multiply_panels(const LinearWeight& weight, const PanelInputs& inp
         num_panels += part.num_panels();
         any_floats = any_floats || multiplies_floats(part);
     }
-    const int chunk_rows = std::max(48, kChunkBytes / (any_floats ? 4 * weight.num_inputs : weight.num_inputs));
-    const int num_chunks = (num_rows + chunk_rows - 1) / chunk_rows;
+    const int at_once = chunk_rows(any_floats ? 4 * weight.num_inputs : weight.num_inputs);
+    const int num_chunks = (num_rows + at_once - 1) / at_once;
     pool_.run(num_panels * num_chunks, [&](int task, int thread) {
         const int first = static_cast<int>(static_cast<int64_t>(num_rows) * (task / num_panels) / num_chunks);
         const int last = static_cast<int>(static_cast<int64_t>(num_rows) * (task / num_panels + 1) / num_chunks);
@@ -263,12 +265,11 @@ void Runtime::gated_groups(const GatedWeights& weights, const float* x, int num_
     const int size = weights.down->num_inputs;
     const PanelInputs inputs = prepare_panels(*weights.gate_up, x, num_rows);
     const QuantizedRows hidden = reserve_quantized(mlp_, num_rows, size);
-    const int chunk_rows = std::min(kGatedRows, kChunkBytes / weights.gate_up->num_inputs);
-    const int num_chunks = (num_rows + chunk_rows - 1) / chunk_rows;
+    const int rows_at_once = std::min({num_rows, kGatedRows, chunk_rows(weights.gate_up->num_inputs)});
+    const int num_chunks = num_rows == 0 ? 0 : (num_rows + rows_at_once - 1) / rows_at_once;
     // A few rows are bound by memory, whose streams should be long.
     const int panels_at_once = num_rows <= kGatedRows / kFewPanels ? kFewPanels : 1;
     const int width = panels_at_once * kPanel;
-    const int rows_at_once = std::min(num_rows, chunk_rows);
     const size_t wide_bytes = aligned(static_cast<size_t>(rows_at_once) * 2 * width * sizeof(float));
     const size_t own_bytes = wide_bytes + aligned(width * sizeof(float));
     auto* memory = static_cast<uint8_t*>(gated_.reserve(own_bytes * pool_.num_threads()));
