@@ -264,7 +264,7 @@ def test_memory_is_known_beforehand(kernels: OnTensors, format_name: str) -> Non
         tensor = random_packed(format_name, num_outputs, 256)
         assert load(kernels, [tensor]).num_bytes == kernels.num_weight_bytes(tensor)
     if format_name != "IQ4_XS":
-        assert kernels.num_weight_bytes(tensor) < 2 * tensor.data.nbytes
+        assert kernels.num_weight_bytes(tensor) <= 1.03 * tensor.data.nbytes  # of whole panels: the file's
 
 
 @pytest.mark.parametrize("num_bytes", [-1, 1, -144])

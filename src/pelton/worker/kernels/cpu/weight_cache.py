@@ -36,7 +36,7 @@ from pelton.worker.kernels.cpu.packed_weights import (
 )
 
 # Raised whenever native/packed_matrix.h or repack.cpp changes a byte of what is kept.
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 # A smaller model is repacked before a file would be opened.
 MIN_BYTES = 16 * 2**20
 _MAGIC = b"PELTONWT"

@@ -40,8 +40,8 @@ struct DenseF16 {
     const uint8_t* panel;
     void load_pair(int pair, int column, Floats& first, Floats& second) const {
         const uint8_t* at = panel + static_cast<size_t>(pair) * 2 * kInputBytes;
-        first = load_factors<true>(at, column);
-        second = load_factors<true>(at + kInputBytes, column);
+        first = load_factors<ScaleType::F16>(at, column);
+        second = load_factors<ScaleType::F16>(at + kInputBytes, column);
     }
 };
 

@@ -299,8 +299,7 @@ void multiply_many(const PackedMatrix& matrix, int panel, GroupRange groups, con
     auto* sums = reinterpret_cast<float*>(scratch + 2 * kTileStripBytes);
     alignas(64) float bias[kPanel];
     columns.load_bias(bias);
-    avx512::PackedSource<kFormat> source(matrix.panel(panel) +
-                                         static_cast<size_t>(groups.first) * traits_of(kFormat).group_bytes());
+    avx512::PackedSource<kFormat> source(matrix.panel(panel), groups.first);
     // Strips of equal length.
     const int num_groups = groups.last - groups.first;
     const int num_strips = (num_groups + kTileStrip - 1) / kTileStrip;

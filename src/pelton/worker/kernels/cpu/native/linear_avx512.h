@@ -24,12 +24,15 @@ struct GroupScales {
     __m512 min[2][2];
 };
 
-template <bool kF16>
+template <ScaleType kType>
 inline __m512 load_scales(const uint8_t* p, int index) {
-    if constexpr (kF16) {
+    if constexpr (kType == ScaleType::F16) {
         return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 2 * index)));
-    } else {
+    } else if constexpr (kType == ScaleType::F32) {
         return _mm512_loadu_ps(reinterpret_cast<const float*>(p) + index);
+    } else {
+        const __m128i multiples = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + index));
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(multiples));
     }
 }
 
@@ -38,11 +41,22 @@ template <Format kFormat>
 struct PackedSource {
     static constexpr FormatTraits kTraits = traits_of(kFormat);
     const uint8_t* group;
+    const uint8_t* units;
+    int left_in_block;
 
-    explicit PackedSource(const uint8_t* panel) : group(panel) {}
+    explicit PackedSource(const uint8_t* panel, int first_group = 0)
+        : group(panel + kTraits.group_offset(first_group)),
+          units(panel + kTraits.block_offset(first_group / kBlockGroups)),
+          left_in_block(kBlockGroups - first_group % kBlockGroups) {}
     void next() {
         for (int line = kTraits.is_dense() ? 0 : kTraits.low_bytes(); line < kTraits.group_bytes(); line += 64) prefetch(line);
         group += kTraits.group_bytes();
+        if (kTraits.has_units() && --left_in_block == 0) {
+            for (int line = 0; line < kTraits.unit_bytes(); line += 64) prefetch(line);
+            units = group;
+            group += kTraits.unit_bytes();
+            left_in_block = kBlockGroups;
+        }
     }
 
     // The line at `line` of what is read later. Between loads, some at a time: a burst would take all places for lines
@@ -76,13 +90,20 @@ struct PackedSource {
         for (int sub = 0; sub < kTraits.subgroups; ++sub) {
             for (int half = 0; half < 2; ++half) {
                 const int index = sub * kPanel + half * 16;
-                result.scale[sub][half] = load_scales<kTraits.f16_scales>(p, index);
+                result.scale[sub][half] = in_units(load_scales<kTraits.scale_type>(p, index), 16 * half);
                 if constexpr (kTraits.has_min) {
-                    result.min[sub][half] = load_scales<kTraits.f16_scales>(p + kTraits.scale_bytes(), index);
+                    const __m512 multiples = load_scales<kTraits.scale_type>(p + kTraits.scale_bytes(), index);
+                    result.min[sub][half] = in_units(multiples, kPanel + 16 * half);
                 }
             }
         }
         return result;
+    }
+
+private:
+    __m512 in_units(__m512 multiples, int first_unit) const {
+        if constexpr (!kTraits.has_units()) return multiples;
+        return _mm512_mul_ps(multiples, load_scales<ScaleType::F16>(units, first_unit));
     }
 };
 

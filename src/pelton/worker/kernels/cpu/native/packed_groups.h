@@ -10,10 +10,13 @@ constexpr int kHalf = 16;
 constexpr int kHalfVectors = kHalf / kLanes;
 constexpr int kVectorBytes = 4 * kLanes;
 
-template <bool kF16>
+template <ScaleType kType>
 inline Floats load_factors(const uint8_t* p, int index) {
-    if constexpr (!kF16) {
+    if constexpr (kType == ScaleType::F32) {
         return load<Floats>(p + 4 * index);
+    } else if constexpr (kType == ScaleType::I8) {
+        typedef int8_t Narrow __attribute__((vector_size(kLanes)));
+        return to_floats(__builtin_convertvector(load<Narrow>(p + index), Ints));
     } else {
 #if defined(__AVX512F__)
         return _mm512_cvtph_ps(load<__m256i>(p + 2 * index));
@@ -65,10 +68,17 @@ struct PackedGroups {
     static constexpr FormatTraits kTraits = traits_of(kFormat);
     static constexpr int kAhead = 4 * kTraits.group_bytes();
     const uint8_t* group;
+    const uint8_t* units;
+    int left_in_block = kBlockGroups;
 
-    explicit PackedGroups(const uint8_t* panel) : group(panel) {}
+    explicit PackedGroups(const uint8_t* panel) : group(panel + kTraits.unit_bytes()), units(panel) {}
     void next() {
         group += kTraits.group_bytes();
+        if (kTraits.has_units() && --left_in_block == 0) {
+            units = group;
+            group += kTraits.unit_bytes();
+            left_in_block = kBlockGroups;
+        }
         for (int line = 0; line < kTraits.group_bytes(); line += 64) __builtin_prefetch(group + kAhead + line);
     }
 
@@ -89,12 +99,20 @@ struct PackedGroups {
         }
     }
     Floats scale(int sub, int half, int vector) const {
-        return load_factors<kTraits.f16_scales>(scales(), sub * kPanel + half * kHalf + vector * kLanes);
+        const int column = half * kHalf + vector * kLanes;
+        return in_units(load_factors<kTraits.scale_type>(scales(), sub * kPanel + column), column);
     }
     Floats minimum(int half, int vector) const {
-        return load_factors<kTraits.f16_scales>(scales() + kTraits.scale_bytes(), half * kHalf + vector * kLanes);
+        const int column = half * kHalf + vector * kLanes;
+        return in_units(load_factors<kTraits.scale_type>(scales() + kTraits.scale_bytes(), column), kPanel + column);
     }
     const uint8_t* scales() const { return group + kTraits.low_bytes() + kTraits.high_bytes(); }
+
+private:
+    Floats in_units(Floats multiples, int first_unit) const {
+        if constexpr (!kTraits.has_units()) return multiples;
+        return multiples * load_factors<ScaleType::F16>(units, first_unit);
+    }
 };
 
 }  // namespace pelton::PELTON_ISA

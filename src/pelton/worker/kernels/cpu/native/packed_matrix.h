@@ -5,9 +5,10 @@
 //   low bits   bits < 8: 4 pairs x 2 halves x 64 lanes, k4 = 2 * pair in the low nibble, 2 * pair + 1 in
 //              the high one; bits == 8: 8 k4 x 2 halves x 64 lanes. A half is 16 outputs.
 //   high bits  (bits - 4) planes of [4 pairs][2 halves][2 k4] x 64 lanes, one bit each
-//   scales     [subgroups][32], float16 or float32
+//   scales     [subgroups][32], float16, float32 or 8 bits
 //   minima     the same, where the format has them
-// The value of a weight is scale * (q - zero_point) - minimum.
+// The value of a weight is scale * (q - zero_point) - minimum. Scales of 8 bits are multiples of a unit: ahead of every
+// eight groups lie those of their scales, [32] float16, and likewise of their minima (the blocks of GGUF's K formats).
 //
 // Dense formats have no scales; a group holds 32 inputs of
 //   F32, F16   [32 inputs][32 outputs]
@@ -30,15 +31,18 @@ namespace pelton {
 
 constexpr int kPanel = 32;
 constexpr int kGroup = 32;
+constexpr int kBlockGroups = 8;  // that have the units of their scales in common
 constexpr int kChunk = 64;  // inputs of formats by channel that are multiplied at once
 
 enum class Format { Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, INT4, INT8, INT8_CHANNEL, INT4_CHANNEL, BF16, F16, F32 };
 constexpr int kNumFormats = 15;
 
+enum class ScaleType { I8, F16, F32 };  // I8: multiples of a unit
+
 struct FormatTraits {
     int bits;       // 16 and 32: dense
     int subgroups;  // scales per group of 32
-    bool f16_scales;
+    ScaleType scale_type;
     bool has_min;
     int zero_point;
     int file_block_values;
@@ -48,30 +52,42 @@ struct FormatTraits {
     constexpr bool is_dense() const { return bits >= 16; }
     constexpr int low_bytes() const { return bits >= 8 ? bits * 128 : 512; }
     constexpr int high_bytes() const { return bits >= 8 ? 0 : (bits - 4) * 128; }
-    constexpr int scale_bytes() const { return subgroups * kPanel * (f16_scales ? 2 : 4); }
+    constexpr bool has_units() const { return scale_type == ScaleType::I8; }
+    constexpr int scale_bytes() const {
+        return subgroups * kPanel * (scale_type == ScaleType::F32 ? 4 : scale_type == ScaleType::F16 ? 2 : 1);
+    }
+    // Of a block's scales, and of its minima.
+    constexpr int unit_bytes() const { return has_units() ? 2 * kPanel * (has_min ? 2 : 1) : 0; }
     constexpr int group_bytes() const {
         if (by_channel) return low_bytes() + (bits == 4 ? 2 * kPanel : 0);
         return low_bytes() + high_bytes() + scale_bytes() * (has_min ? 2 : 1);
+    }
+    // From a panel's first byte.
+    constexpr size_t block_offset(int block) const {
+        return static_cast<size_t>(block) * (kBlockGroups * group_bytes() + unit_bytes());
+    }
+    constexpr size_t group_offset(int group) const {
+        return block_offset(group / kBlockGroups) + unit_bytes() + static_cast<size_t>(group % kBlockGroups) * group_bytes();
     }
 };
 
 constexpr FormatTraits traits_of(Format format) {
     switch (format) {
-        case Format::Q4_0: return {4, 1, true, false, 8, 32, 18};
-        case Format::Q4_1: return {4, 1, true, true, 0, 32, 20};
-        case Format::Q5_0: return {5, 1, true, false, 16, 32, 22};
-        case Format::Q5_1: return {5, 1, true, true, 0, 32, 24};
-        case Format::Q8_0: return {8, 1, true, false, 128, 32, 34};
-        case Format::Q4_K: return {4, 1, false, true, 0, 256, 144};
-        case Format::Q5_K: return {5, 1, false, true, 0, 256, 176};
-        case Format::Q6_K: return {6, 2, false, false, 32, 256, 210};
-        case Format::INT4: return {4, 1, false, true, 0, 32, 24};
-        case Format::INT8: return {8, 1, false, false, 128, 32, 36};
-        case Format::INT8_CHANNEL: return {8, 1, false, false, 128, 32, 36, true};
-        case Format::INT4_CHANNEL: return {4, 1, false, false, 128, 32, 22, true};
-        case Format::BF16: return {16, 0, false, false, 0, 1, 2};
-        case Format::F16: return {16, 0, false, false, 0, 1, 2};
-        case Format::F32: return {32, 0, false, false, 0, 1, 4};
+        case Format::Q4_0: return {4, 1, ScaleType::F16, false, 8, 32, 18};
+        case Format::Q4_1: return {4, 1, ScaleType::F16, true, 0, 32, 20};
+        case Format::Q5_0: return {5, 1, ScaleType::F16, false, 16, 32, 22};
+        case Format::Q5_1: return {5, 1, ScaleType::F16, true, 0, 32, 24};
+        case Format::Q8_0: return {8, 1, ScaleType::F16, false, 128, 32, 34};
+        case Format::Q4_K: return {4, 1, ScaleType::I8, true, 0, 256, 144};
+        case Format::Q5_K: return {5, 1, ScaleType::I8, true, 0, 256, 176};
+        case Format::Q6_K: return {6, 2, ScaleType::I8, false, 32, 256, 210};
+        case Format::INT4: return {4, 1, ScaleType::F32, true, 0, 32, 24};
+        case Format::INT8: return {8, 1, ScaleType::F32, false, 128, 32, 36};
+        case Format::INT8_CHANNEL: return {8, 1, ScaleType::F32, false, 128, 32, 36, true};
+        case Format::INT4_CHANNEL: return {4, 1, ScaleType::F32, false, 128, 32, 22, true};
+        case Format::BF16: return {16, 0, ScaleType::F32, false, 0, 1, 2};
+        case Format::F16: return {16, 0, ScaleType::F32, false, 0, 1, 2};
+        case Format::F32: return {32, 0, ScaleType::F32, false, 0, 1, 4};
     }
     return {};
 }
@@ -91,7 +107,7 @@ struct PackedMatrix {
     size_t panel_bytes() const {
         const FormatTraits traits = traits_of(format);
         if (traits.by_channel) return codes_bytes() + kPanel * sizeof(float);
-        return static_cast<size_t>(num_groups()) * traits.group_bytes();
+        return traits.group_offset(num_groups()) - traits.unit_bytes();
     }
     // Formats by channel only.
     int num_chunks() const { return (num_inputs + kChunk - 1) / kChunk; }

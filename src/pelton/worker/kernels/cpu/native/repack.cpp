@@ -14,6 +14,7 @@ namespace {
 struct DecodedGroup {
     alignas(64) uint8_t q[kPanel][kGroup];
     uint8_t* scales;  // of the packed group; minima follow
+    uint8_t* units;   // likewise, of its block
     uint8_t* steps;   // likewise, of INT4_CHANNEL; bases follow
 };
 
@@ -85,8 +86,10 @@ void decode_k45(const uint8_t* block, int group, int output, DecodedGroup& out) 
     uint8_t* q = out.q[output];
     int scale, min;
     k_scale_min(block + 4, group, scale, min);
-    store(out.scales, output, half_to_float(load_u16(block)) * static_cast<float>(scale));
-    store(out.scales + traits.scale_bytes(), output, half_to_float(load_u16(block + 2)) * static_cast<float>(min));
+    store(out.scales, output, static_cast<int8_t>(scale));
+    store(out.scales + traits.scale_bytes(), output, static_cast<int8_t>(min));
+    store(out.units, output, load_u16(block));
+    store(out.units, kPanel + output, load_u16(block + 2));
     const uint8_t* high = block + 16;
     const uint8_t* low = (kFormat == Format::Q5_K ? block + 48 : block + 16) + 32 * (group / 2);
     const int shift = 4 * (group % 2);
@@ -98,10 +101,8 @@ void decode_k45(const uint8_t* block, int group, int output, DecodedGroup& out) 
 
 void decode_k6(const uint8_t* block, int group, int output, DecodedGroup& out) {
     uint8_t* q = out.q[output];
-    const float d = half_to_float(load_u16(block + 208));
-    const auto* scales = reinterpret_cast<const int8_t*>(block + 192);
-    store(out.scales, output, d * static_cast<float>(scales[2 * group]));
-    store(out.scales, kPanel + output, d * static_cast<float>(scales[2 * group + 1]));
+    for (int sub = 0; sub < 2; ++sub) out.scales[sub * kPanel + output] = block[192 + 2 * group + sub];
+    store(out.units, output, load_u16(block + 208));
     const int half = group / 4, quarter = group % 4;  // 128 values a half, 32 a quarter
     const uint8_t* low = block + 64 * half + 32 * (quarter % 2);
     const uint8_t* high = block + 128 + 32 * half;
@@ -196,6 +197,11 @@ void repack_panel(const uint8_t* source, size_t row_bytes, int num_rows, int num
     const int num_padded = (num_groups + kChunk / kGroup - 1) / (kChunk / kGroup) * (kChunk / kGroup);
     uint8_t* channel_scales = target + static_cast<size_t>(num_padded) * traits.group_bytes();
     for (int group = 0; group < num_groups; ++group, target += traits.group_bytes()) {
+        if (group % kBlockGroups == 0) {
+            decoded.units = target;
+            std::memset(target, 0, traits.unit_bytes());
+            target += traits.unit_bytes();
+        }
         decoded.scales = traits.by_channel ? channel_scales : target + traits.low_bytes() + traits.high_bytes();
         decoded.steps = target + traits.low_bytes();
         if (num_rows < kPanel) {
