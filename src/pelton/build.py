@@ -383,10 +383,19 @@ def measure_kernels(
 def profile_steps(
     config: PeltonConfig, plan: StepProfilePlan, isa: str | None, on_progress: Callable[[str], None]
 ) -> tuple[str, list[StepProfile]]:
-    """Steps of a model that is on disk, on native kernels, op by op: the kernels' name, and where the time went."""
+    """Steps of a model that is on disk, on native kernels, op by op: the kernels' name, and where the time went.
+
+    They run over a text that is always there: this package's sources.
+    """
     from pelton.weights.catalog import resolve_model
     from pelton.weights.model_files import open_model
+    from pelton.weights.tokenizer import load_tokenizer
     from pelton.worker.executors import step_profile
 
-    files = open_model(resolve_model(config.model))
-    return step_profile.profile_steps(files, (config.model, config.worker), plan, isa, on_progress)
+    path = resolve_model(config.model)
+    files = open_model(path)
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    text = load_tokenizer(path, config.model.tokenizer, files).encode(
+        "\n".join(each.read_text("utf-8") for each in sources)
+    )
+    return step_profile.profile_steps(files, (config.model, config.worker), plan, text, isa, on_progress)

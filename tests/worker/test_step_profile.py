@@ -16,13 +16,14 @@ from pelton.worker.executors.step_profile import profile_steps
 from tests.weights.make_models import TINY_CONFIGS, random_tensors, write_gguf
 
 PLAN = StepProfilePlan(decode=(1, 5), prefill=(40,), context=20, budget_s=0.01)
+TEXT = range(5, 35)  # shorter than a prompt
 
 
 def profile(folder: Path, name: str, quantized: gguf.GGMLQuantizationType) -> list[StepProfile]:
     config = TINY_CONFIGS[name]
     path = write_gguf(folder / "tiny.gguf", config, random_tensors(config), quantized=quantized)
     configs = ModelConfig(model=str(path)), WorkerConfig(threads=2, enable_weight_cache=False)
-    kernels, profiles = profile_steps(open_model(path), configs, PLAN, "portable", lambda _: None)
+    kernels, profiles = profile_steps(open_model(path), configs, PLAN, TEXT, "portable", lambda _: None)
     assert kernels == "native (portable)"
     return profiles
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from pelton.bench.step_profile import StepPart, StepProfile, StepProfilePlan, median_step
-from pelton.core.batch import PENDING_TOKEN_ID, RequestContext, ScheduledBatch, ScheduledRequest
+from pelton.core.batch import PENDING_TOKEN_ID, KVOp, KVOpKind, RequestContext, ScheduledBatch, ScheduledRequest
 from pelton.core.sampling_params import SamplingParams
 from pelton.weights.config import ModelConfig
 from pelton.weights.tensors import ModelFiles
@@ -17,7 +17,7 @@ from pelton.worker.config import WorkerConfig
 from pelton.worker.executors.build_worker import load_weights
 from pelton.worker.executors.host_resources import num_available_cores
 from pelton.worker.forward_batch import Adapters, ForwardBatch
-from pelton.worker.kernels.cpu.arrays import Floats, Ints, is_bfloat16
+from pelton.worker.kernels.cpu.arrays import Floats, Ints
 from pelton.worker.kernels.cpu.backend import NativeKernels
 from pelton.worker.kernels.cpu.program import NativeProgram
 from pelton.worker.kernels.cpu.sampler import NativeSampler
@@ -28,7 +28,8 @@ from pelton.worker.sampling.sampler import Samples, TokenMask
 
 _BLOCK_SIZE = 16
 _MIN_STEPS, _MAX_STEPS = 4, 64
-_HALF_BF16 = 0x3F00
+_NUM_CONTEXTS = 4  # that are computed; further requests have copies
+_CHUNK_TOKENS = 512
 _GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
 
 _OUTSIDE_OPS = "native calls, outside ops"
@@ -126,10 +127,15 @@ def profile_steps(
     files: ModelFiles,
     configs: tuple[ModelConfig, WorkerConfig],
     plan: StepProfilePlan,
+    text: Sequence[int],
     isa: str | None,
     on_progress: Callable[[str], None],
 ) -> tuple[str, list[StepProfile]]:
-    """The kernels' name and the profiles. Raises `ConfigError` as `build_executor` does."""
+    """The kernels' name and the profiles. Raises `ConfigError` as `build_executor` does.
+
+    `text`: token ids that requests have pieces of. Random ones would not do: what they make of a model's activations is
+    tamer than what a text does, and kernels have less work with it.
+    """
     model_config, worker_config = configs
     kernels = _TimedKernels(worker_config.threads or num_available_cores(), isa, worker_config.activation_dtype)
     on_progress("loading")
@@ -139,17 +145,18 @@ def profile_steps(
     blocks_per_table = -(-num_positions // _BLOCK_SIZE)
     num_tables = len(spec.kv_groups) * max(1, *plan.decode)
     kv = KVStorage(spec, 1 + num_tables * blocks_per_table, _BLOCK_SIZE, kernels.kv_dtypes[0], kernels)
-    for cache in kv.layer_caches():  # untouched pages are all one page, which the caches would hold
-        for values in (cache.keys, cache.values):
-            values[...] = _HALF_BF16 if is_bfloat16(values) else 0.5
     sampler = _TimedSampler(kernels.runtime, spec.vocab_size, ())
     sampler.times = kernels.times
     runner = ModelRunner(model, kv, sampler, block_size=_BLOCK_SIZE)
-    steps = _Steps(spec.vocab_size, len(spec.kv_groups), blocks_per_table)
+    steps = _Steps(plan, text, len(spec.kv_groups), blocks_per_table)
+    on_progress(f"contexts of {plan.context} tokens")
+    for batch in steps.contexts():
+        runner.run_step(batch)
+    kernels.times.take(0.0)
     profiles = []
     for num_requests in plan.decode:
         on_progress(f"decode, {num_requests} requests")
-        measured = _measure(runner, kernels.times, steps.decode(num_requests, plan.context), plan.budget_s)
+        measured = _measure(runner, kernels.times, steps.decode(num_requests), plan.budget_s)
         profiles.append(median_step(f"decode after {plan.context} tokens", (num_requests, num_requests), measured))
     for num_tokens in plan.prefill:
         on_progress(f"prefill, {num_tokens} tokens")
@@ -176,21 +183,43 @@ def _measure(
 class _Steps:
     """Batches as the scheduler makes them. Requests begin anew with every kind of step."""
 
-    def __init__(self, vocab_size: int, num_groups: int, blocks_per_table: int) -> None:
+    def __init__(self, plan: StepProfilePlan, text: Sequence[int], num_groups: int, blocks_per_table: int) -> None:
         self._rng = np.random.default_rng(0)
-        self._vocab_size = vocab_size
+        self._text = text
         self._num_groups = num_groups
         self._blocks_per_table = blocks_per_table
+        self._num_tables = max(1, *plan.decode)
+        self._prompts = [self._token_ids(plan.context) for _ in range(_NUM_CONTEXTS)]
 
-    def decode(self, num_requests: int, context: int) -> Iterator[ScheduledBatch]:
-        """Step after step of the same requests; what lies before their last token is never computed."""
-        prompts = [self._token_ids(context) for _ in range(num_requests)]
+    def contexts(self) -> Iterator[ScheduledBatch]:
+        """What lies before the tokens that are decoded, in every table."""
+        step = 0
+        for index, prompt in enumerate(self._prompts[: self._num_tables]):
+            context = RequestContext(prompt, (), 0)
+            for first in range(0, len(prompt), _CHUNK_TOKENS):
+                token_ids = prompt[first : first + _CHUNK_TOKENS]
+                request = ScheduledRequest(
+                    f"decode-{index}", token_ids, first, self._tables(index), _GREEDY, False, context=context
+                )
+                yield ScheduledBatch(step, (request,))
+                step += 1
+        copies = [
+            KVOp(KVOpKind.COPY, source, destination)
+            for index in range(_NUM_CONTEXTS, self._num_tables)
+            for tables in zip(self._tables(index % _NUM_CONTEXTS), self._tables(index), strict=True)
+            for source, destination in zip(*tables, strict=True)
+        ]
+        yield ScheduledBatch(step, (), tuple(copies))
+
+    def decode(self, num_requests: int) -> Iterator[ScheduledBatch]:
+        """Step after step of the same requests."""
+        prompts = [self._prompts[index % _NUM_CONTEXTS] for index in range(num_requests)]
         for step in range(_MAX_STEPS):
             requests = tuple(
                 ScheduledRequest(
                     f"decode-{index}",
                     (PENDING_TOKEN_ID,) if step else prompt[-1:],
-                    context - 1 + step,
+                    len(prompt) - 1 + step,
                     self._tables(index),
                     _GREEDY,
                     True,
@@ -208,7 +237,9 @@ class _Steps:
             yield ScheduledBatch(step, (request,))
 
     def _token_ids(self, num_tokens: int) -> tuple[int, ...]:
-        return tuple(self._rng.integers(0, self._vocab_size, num_tokens).tolist())
+        """A piece of the text, which begins anew at its end."""
+        first = int(self._rng.integers(0, len(self._text)))
+        return tuple(self._text[(first + i) % len(self._text)] for i in range(num_tokens))
 
     def _tables(self, index: int) -> tuple[tuple[int, ...], ...]:
         """A table per KV group. Block 0 belongs to nobody."""
