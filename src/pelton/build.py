@@ -383,10 +383,7 @@ def measure_kernels(
 def profile_steps(
     config: PeltonConfig, plan: StepProfilePlan, isa: str | None, on_progress: Callable[[str], None]
 ) -> tuple[str, list[StepProfile]]:
-    """Steps of a model that is on disk, on native kernels, op by op: the kernels' name, and where the time went.
-
-    They run over a text that is always there: this package's sources.
-    """
+    """Steps of a model on disk over a text that is always there: the kernels' name, and where the time went, op by op."""
     from pelton.weights.catalog import resolve_model
     from pelton.weights.model_files import open_model
     from pelton.weights.tokenizer import load_tokenizer
@@ -394,8 +391,6 @@ def profile_steps(
 
     path = resolve_model(config.model)
     files = open_model(path)
-    sources = sorted(Path(__file__).parent.glob("*.py"))
-    text = load_tokenizer(path, config.model.tokenizer, files).encode(
-        "\n".join(each.read_text("utf-8") for each in sources)
-    )
-    return step_profile.profile_steps(files, (config.model, config.worker), plan, text, isa, on_progress)
+    text = "\n".join(source.read_text("utf-8") for source in sorted(Path(__file__).parent.glob("*.py")))
+    token_ids = load_tokenizer(path, config.model.tokenizer, files).encode(text)
+    return step_profile.profile_steps(files, (config.model, config.worker), plan, token_ids, isa, on_progress)

@@ -133,8 +133,8 @@ def profile_steps(
 ) -> tuple[str, list[StepProfile]]:
     """The kernels' name and the profiles. Raises `ConfigError` as `build_executor` does.
 
-    `text`: token ids that requests have pieces of. Random ones would not do: what they make of a model's activations is
-    tamer than what a text does, and kernels have less work with it.
+    `text`: token ids that requests have pieces of; none, where a tokenizer knows nothing of it: all ids in turn. Random
+    ones would not do: what they make of a model's activations is tamer, and kernels have less work with it.
     """
     model_config, worker_config = configs
     kernels = _TimedKernels(worker_config.threads or num_available_cores(), isa, worker_config.activation_dtype)
@@ -148,7 +148,7 @@ def profile_steps(
     sampler = _TimedSampler(kernels.runtime, spec.vocab_size, ())
     sampler.times = kernels.times
     runner = ModelRunner(model, kv, sampler, block_size=_BLOCK_SIZE)
-    steps = _Steps(plan, text, len(spec.kv_groups), blocks_per_table)
+    steps = _Steps(plan, text or range(spec.vocab_size), len(spec.kv_groups), blocks_per_table)
     on_progress(f"contexts of {plan.context} tokens")
     for batch in steps.contexts():
         runner.run_step(batch)
