@@ -383,7 +383,7 @@ def measure_kernels(
 def profile_steps(
     config: PeltonConfig, plan: StepProfilePlan, isa: str | None, on_progress: Callable[[str], None]
 ) -> tuple[str, list[StepProfile]]:
-    """Steps of a model on disk over a text that is always there: the kernels' name, and where the time went, op by op."""
+    """Steps of a model on disk over a text that is always there: the kernels' name, and where time went, op by op."""
     from pelton.weights.catalog import resolve_model
     from pelton.weights.model_files import open_model
     from pelton.weights.tokenizer import load_tokenizer
