@@ -19,6 +19,9 @@ namespace pelton::avx512 {
 
 constexpr int kTileRows = 6;
 
+constexpr int kBitOfBytes[8] = {0x01010101, 0x02020202, 0x04040404, 0x08080808,
+                                0x10101010, 0x20202020, 0x40404040, static_cast<int>(0x80808080)};
+
 struct GroupScales {
     __m512 scale[2][2];  // [subgroup][half]
     __m512 min[2][2];
@@ -72,15 +75,8 @@ struct PackedSource {
             prefetch((2 * pair + half) * 64);
             const __m512i low = _mm512_set1_epi8(15);
             const __m512i nibbles = _mm512_loadu_si512(group + (2 * pair + half) * 64);
-            first = _mm512_and_si512(nibbles, low);
-            second = _mm512_and_si512(_mm512_srli_epi16(nibbles, 4), low);
-            for (int plane = 0; plane < kTraits.bits - 4; ++plane) {
-                const auto* bits =
-                    reinterpret_cast<const uint64_t*>(group + kTraits.low_bytes() + plane * 128) + (2 * pair + half) * 2;
-                const __m512i value = _mm512_set1_epi8(static_cast<char>(16 << plane));
-                first = _mm512_mask_add_epi8(first, bits[0], first, value);
-                second = _mm512_mask_add_epi8(second, bits[1], second, value);
-            }
+            first = add_high_bits(_mm512_and_si512(nibbles, low), 2 * pair, half);
+            second = add_high_bits(_mm512_and_si512(_mm512_srli_epi16(nibbles, 4), low), 2 * pair + 1, half);
         }
     }
 
@@ -101,6 +97,17 @@ struct PackedSource {
     }
 
 private:
+    __m512i add_high_bits(__m512i codes, int k4, int half) const {
+        if constexpr (kTraits.bits > 4) {
+            const __m512i planes = _mm512_loadu_si512(group + kTraits.high_offset(k4, half));
+            for (int bit = 0; bit < kTraits.num_high_bits(); ++bit) {
+                const __m512i chosen = _mm512_set1_epi32(kBitOfBytes[kTraits.high_position(k4) + bit]);
+                const __m512i value = _mm512_set1_epi8(static_cast<char>(16 << bit));
+                codes = _mm512_mask_add_epi8(codes, _mm512_test_epi8_mask(planes, chosen), codes, value);
+            }
+        }
+        return codes;
+    }
     __m512 in_units(__m512 multiples, int first_unit) const {
         if constexpr (!kTraits.has_units()) return multiples;
         return _mm512_mul_ps(multiples, load_scales<ScaleType::F16>(units, first_unit));

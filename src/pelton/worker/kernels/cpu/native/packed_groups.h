@@ -32,36 +32,6 @@ inline Floats load_factors(const uint8_t* p, int index) {
     }
 }
 
-// 4 * kLanes bytes: `value` where the bit of that number is set, else 0.
-inline Bytes spread_bits(const uint8_t* bits, uint8_t value) {
-#if defined(__AVX512BW__)
-    return bits_as<Bytes>(_mm512_maskz_set1_epi8(load<uint64_t>(bits), static_cast<char>(value)));
-#elif defined(__AVX2__)
-    const __m256i bytes = _mm256_shuffle_epi8(
-        _mm256_set1_epi32(load<int32_t>(bits)),
-        _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303));
-    const __m256i selected = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201));
-    const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(bytes, selected), selected);
-    return bits_as<Bytes>(_mm256_and_si256(set, _mm256_set1_epi8(static_cast<char>(value))));
-#elif defined(__x86_64__)
-    __m128i bytes = _mm_cvtsi32_si128(load<uint16_t>(bits));
-    bytes = _mm_unpacklo_epi8(bytes, bytes);
-    bytes = _mm_unpacklo_epi16(bytes, bytes);
-    bytes = _mm_unpacklo_epi32(bytes, bytes);
-    const __m128i selected = _mm_set1_epi64x(static_cast<int64_t>(0x8040201008040201));
-    const __m128i set = _mm_cmpeq_epi8(_mm_and_si128(bytes, selected), selected);
-    return bits_as<Bytes>(_mm_and_si128(set, _mm_set1_epi8(static_cast<char>(value))));
-#elif defined(__aarch64__)
-    const uint8x16_t bytes = vcombine_u8(vdup_n_u8(bits[0]), vdup_n_u8(bits[1]));
-    const uint8x16_t selected = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201));
-    return bits_as<Bytes>(vandq_u8(vtstq_u8(bytes, selected), vdupq_n_u8(value)));
-#else
-    Bytes result;
-    for (int i = 0; i < 4 * kLanes; ++i) result[i] = (bits[i / 8] >> (i % 8)) & 1 ? value : 0;
-    return result;
-#endif
-}
-
 // Groups as they lie in the packed matrix.
 template <Format kFormat>
 struct PackedGroups {
@@ -91,10 +61,9 @@ struct PackedGroups {
             const Bytes nibbles = load<Bytes>(group + (2 * pair + half) * 64 + at);
             first = nibbles & 15;
             second = nibbles >> 4;
-            for (int plane = 0; plane < kTraits.bits - 4; ++plane) {
-                const uint8_t* bits = group + kTraits.low_bytes() + plane * 128 + (2 * pair + half) * 16 + at / 8;
-                first |= spread_bits(bits, static_cast<uint8_t>(16 << plane));
-                second |= spread_bits(bits + 8, static_cast<uint8_t>(16 << plane));
+            if constexpr (kTraits.bits > 4) {
+                first |= high_bits(2 * pair, half, at);
+                second |= high_bits(2 * pair + 1, half, at);
             }
         }
     }
@@ -109,6 +78,12 @@ struct PackedGroups {
     const uint8_t* scales() const { return group + kTraits.low_bytes() + kTraits.high_bytes(); }
 
 private:
+    // Those of k4, where they are in a code.
+    Bytes high_bits(int k4, int half, int at) const {
+        constexpr uint32_t kMask = 0x01010101u * (((1 << kTraits.num_high_bits()) - 1) << 4);
+        const Words planes = load<Words>(group + kTraits.high_offset(k4, half) + at);
+        return bits_as<Bytes>(planes >> kTraits.high_position(k4) << 4 & kMask);
+    }
     Floats in_units(Floats multiples, int first_unit) const {
         if constexpr (!kTraits.has_units()) return multiples;
         return multiples * load_factors<ScaleType::F16>(units, first_unit);

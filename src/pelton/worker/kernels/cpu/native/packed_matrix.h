@@ -4,7 +4,7 @@
 // this order (k4: four consecutive inputs; lane: an output and one of its four inputs, 4 * output + input):
 //   low bits   bits < 8: 4 pairs x 2 halves x 64 lanes, k4 = 2 * pair in the low nibble, 2 * pair + 1 in
 //              the high one; bits == 8: 8 k4 x 2 halves x 64 lanes. A half is 16 outputs.
-//   high bits  (bits - 4) planes of [4 pairs][2 halves][2 k4] x 64 lanes, one bit each
+//   high bits  4 < bits < 8: (bits - 4) planes of [2 halves] x 64 lanes, a byte for 8 / (bits - 4) k4, the first lowest
 //   scales     [subgroups][32], float16, float32 or 8 bits
 //   minima     the same, where the format has them
 // The value of a weight is scale * (q - zero_point) - minimum. Scales of 8 bits are multiples of a unit: ahead of every
@@ -51,7 +51,12 @@ struct FormatTraits {
 
     constexpr bool is_dense() const { return bits >= 16; }
     constexpr int low_bytes() const { return bits >= 8 ? bits * 128 : 512; }
-    constexpr int high_bytes() const { return bits >= 8 ? 0 : (bits - 4) * 128; }
+    constexpr int high_bytes() const { return bits >= 8 ? 0 : num_high_bits() * 128; }
+    constexpr int num_high_bits() const { return bits - 4; }
+    constexpr int k4_per_plane() const { return 8 / num_high_bits(); }
+    // From a group's first byte: where the high bits of k4 lie, and above which bit of a byte.
+    constexpr int high_offset(int k4, int half) const { return low_bytes() + (k4 / k4_per_plane() * 2 + half) * 64; }
+    constexpr int high_position(int k4) const { return k4 % k4_per_plane() * num_high_bits(); }
     constexpr bool has_units() const { return scale_type == ScaleType::I8; }
     constexpr int scale_bytes() const {
         return subgroups * kPanel * (scale_type == ScaleType::F32 ? 4 : scale_type == ScaleType::F16 ? 2 : 1);

@@ -151,20 +151,16 @@ void decode_group(const uint8_t* row, int group, int output, DecodedGroup& out) 
     }
 }
 
-// Bit `bit` of each of eight bytes, as one byte.
-uint8_t gather_bits(uint64_t bytes, int bit) {
-    return static_cast<uint8_t>((((bytes >> bit) & 0x0101010101010101u) * 0x0102040810204080u) >> 56);
-}
-
 // Low and high bits of a packed group from its codes.
-template <int kBits>
+template <Format kFormat>
 void place_codes(const uint8_t (&q)[kPanel][kGroup], uint8_t* target) {
+    constexpr FormatTraits traits = traits_of(kFormat);
     // Four consecutive inputs of an output are one word.
     alignas(64) uint32_t words[8][2][16];  // k4, half, output
     for (int output = 0; output < kPanel; ++output) {
         for (int k4 = 0; k4 < 8; ++k4) std::memcpy(&words[k4][output / 16][output % 16], &q[output][4 * k4], 4);
     }
-    if constexpr (kBits == 8) {
+    if constexpr (traits.bits == 8) {
         std::memcpy(target, words, sizeof(words));
         return;
     }
@@ -175,16 +171,14 @@ void place_codes(const uint8_t (&q)[kPanel][kGroup], uint8_t* target) {
         for (int i = 0; i < 32; ++i) low[i] = (first[i] & 0x0f0f0f0fu) | ((second[i] & 0x0f0f0f0fu) << 4);
         std::memcpy(target + pair * 128, low, sizeof(low));
     }
-    target += 512;
-    for (int plane = 0; plane < kBits - 4; ++plane) {
-        for (int pair = 0; pair < 4; ++pair) {
-            for (int half = 0; half < 2; ++half) {
-                for (int second = 0; second < 2; ++second) {
-                    uint64_t bytes[8];
-                    std::memcpy(bytes, words[2 * pair + second][half], sizeof(bytes));
-                    for (const uint64_t eight : bytes) *target++ = gather_bits(eight, 4 + plane);
-                }
-            }
+    if constexpr (traits.bits > 4) {
+        constexpr uint32_t kHigh = 0x01010101u * ((1 << traits.num_high_bits()) - 1);
+        std::memset(target + traits.low_bytes(), 0, traits.high_bytes());
+        for (int k4 = 0; k4 < 8; ++k4) {
+            uint32_t high[32];
+            std::memcpy(high, target + traits.high_offset(k4, 0), sizeof(high));
+            for (int i = 0; i < 32; ++i) high[i] |= (words[k4][i / 16][i % 16] >> 4 & kHigh) << traits.high_position(k4);
+            std::memcpy(target + traits.high_offset(k4, 0), high, sizeof(high));
         }
     }
 }
@@ -211,7 +205,7 @@ void repack_panel(const uint8_t* source, size_t row_bytes, int num_rows, int num
         for (int output = 0; output < num_rows; ++output) {
             decode_group<kFormat>(source + output * row_bytes, group, output, decoded);
         }
-        place_codes<traits.bits>(decoded.q, target);
+        place_codes<kFormat>(decoded.q, target);
     }
     if constexpr (traits.by_channel) {
         for (; target < channel_scales; target += traits.group_bytes()) {
