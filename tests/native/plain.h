@@ -17,8 +17,9 @@ struct Weight {
     double size;  // of the terms that the value is made of
 };
 
-inline float load_float(const uint8_t* p, int index, bool f16) {
-    if (f16) {
+inline float load_float(const uint8_t* p, int index, ScaleType type) {
+    if (type == ScaleType::I8) return static_cast<int8_t>(p[index]);
+    if (type == ScaleType::F16) {
         uint16_t half;
         std::memcpy(&half, p + 2 * index, 2);
         return half_to_float(half);
@@ -31,14 +32,18 @@ inline float load_float(const uint8_t* p, int index, bool f16) {
 inline Weight weight_of(const PackedMatrix& matrix, int output, int input) {
     const FormatTraits traits = traits_of(matrix.format);
     const int lane = output % kPanel, k = input % kGroup, half = lane / 16;
-    const uint8_t* group = matrix.panel(output / kPanel) + static_cast<size_t>(input / kGroup) * traits.group_bytes();
+    const bool has_units = traits.scale_type == ScaleType::I8;
+    const int unit_bytes = has_units ? (traits.has_min ? 128 : 64) : 0, num_units = input / (8 * kGroup) + 1;
+    const uint8_t* group =
+        matrix.panel(output / kPanel) + static_cast<size_t>(input / kGroup) * traits.group_bytes() + num_units * unit_bytes;
+    const uint8_t* units = group - input / kGroup % 8 * traits.group_bytes() - unit_bytes;
     if (matrix.format == Format::BF16) {
         uint16_t bits;
         std::memcpy(&bits, group + 2 * ((k / 2) * 2 * kPanel + 2 * lane + k % 2), 2);
         return {bfloat16_to_float(bits), std::abs(bfloat16_to_float(bits))};
     }
     if (traits.is_dense()) {
-        const float value = load_float(group, k * kPanel + lane, matrix.format == Format::F16);
+        const float value = load_float(group, k * kPanel + lane, matrix.format == Format::F16 ? ScaleType::F16 : ScaleType::F32);
         return {value, std::abs(value)};
     }
     const int at = 4 * (lane % 16) + k % 4, k4 = k / 4, place = 2 * (k4 / 2) + half;
@@ -47,9 +52,10 @@ inline Weight weight_of(const PackedMatrix& matrix, int output, int input) {
         code = group[(2 * k4 + half) * 64 + at];
     } else {
         code = (group[place * 64 + at] >> (4 * (k4 % 2))) & 15;
-        for (int plane = 0; plane < traits.bits - 4; ++plane) {
-            const uint8_t* bits = group + traits.low_bytes() + plane * 128 + (2 * place + k4 % 2) * 8;
-            code |= ((bits[at / 8] >> (at % 8)) & 1) << (4 + plane);
+        const int num_high = traits.bits - 4, per_byte = num_high == 0 ? 1 : 8 / num_high;
+        if (num_high > 0) {
+            const int byte = group[traits.low_bytes() + (k4 / per_byte * 2 + half) * 64 + at];
+            code |= (byte >> (k4 % per_byte * num_high) & ((1 << num_high) - 1)) << 4;
         }
     }
     if (traits.by_channel) {
@@ -59,10 +65,13 @@ inline Weight weight_of(const PackedMatrix& matrix, int output, int input) {
     }
     const uint8_t* scales = group + traits.low_bytes() + traits.high_bytes();
     const int sub = k * traits.subgroups / kGroup;
-    const double scale = load_float(scales, sub * kPanel + lane, traits.f16_scales);
-    const double product = (code - traits.zero_point) * scale;
+    const auto factor = [&](const uint8_t* from, int index, int first_unit) {
+        return double{load_float(from, index, traits.scale_type)} *
+               (has_units ? load_float(units, first_unit + lane, ScaleType::F16) : 1.0f);
+    };
+    const double product = (code - traits.zero_point) * factor(scales, sub * kPanel + lane, 0);
     if (!traits.has_min) return {product, std::abs(product)};
-    const double minimum = load_float(scales + traits.scale_bytes(), lane, traits.f16_scales);
+    const double minimum = factor(scales + traits.scale_bytes(), lane, kPanel);
     return {product - minimum, std::abs(product) + std::abs(minimum)};
 }
 
