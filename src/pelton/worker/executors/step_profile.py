@@ -42,20 +42,23 @@ class _Times:
     def __init__(self) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.calls: Counter[str] = Counter()
+        self.own_s = 0.0  # what timing took itself
 
     def add(self, name: str, seconds: float) -> None:
         self.seconds[name] += seconds
         self.calls[name] += 1
 
-    def take(self, time_s: float) -> tuple[StepPart, ...]:
-        """The parts of a step of `time_s`; forgets them."""
+    def take(self, time_s: float) -> tuple[float, tuple[StepPart, ...]]:
+        """Of a step that took `time_s` with its timing: the time without, and its parts; forgets them."""
+        time_s -= self.own_s
         self.add(_PYTHON, time_s - sum(self.seconds.values()))
         parts = tuple(
             StepPart(name=name, num_calls=self.calls[name], time_s=seconds) for name, seconds in self.seconds.items()
         )
         self.seconds.clear()
         self.calls.clear()
-        return parts
+        self.own_s = 0.0
+        return time_s, parts
 
 
 class _TimedProgram:
@@ -88,12 +91,13 @@ class _TimedProgram:
         return self._program.hidden(first, num_rows)
 
     def _split(self, call_s: float) -> None:
-        ops_s = 0.0
+        start_s, ops_s = time.perf_counter(), 0.0
         for label, seconds in self._program.take_times():
             if seconds > 0:
                 self._times.add(label, seconds)
                 ops_s += seconds
         self._times.add(_OUTSIDE_OPS, call_s - ops_s)
+        self._times.own_s += time.perf_counter() - start_s
 
 
 class _TimedSampler(NativeSampler):
@@ -173,8 +177,7 @@ def _measure(
     for batch in batches:
         start_s = time.perf_counter()
         runner.run_step(batch)
-        time_s = time.perf_counter() - start_s
-        measured.append((time_s, times.take(time_s)))
+        measured.append(times.take(time.perf_counter() - start_s))
         if len(measured) >= _MIN_STEPS and time.perf_counter() > end_s:
             break
     return measured
