@@ -10,19 +10,19 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import chain, compress
+from itertools import compress
 from typing import Any
 
 import numpy as np
 
-from pelton.core.batch import NULL_BLOCK_ID, PENDING_TOKEN_ID, ScheduledBatch, StepResult
+from pelton.core.batch import PENDING_TOKEN_ID, ScheduledBatch, StepResult
 from pelton.core.output import TokenLogprobs
 from pelton.worker.adapters import LoadedAdapters
-from pelton.worker.forward_batch import Adapters, ForwardBatch, GroupBatch, Ints
+from pelton.worker.forward_batch import Adapters, ForwardBatch, Ints
 from pelton.worker.kernels.block_copies import RunningCopies
 from pelton.worker.kernels.ops import Array
 from pelton.worker.kv_storage import KVStorage
-from pelton.worker.layers.rotary import RotaryTable, Rotation, rotary_tables
+from pelton.worker.layers.rotary import rotary_tables
 from pelton.worker.models.registry import Model, compile_model
 from pelton.worker.pooling.pooler import Pooler
 from pelton.worker.request_state import RequestState, RequestStates
@@ -30,6 +30,7 @@ from pelton.worker.sampling.grammar import GrammarMasks, GrammarMatchers
 from pelton.worker.sampling.picked_logprobs import picked_logprobs, with_picked
 from pelton.worker.sampling.sampler import LateSamples, Sampler, Samples, TokenMask
 from pelton.worker.sampling.thinking import only
+from pelton.worker.step_arrays import prepare_forward_batch
 from pelton.worker.step_pieces import OUT_OF_MEMORY, StepLimit, StepRow, halves, num_tokens_of
 
 
@@ -395,40 +396,3 @@ def _without_banned(
         mask if state.banned is None else state.banned.narrow(mask, state.output_token_ids)
         for state, mask in zip(states, known, strict=True)
     ]
-
-
-def prepare_forward_batch(
-    rows: Sequence[StepRow], rotary_tables: Sequence[RotaryTable], block_size: int
-) -> ForwardBatch:
-    """The arrays of a step; `rotary_tables` has one entry per KV group."""
-    lengths = np.array([len(row.token_ids) for row in rows])
-    num_computed = np.array([row.scheduled.num_computed_tokens for row in rows])
-    query_start_loc = np.concatenate([[0], np.cumsum(lengths)])
-    seq_lens = num_computed + lengths
-    num_tokens = int(query_start_loc[-1])
-    row_of_token = np.repeat(np.arange(len(rows)), lengths)
-    positions = np.arange(num_tokens) + (num_computed - query_start_loc[:-1])[row_of_token]
-    block_of_token, offset = np.divmod(positions, block_size)
-    rotations = {table: Rotation(table, positions, int(seq_lens.max())) for table in set(rotary_tables)}
-    groups = []
-    for group_id, rotary_table in enumerate(rotary_tables):
-        tables = [row.state.block_table(group_id, row.scheduled.block_tables[group_id]) for row in rows]
-        padded = np.full((len(rows), max(map(len, tables))), NULL_BLOCK_ID, dtype=np.int64)
-        for i, table in enumerate(tables):
-            padded[i, : len(table)] = table
-        slots = padded[row_of_token, block_of_token] * block_size + offset
-        groups.append(GroupBatch(slots, padded, rotations[rotary_table]))
-    token_ids = np.fromiter(chain.from_iterable(row.token_ids for row in rows), dtype=np.int64, count=num_tokens)
-    samples = np.array([row.samples for row in rows])
-    logits_indices = query_start_loc[1:][samples] - 1
-    adapters = _adapters_of(rows, row_of_token)
-    return ForwardBatch(token_ids, query_start_loc, seq_lens, tuple(groups), logits_indices, adapters)
-
-
-def _adapters_of(rows: Sequence[StepRow], row_of_token: Ints) -> Adapters:
-    """The adapters of a step, each with its tokens."""
-    found: dict[int, tuple[Any, list[int]]] = {}
-    for index, row in enumerate(rows):
-        if row.adapter is not None:
-            found.setdefault(id(row.adapter), (row.adapter, []))[1].append(index)
-    return tuple((adapter, np.flatnonzero(np.isin(row_of_token, own))) for adapter, own in found.values())

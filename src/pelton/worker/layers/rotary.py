@@ -26,7 +26,10 @@ class RotaryTable:
     def lookup(self, positions: Ints, num_positions: int) -> tuple[Floats, Floats]:
         """cos and sin [T, rotary_dim / 2] at `positions` [T], all below `num_positions`."""
         cos, sin = self.up_to(num_positions)
-        return cos[positions], sin[positions]
+        if len(positions) == 1:  # a stream alone: nothing to gather, nor to let another thread in meanwhile
+            first = int(positions[0])
+            return cos[first : first + 1], sin[first : first + 1]
+        return cos.take(positions, axis=0), sin.take(positions, axis=0)
 
     def up_to(self, num_positions: int) -> tuple[Floats, Floats]:
         """The whole tables, of `num_positions` or more."""
