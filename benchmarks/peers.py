@@ -189,9 +189,10 @@ def print_table(results: Results) -> None:
         fastest = min(peers, key=lambda engine: medians[engine].ttft_p50_ms or 0.0, default=None)
         print(f"\n**{workload}**\n")
         print(
-            "| engine | rounds | out tok/s | TTFT p50 / p99 ms | TPOT p50 / p99 ms | peak RSS MB | to the best peer |"
+            "| engine | rounds | out tok/s | TTFT p50 / p99 ms | TPOT p50 / p99 ms "
+            "| peak RSS MB | foreign CPU | to the best peer |"
         )
-        print("|---|---|---|---|---|---|---|")
+        print("|---|---|---|---|---|---|---|---|")
         for engine, median in medians.items():
             runs = [r for r in results.runs if (r["engine"], r["workload"]) == (engine, workload)]
             memory, foreign = (max(run[name] for run in runs) for name in ("peak_rss_mb", "foreign_cpu"))
