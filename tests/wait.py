@@ -12,3 +12,12 @@ def wait_until(is_so: Callable[[], object], what: str = "it does not come to pas
     while not is_so():
         assert time.monotonic() < deadline_s, what
         time.sleep(0.005)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process goes on: one that has ended may be left with nobody to ask how."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False

@@ -72,6 +72,8 @@ def test_alternates_goes_on_and_survives_a_broken_peer(bench: Bench) -> None:
     assert table == bench.run("--table")
     rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| b | 2 | ")]
     assert len(rows) == 3
+    head = next(line for line in table.splitlines() if line.startswith("| engine | rounds | "))
+    assert [len(row) for row in rows] == [len(head.split(" | "))] * 3
     assert "broken, round 1: the server ended with 1: cannot load the model" in table
 
 

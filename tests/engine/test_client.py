@@ -29,6 +29,7 @@ from pelton.engine.client import EngineClient, EngineState, RequestStream
 from pelton.engine.process import ProcessTransport
 from pelton.engine.thread import ThreadTransport
 from tests.make import ContextExecutor, generate, make_engine, make_submission
+from tests.wait import is_alive
 
 ClientFactory = Callable[..., AbstractAsyncContextManager[EngineClient]]
 
@@ -321,13 +322,5 @@ async def test_the_engine_ends_with_its_parent() -> None:
     pid = int(await parent.stdout.readline())
     await parent.wait()
     async with asyncio.timeout(10):
-        while _is_alive(pid):
+        while is_alive(pid):
             await asyncio.sleep(0.02)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False

@@ -1,4 +1,4 @@
-"""The arrays of a step, token by token: steps that only decode take a way of their own."""
+"""The arrays of a step, token by token, with blocks that lie nowhere near one another."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ADAPTER = object()
 def make_row(index: int, start: int, count: int, *, samples: bool = True, adapter: object = None) -> StepRow:
     token_ids = tuple(range(10 * index, 10 * index + count))
     num_blocks = -(-(start + count) // BLOCK_SIZE)
-    tables = tuple(tuple(100 * index + 50 * group + block for block in range(num_blocks)) for group in range(2))
+    tables = tuple(tuple(100 * index + 50 * group - 3 * block for block in range(num_blocks)) for group in range(2))
     scheduled = ScheduledRequest(str(index), token_ids, start, tables, GREEDY, samples)
     state = RequestState(RequestContext((1, 2), (), seed=9), GREEDY, SAMPLER)
     return StepRow(index, scheduled, state, token_ids, adapter)

@@ -1,13 +1,13 @@
 """`prepare_forward_batch`: the rows of a step as the arrays that a program takes.
 
-Between two steps nothing computes, and what computed last has put this code out of the caches: a numpy call costs 10 us
-there. So what has a value per request is made as lists; of a step that only decodes, that is everything.
+Between two steps nothing computes. There a numpy call costs some 10 us, as kernels have just put its code out of the
+caches, and one that lets go of the interpreter's lock waits for the engine's loop. So numpy only takes finished lists.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import accumulate, chain
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -22,69 +22,57 @@ def prepare_forward_batch(
     rows: Sequence[StepRow], rotary_tables: Sequence[RotaryTable], block_size: int
 ) -> ForwardBatch:
     """`rotary_tables` has one entry per KV group."""
-    lengths = [len(row.token_ids) for row in rows]
-    query_start_loc = [0, *accumulate(lengths)]
-    token_ids = [*chain.from_iterable(row.token_ids for row in rows)]
-    positions = _positions(rows, lengths, query_start_loc)
+    query_start_loc = [0, *accumulate(len(row.token_ids) for row in rows)]
+    own_tokens = [range(*ends) for ends in pairwise(query_start_loc)]
     seq_lens = [row.end for row in rows]
-    num_positions = max(seq_lens)
-    rotations = {table: Rotation(table, positions, num_positions) for table in rotary_tables}
-    groups = []
-    for group_id, rotary_table in enumerate(rotary_tables):
-        tables = _padded_tables(rows, group_id)
-        if len(token_ids) == len(rows):
-            slots = np.array([_next_slot(row, group_id, block_size) for row in rows])
-        else:
-            block_of_token, offset = np.divmod(positions, block_size)
-            slots = tables[_row_of_token(lengths), block_of_token] * block_size + offset
-        groups.append(GroupBatch(slots, tables, rotations[rotary_table]))
-    sampling = [end - 1 for row, end in zip(rows, query_start_loc[1:], strict=True) if row.samples]
+    positions = _joined(range(end - len(row.token_ids), end) for row, end in zip(rows, seq_lens, strict=True))
+    rotations = {table: Rotation(table, positions, max(seq_lens)) for table in rotary_tables}
+    groups = [
+        GroupBatch(
+            _joined(slots for row in rows for slots in _slots(row, group_id, block_size)),
+            _padded_tables(rows, group_id),
+            rotations[rotary_table],
+        )
+        for group_id, rotary_table in enumerate(rotary_tables)
+    ]
     return ForwardBatch(
-        np.array(token_ids),
+        _joined(row.token_ids for row in rows),
         np.array(query_start_loc),
         np.array(seq_lens),
         tuple(groups),
-        np.array(sampling, dtype=np.int64),
-        _adapters_of(rows, lengths),
+        _joined(own[-1:] for row, own in zip(rows, own_tokens, strict=True) if row.samples),
+        _adapters_of(rows, own_tokens),
     )
 
 
-def _row_of_token(lengths: Sequence[int]) -> Ints:
-    return np.repeat(np.arange(len(lengths)), lengths)
+def _joined(pieces: Iterable[Iterable[int]]) -> Ints:
+    return np.array([*chain.from_iterable(pieces)], dtype=np.int64)
 
 
-def _positions(rows: Sequence[StepRow], lengths: Sequence[int], query_start_loc: Sequence[int]) -> Ints:
-    """[T]."""
-    starts = [row.scheduled.num_computed_tokens for row in rows]
-    if query_start_loc[-1] == len(rows):
-        return np.array(starts)
-    shifts = np.subtract(starts, query_start_loc[:-1])
-    return np.arange(query_start_loc[-1]) + np.repeat(shifts, lengths)
-
-
-def _next_slot(row: StepRow, group_id: int, block_size: int) -> int:
-    block, offset = divmod(row.scheduled.num_computed_tokens, block_size)
-    return row.scheduled.block_tables[group_id][block] * block_size + offset
+def _slots(row: StepRow, group_id: int, block_size: int) -> Iterator[range]:
+    """Where its tokens go, a block at a time."""
+    table, position = row.scheduled.block_tables[group_id], row.scheduled.num_computed_tokens
+    end = row.end
+    while position < end:
+        block, offset = divmod(position, block_size)
+        first, count = table[block] * block_size + offset, min(block_size - offset, end - position)
+        yield range(first, first + count)
+        position += count
 
 
 def _padded_tables(rows: Sequence[StepRow], group_id: int) -> Ints:
     """[R, B], padded with NULL_BLOCK_ID."""
     tables = [row.state.block_table(group_id, row.scheduled.block_tables[group_id]) for row in rows]
-    if len(tables) == 1:
-        return tables[0][None]
     padded = np.full((len(rows), max(map(len, tables))), NULL_BLOCK_ID)
     for i, table in enumerate(tables):
         padded[i, : len(table)] = table
     return padded
 
 
-def _adapters_of(rows: Sequence[StepRow], lengths: Sequence[int]) -> Adapters:
+def _adapters_of(rows: Sequence[StepRow], own_tokens: Sequence[range]) -> Adapters:
     """The adapters of a step, each with its tokens."""
-    found: dict[int, tuple[Any, list[int]]] = {}
-    for index, row in enumerate(rows):
+    found: dict[int, tuple[Any, list[range]]] = {}
+    for row, own in zip(rows, own_tokens, strict=True):
         if row.adapter is not None:
-            found.setdefault(id(row.adapter), (row.adapter, []))[1].append(index)
-    if not found:
-        return ()
-    row_of_token = _row_of_token(lengths)
-    return tuple((adapter, np.flatnonzero(np.isin(row_of_token, own))) for adapter, own in found.values())
+            found.setdefault(id(row.adapter), (row.adapter, []))[1].append(own)
+    return tuple((adapter, _joined(own)) for adapter, own in found.values())
